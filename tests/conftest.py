@@ -1,0 +1,73 @@
+"""Data that the tests share: the real recordings where there are some, and recordings made here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+
+import nmnist  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def real_data_dir(tmp_path_factory):
+    """A folder that holds the 800 real recordings, linked, so that caches stay out of ../shared."""
+    recordings = SHARED / "nmnist-small" / "NMNIST"
+    if not recordings.is_dir():
+        pytest.skip(f"no real recordings in {recordings}")
+    data_dir = tmp_path_factory.mktemp("real")
+    (data_dir / "NMNIST").symlink_to(recordings)
+    return data_dir
+
+
+def make_events(digit: int, rng: np.random.Generator, number: int = 400) -> np.ndarray:
+    """Return events of a blob whose place tells the digit: two rows of five places, moving a little."""
+    t = np.sort(rng.integers(0, 300_000, number))
+    x = 4 + 6 * (digit % 5) + t // 100_000 + rng.integers(0, 3, number)
+    y = 8 + 14 * (digit // 5) + rng.integers(0, 4, number)
+    events = np.empty(number, nmnist.NMNIST.dtype)
+    for name, values in zip("xytp", (x, y, t, rng.integers(0, 2, number)), strict=True):
+        events[name] = values
+    return events
+
+
+def make_recordings(data_dir: Path, train: int = 12, test: int = 3) -> Path:
+    """Write N-MNIST folders of `train` and `test` made-up recordings a digit into `data_dir`; return `data_dir`."""
+    rng = np.random.default_rng(0)
+    for folder, number in (("Train", train), ("Test", test)):
+        for digit in range(10):
+            place = data_dir / "NMNIST" / folder / str(digit)
+            place.mkdir(parents=True)
+            for i in range(number):
+                nmnist.write_recording(place / f"{10 * i + digit + 1:05d}.bin", make_events(digit, rng))
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def made_data_dir(tmp_path_factory):
+    """A folder with 120 made-up training and 30 test recordings; tests that change it make their own."""
+    return make_recordings(tmp_path_factory.mktemp("made"))
+
+
+def run(*command, cwd=ROOT, **options) -> subprocess.CompletedProcess:
+    """Run a command as a user does, from the project's folder, and return it with its output."""
+    # One thread: what is tested does not depend on it, and tests may run side by side.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [str(part) for part in command]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=280, **options)
+
+
+def assert_refused(result: subprocess.CompletedProcess, *words: str, status: int = 1) -> None:
+    """Check for one clear line on stderr that holds `words`, no traceback, and the exit status."""
+    message = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == status, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "error:" in message
+    for word in words:
+        assert word in message

@@ -1,0 +1,452 @@
+"""Recordings: found, fetched, simulated, checked; frames held against tonic's own."""
+
+import contextlib
+import functools
+import hashlib
+import http.server
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+import tonic
+import torch
+from conftest import ROOT, assert_refused, make_events, make_recordings, run
+from tonic.io import read_mnist_file
+
+import nmnist
+from utils import UserError
+
+NOWHERE = "http://127.0.0.1:9/"  # the discard port, where nothing listens
+
+
+def run_offline(*arguments, url=NOWHERE):
+    """Run nmnist.py in a process of its own, where N-MNIST's zips are looked for at `url`."""
+    code = (
+        "import sys, nmnist, utils; N = nmnist.NMNIST; "
+        f"N.train_url, N.test_url = {url + 'train.zip'!r}, {url + 'test.zip'!r}; utils.run_script(nmnist.main)"
+    )
+    return run(sys.executable, "-c", code, *arguments)
+
+
+# --- files on disk ---------------------------------------------------------------------------------------
+
+
+def test_written_recordings_are_read_by_tonic_unchanged(tmp_path):
+    events = make_events(7, np.random.default_rng(0))
+    events["t"][-1] = 2**23 - 1  # the largest time that the format holds
+    nmnist.write_recording(tmp_path / "x.bin", events)
+    np.testing.assert_array_equal(read_mnist_file(tmp_path / "x.bin", dtype=tonic.datasets.NMNIST.dtype), events)
+
+
+def test_any_number_of_recordings_is_welcome_without_a_zip(made_data_dir, capsys):
+    train, test = nmnist.open_recordings(made_data_dir, "nmnist")
+    assert (len(train), len(test)) == (120, 30)
+    assert "training recordings: 120 of 60,000, test recordings: 30 of 10,000" in capsys.readouterr().out
+    events, label = train[0]
+    assert events.dtype == tonic.datasets.NMNIST.dtype
+    assert label == 0
+    assert sorted(set(test.targets)) == list(range(10))
+
+
+def zip_recordings(data_dir, folder, remove=0):
+    """Put `<folder>.zip` beside the recordings, as N-MNIST is published, then remove some of them."""
+    root = data_dir / "NMNIST"
+    files = sorted((root / folder).glob("*/*.bin"))
+    with zipfile.ZipFile(root / f"{folder.lower()}.zip", "w") as archive:
+        for path in files:
+            archive.write(path, path.relative_to(root))
+    contents = {path: path.read_bytes() for path in files}
+    for path in files[:remove]:
+        path.unlink()
+    return contents
+
+
+def test_an_interrupted_extraction_is_finished(tmp_path):
+    contents = zip_recordings(make_recordings(tmp_path), "Train", remove=17)
+    cut = max(contents)
+    cut.write_bytes(contents[cut][:100])
+    extra = tmp_path / "NMNIST" / "Train" / "3" / "99999.bin"  # of the user's own
+    shutil.copy(next(path for path in contents if path.exists()), extra)
+    assert len(nmnist.NMNIST(tmp_path, "train")) == 121
+    assert {path: path.read_bytes() for path in contents} == contents
+
+
+def test_a_damaged_zip_beside_missing_recordings_is_named(tmp_path):
+    zip_recordings(make_recordings(tmp_path), "Train", remove=1)
+    archive = tmp_path / "NMNIST" / "train.zip"
+    archive.write_bytes(archive.read_bytes()[:-500])
+    with pytest.raises(UserError, match=r"train\.zip"):
+        nmnist.NMNIST(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "damaged"),
+        (b"\x01\x02\x80\x00", "damaged"),
+        (b"\x40\x02\x80\x00\x00" * 3, "outside the 34 x 34 pixels"),
+        (b"\x01\x02\x80\x01\x00" + b"\x01\x02\x80\x00\x00", "run backwards"),
+        (b"\x01\xf0\x80\x00\x00", "no events"),  # only a time stamp overflow
+    ],
+)
+def test_bad_recordings_are_refused_by_name(tmp_path, content, words):
+    bad = make_recordings(tmp_path, 2, 1) / "NMNIST" / "Train" / "4" / "00005.bin"
+    bad.write_bytes(content)
+    result = run_offline("--data_dir", tmp_path, "--time_steps", "5")
+    assert_refused(result, str(bad), words)
+    assert not list((tmp_path / "cache").glob("*train*")) if (tmp_path / "cache").exists() else True
+
+
+def test_folders_that_are_no_digits_and_missing_digits_are_refused(tmp_path):
+    train = make_recordings(tmp_path, 2, 1) / "NMNIST" / "Train"
+    (train / "x").mkdir()
+    with pytest.raises(UserError, match="x does not belong here"):
+        nmnist.NMNIST(tmp_path, "train")
+    (train / "x").rmdir()
+    shutil.rmtree(train / "6")
+    with pytest.raises(UserError, match="no recordings of digit 6"):
+        nmnist.NMNIST(tmp_path, "train")
+
+
+# --- download --------------------------------------------------------------------------------------------
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `files`; of a name in `dropped` only the first half, after which the connection closes."""
+
+    def __init__(self, files, dropped, *arguments):
+        self.files, self.dropped = files, dropped
+        super().__init__(*arguments)
+
+    def do_GET(self):
+        name = self.path.strip("/")
+        if name not in self.files:
+            self.send_error(404)
+            return
+        content = self.files[name]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if name in self.dropped else content)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def serve(files, dropped=()):
+    """Serve files on the loopback address; give the URL of their folder."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, files, dropped))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Zips in N-MNIST's published layout, by file name."""
+    root = make_recordings(tmp_path_factory.mktemp("published"), 2, 1) / "NMNIST"
+    files = {}
+    for folder in ("Train", "Test"):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for path in sorted((root / folder).rglob("*")):
+                archive.write(path, path.relative_to(root))
+        files[f"{folder.lower()}.zip"] = buffer.getvalue()
+    return files
+
+
+@pytest.fixture
+def fetchable(published, monkeypatch):
+    """Give a function that points tonic's own URLs and md5 sums at a server of the published zips."""
+
+    def point(url):
+        for split in ("train", "test"):
+            monkeypatch.setattr(nmnist.NMNIST, f"{split}_url", f"{url}{split}.zip")
+            monkeypatch.setattr(nmnist.NMNIST, f"{split}_md5", hashlib.md5(published[f"{split}.zip"]).hexdigest())
+
+    return point
+
+
+def test_the_addresses_are_tonics_own():
+    for name in ("train_url", "test_url", "train_md5", "test_md5"):
+        assert getattr(nmnist.NMNIST, name) == getattr(tonic.datasets.NMNIST, name)
+
+
+def test_absent_recordings_are_downloaded_once(tmp_path, published, fetchable):
+    with serve(published) as url:
+        fetchable(url)
+        train, test = nmnist.open_recordings(tmp_path, "auto")
+    assert (train.name, len(train), len(test)) == ("NMNIST", 20, 10)
+    train, _ = nmnist.open_recordings(tmp_path, "nmnist")  # the server is gone
+    assert len(train) == 20
+    assert sorted(p.name for p in (tmp_path / "NMNIST").iterdir()) == ["Test", "Train", "test.zip", "train.zip"]
+
+
+def test_a_wrong_zip_is_refused_and_not_kept(tmp_path, published, fetchable):
+    with serve({"train.zip": published["test.zip"]}) as url:
+        fetchable(url)
+        with pytest.raises(nmnist.DownloadError, match=r"another file than N-MNIST's train\.zip.*md5"):
+            nmnist.open_recordings(tmp_path, "nmnist")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_dropped_connection_is_told_and_nothing_kept(tmp_path, published, fetchable):
+    with serve(published, dropped=["train.zip"]) as url:
+        fetchable(url)
+        size = len(published["train.zip"])
+        with pytest.raises(nmnist.DownloadError, match=f"dropped after {size // 2:,} of {size:,} bytes"):
+            nmnist.open_recordings(tmp_path, "nmnist")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_host_that_never_answers_is_given_up(tmp_path, fetchable, monkeypatch):
+    assert nmnist.NMNIST.connect_seconds <= 10
+    monkeypatch.setattr(nmnist.NMNIST, "connect_seconds", 0.5)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()  # connections are accepted, and nothing is ever said
+        fetchable(f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        with pytest.raises(nmnist.DownloadError, match=r"no answer within 0\.5 s|timed out"):
+            nmnist.open_recordings(tmp_path, "nmnist")
+
+
+def test_nmnist_never_falls_back(tmp_path):
+    result = run_offline("--data_dir", tmp_path, "--dataset", "nmnist")
+    assert_refused(result, "no N-MNIST in", "Connection refused", nmnist.HOMEPAGE)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+# --- simulation ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """The output of `python nmnist.py` without network, and the folder it made."""
+    data_dir = tmp_path_factory.mktemp("simulated")
+    return run_offline("--data_dir", data_dir, "--time_steps", "10"), data_dir
+
+
+def test_auto_falls_back_loudly_without_network(simulated):
+    result, data_dir = simulated
+    assert result.returncode == 0, result.stderr
+    for words in ("WARNING: no N-MNIST in", "Connection refused", "falling back to SIMULATED", nmnist.HOMEPAGE):
+        assert words in result.stderr
+    assert f"SimulatedNMNIST in {data_dir}" in result.stdout
+    assert "training recordings: 1,437, test recordings: 360" in result.stdout
+
+
+def test_simulated_digits_are_split_stratified_and_read_by_tonic_itself(simulated):
+    _, data_dir = simulated
+    root = data_dir / "SimulatedNMNIST"
+    for folder, number in (("Train", 1437), ("Test", 360)):
+        files = list((root / folder).glob("*/*.bin"))
+        assert len(files) == number
+        per_digit = [len(list((root / folder / str(digit)).iterdir())) for digit in range(10)]
+        assert min(per_digit) > 0.9 * number / 10
+        for path in files[:20]:
+            events = read_mnist_file(path, dtype=tonic.datasets.NMNIST.dtype)
+            assert 500 < len(events) < 10_000
+            assert (np.diff(events["t"]) >= 0).all()
+            assert events["t"].max() < 320_000
+    train, test = ({path.name for path in (root / folder).glob("*/*.bin")} for folder in ("Train", "Test"))
+    assert not train & test
+
+
+def test_simulated_recordings_are_named_so_wherever_they_lie(simulated, tmp_path):
+    _, data_dir = simulated
+    (tmp_path / "NMNIST").symlink_to(data_dir / "SimulatedNMNIST")
+    assert nmnist.NMNIST(tmp_path, "test").name == "SimulatedNMNIST"
+
+
+def test_recordings_of_an_older_sensor_model_are_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(nmnist, "sklearn_images", functools.partial(few_images, 5))
+    monkeypatch.setattr(nmnist, "TEST_DIGITS", 10)
+    old = nmnist.SimulatedNMNIST(tmp_path, "train")
+    first = [old[i][0] for i in range(len(old))]
+    (old.root / "stale.txt").touch()
+    (old.root / nmnist.SIMULATOR_FILE).write_text(json.dumps({"threshold": 5}))
+    new = nmnist.SimulatedNMNIST(tmp_path, "train")
+    assert not (old.root / "stale.txt").exists()
+    for i, events in enumerate(first):  # the same model again: the same recordings
+        np.testing.assert_array_equal(new[i][0], events)
+    assert [path.name for path in tmp_path.iterdir()] == ["SimulatedNMNIST"]
+
+
+def few_images(per_digit):
+    """Return the first images of each of scikit-learn's digits."""
+    images, labels = ALL_IMAGES
+    chosen = np.concatenate([np.flatnonzero(labels == digit)[:per_digit] for digit in range(10)])
+    return images[chosen], labels[chosen]
+
+
+ALL_IMAGES = nmnist.sklearn_images()
+
+
+def test_the_camera_sees_the_digit_where_its_path_says():
+    """The events of each saccade lie around the place that the path gives for its time."""
+    image = np.zeros((28, 28), np.uint8)
+    image[12:16, 12:16] = 255  # a square in the middle
+    events = nmnist.simulate_events(image, np.random.default_rng(0))
+    for ms in (45, 150, 255):
+        near = events[np.abs(events["t"] - 1000 * ms) < 10_000]
+        y, x = nmnist.saccade_offsets(np.array([ms]))[0] + 16.5
+        assert np.median(near["y"]) == pytest.approx(y, abs=1.5)
+        assert np.median(near["x"]) == pytest.approx(x, abs=1.5)
+
+
+def test_a_bright_stroke_that_arrives_is_an_off_event():
+    """During the first saccade the digit moves down: its lower edge arrives (OFF), its upper edge leaves (ON)."""
+    image = np.zeros((28, 28), np.uint8)
+    image[12:16, 4:24] = 255
+    events = nmnist.simulate_events(image, np.random.default_rng(0))
+    first = events[(events["t"] > 20_000) & (events["t"] < 80_000)]
+    off, on = (np.median(first["y"][first["p"] == p]) for p in (0, 1))
+    assert off > on + 1
+
+
+# --- frames ----------------------------------------------------------------------------------------------
+
+
+def tonic_frames(recordings, time_steps, denoise=None):
+    """Return all frames [N, T, 2, 34, 34] as tonic makes them."""
+    transforms = [tonic.transforms.Denoise(denoise)] if denoise else []
+    to_frame = tonic.transforms.ToFrame(sensor_size=tonic.datasets.NMNIST.sensor_size, n_time_bins=time_steps)
+    transform = tonic.transforms.Compose([*transforms, to_frame])
+    return np.stack([transform(recordings[i][0]) for i in range(len(recordings))])
+
+
+@pytest.mark.parametrize("time_steps", [1, 10, 25, 40])
+def test_batches_are_tonics_frames_of_real_recordings(real_data_dir, time_steps):
+    recordings = nmnist.NMNIST(real_data_dir, "test")
+    frames = nmnist.load_frames(recordings, time_steps)
+    expected = torch.from_numpy(tonic_frames(recordings, time_steps)).float()
+    assert expected.sum() > 100_000
+    order = torch.randperm(len(recordings), generator=torch.Generator().manual_seed(0))
+    for indices, (x, labels) in zip(order.split(32), frames.batches(order, 32), strict=True):
+        assert x.shape == (time_steps, len(indices), 2, 34, 34)
+        assert torch.equal(x, expected[indices].transpose(0, 1))
+        assert labels.tolist() == [recordings.targets[i] for i in indices]
+
+
+@pytest.mark.parametrize(("time_steps", "denoise"), [(1, None), (25, None), (40, None), (25, 5000)])
+def test_batches_are_tonics_frames(made_data_dir, time_steps, denoise):
+    recordings = nmnist.NMNIST(made_data_dir, "test")
+    frames = nmnist.load_frames(recordings, time_steps, denoise)
+    expected = torch.from_numpy(tonic_frames(recordings, time_steps, denoise)).float()
+    x, labels = frames.batch(torch.arange(len(recordings)))
+    assert torch.equal(x, expected.transpose(0, 1))
+    assert labels.tolist() == recordings.targets
+
+
+def test_counts_above_255_are_kept(tmp_path):
+    events = make_events(0, np.random.default_rng(0), 1000)
+    events["x"], events["y"] = 5, 6
+    path = make_recordings(tmp_path, 1, 1) / "NMNIST" / "Test" / "0" / "00001.bin"
+    nmnist.write_recording(path, events)
+    x, _ = nmnist.load_frames(nmnist.NMNIST(tmp_path, "test"), 1).batch(torch.tensor([0]))
+    assert x[0, 0, 1, 6, 5] == events["p"][events["t"] < events["t"][-1]].sum()  # tonic drops the last event
+    assert x.max() > 255
+
+
+def test_real_recordings_take_10_kb_each_at_most(real_data_dir):
+    frames = nmnist.load_frames(nmnist.NMNIST(real_data_dir, "train"), 25)
+    (path,) = (real_data_dir / "cache").glob("NMNIST_train_T25_denoise0_*.pt")
+    assert path.stat().st_size / len(frames) < 10_000
+
+
+def test_the_cache_is_used_and_made_anew_when_recordings_change(tmp_path, monkeypatch):
+    data_dir = make_recordings(tmp_path, 2, 1)
+    first = nmnist.load_frames(nmnist.NMNIST(data_dir, "train"), 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(nmnist, "bin_recordings", None)  # not called: from the cache
+        again = nmnist.load_frames(nmnist.NMNIST(data_dir, "train"), 5)
+    assert torch.equal(first.batch(torch.arange(20))[0], again.batch(torch.arange(20))[0])
+    (old,) = (data_dir / "cache").iterdir()
+    nmnist.write_recording(data_dir / "NMNIST" / "Train" / "0" / "00001.bin", make_events(9, np.random.default_rng(5)))
+    changed = nmnist.load_frames(nmnist.NMNIST(data_dir, "train"), 5)
+    assert not torch.equal(first.batch(torch.arange(1))[0], changed.batch(torch.arange(1))[0])
+    assert not old.exists()
+
+
+def test_a_damaged_cache_is_made_anew_and_said(tmp_path, capsys):
+    recordings = nmnist.NMNIST(make_recordings(tmp_path, 2, 1), "train")
+    expected = nmnist.load_frames(recordings, 5).batch(torch.arange(20))[0].clone()
+    (path,) = (tmp_path / "cache").iterdir()
+    path.write_bytes(path.read_bytes()[:1000])
+    assert torch.equal(nmnist.load_frames(recordings, 5).batch(torch.arange(20))[0], expected)
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_frames_stay_in_memory_where_the_cache_cannot_be_written(tmp_path, capsys):
+    data_dir = make_recordings(tmp_path, 2, 1)
+    (data_dir / "cache").touch()  # a file where the folder would be
+    recordings = nmnist.NMNIST(data_dir, "test")
+    frames = nmnist.load_frames(recordings, 5)
+    assert torch.equal(
+        frames.batch(torch.arange(10))[0], torch.from_numpy(tonic_frames(recordings, 5)).float().transpose(0, 1)
+    )
+    assert "can't be written" in capsys.readouterr().err
+
+
+def test_two_processes_may_build_the_cache_at_once(tmp_path):
+    data_dir = make_recordings(tmp_path)
+    command = [sys.executable, "nmnist.py", "--data_dir", str(data_dir), "--time_steps", "10"]
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    recordings = nmnist.NMNIST(data_dir, "train")
+    x, _ = nmnist.load_frames(recordings, 10).batch(torch.arange(120))
+    assert torch.equal(x, torch.from_numpy(tonic_frames(recordings, 10)).float().transpose(0, 1))
+    assert len(os.listdir(data_dir / "cache")) == 2
+
+
+def test_validation_is_stratified_and_fixed_by_the_seed():
+    labels = torch.arange(10).repeat_interleave(torch.arange(10, 110, 10))  # 10 of digit 0, 100 of digit 9
+    train, val = nmnist.split_validation(labels, 0.1, seed=3)
+    assert sorted(torch.cat([train, val]).tolist()) == list(range(len(labels)))
+    assert torch.bincount(labels[val]).tolist() == list(range(1, 11))
+    assert torch.equal(val, nmnist.split_validation(labels, 0.1, seed=3)[1])
+    assert not torch.equal(val, nmnist.split_validation(labels, 0.1, seed=4)[1])
+    with pytest.raises(UserError, match="--val_split"):
+        nmnist.split_validation(torch.arange(10), 0.1, seed=3)
+
+
+# --- the script ------------------------------------------------------------------------------------------
+
+
+def test_the_table_agrees_with_the_files(made_data_dir):
+    result = run(sys.executable, "nmnist.py", "--data_dir", made_data_dir, "--time_steps", "10")
+    assert result.returncode == 0, result.stderr
+    table = {line[:24].strip(): line[24:].split() for line in result.stdout.splitlines()}
+    assert table["recordings of digit 3"] == ["12", "3"]
+    assert table["recordings"] == ["120", "30"]
+    assert table["events, mean"] == ["400", "400"]
+    events = [nmnist.NMNIST(made_data_dir, "train")[i][0] for i in range(120)]
+    on_share = np.mean([recording["p"].mean() for recording in events])
+    assert table["share of ON events"][0] == f"{on_share:.1%}"
+    duration = np.mean([recording["t"][-1] - recording["t"][0] for recording in events])
+    assert table["duration in ms, mean"][0] == f"{duration / 1000:.0f}"
+    filled = np.count_nonzero(tonic_frames(nmnist.NMNIST(made_data_dir, "train"), 10)) / (120 * 10 * 2312)
+    assert table["non-zero bins at T = 10"][0] == f"{filled:.2%}"
+
+
+@pytest.mark.parametrize(
+    "flags", [["--time_steps", "0"], ["--time_steps", "2.5"], ["--denoise", "-1"], ["--dataset", "mnist"]]
+)
+def test_wrong_flags_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        nmnist.main(flags)
+    assert stop.value.code == 2
+    assert f"error: argument {flags[0]}" in capsys.readouterr().err

@@ -1,0 +1,228 @@
+"""Training, resuming and testing, as a user runs them, on recordings made here and on real ones."""
+
+import json
+import shutil
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, assert_refused, run
+
+import nmnist
+import train_nmnist
+import utils
+from models import build_model
+
+SHORT = ["--time_steps", "5", "--batch_size", "32", "--val_split", "0.2", "--device", "cpu"]
+
+
+def train(folder, data_dir, *flags, expect=0):
+    """Run train_nmnist.py as a user does, with its files in `folder`."""
+    places = ["--data_dir", data_dir, "--save_dir", folder / "checkpoints", "--log_dir", folder / "logs"]
+    result = run(sys.executable, "train_nmnist.py", *places, *SHORT, *flags)
+    assert expect is None or result.returncode == expect, result.stderr
+    return result
+
+
+def train_here(folder, data_dir, *flags):
+    """The same in this process, which starts faster."""
+    places = ["--data_dir", data_dir, "--save_dir", folder / "checkpoints", "--log_dir", folder / "logs"]
+    train_nmnist.main([str(part) for part in (*places, *SHORT, *flags)])
+
+
+def weights(folder, model="cnn", which="last"):
+    """Return the network's weights in a checkpoint."""
+    return torch.load(folder / "checkpoints" / f"{model}_{which}.pt", weights_only=True)["network"]
+
+
+def equal(first, second):
+    """Say whether two networks have the same weights, bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def history(folder, model="cnn"):
+    """Return a run's history without what differs from run to run: its timings."""
+    entries = json.loads((folder / "logs" / f"{model}_history.json").read_text())
+    return [{k: v for k, v in entry.items() if k not in ("seconds", "recordings_per_second")} for entry in entries]
+
+
+@pytest.fixture(scope="module", params=["cnn", "resnet"])
+def trained(request, tmp_path_factory, made_data_dir):
+    """A network of either kind, trained and tested with pictures: (model, folder, output)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, folder, train(folder, made_data_dir, "--model", request.param, "--epochs", 6, "--visualize")
+
+
+def test_training_learns_and_says_so(trained):
+    model, folder, result = trained
+    entries = json.loads((folder / "logs" / f"{model}_history.json").read_text())
+    names = "epoch train_loss train_accuracy val_loss val_accuracy test_loss test_accuracy lr seconds"
+    assert list(entries[0]) == [*names.split(), "recordings_per_second"]
+    assert [entry["epoch"] for entry in entries] == [1, 2, 3, 4, 5, 6]
+    assert entries[-1]["train_loss"] < entries[0]["train_loss"]
+    assert max(entry["val_accuracy"] for entry in entries) > 0.8  # the made-up digits are easy
+    lines = [line for line in result.stdout.splitlines() if line.startswith("epoch")]
+    assert len(lines) == 6
+    assert "recordings/s" in lines[0]
+    assert f"test {entries[0]['test_loss']:.4f}" in lines[0]
+    assert "epoch 1/6" in result.stderr  # the progress bar
+
+
+def test_metrics_hang_together(trained, made_data_dir):
+    model, folder, result = trained
+    metrics = json.loads((folder / "logs" / f"{model}_test_metrics.json").read_text())
+    confusion = np.array(metrics["confusion_matrix"])
+    assert (metrics["dataset"], metrics["model"], metrics["num_recordings"], metrics["seed"]) == (
+        "NMNIST",
+        model,
+        30,
+        0,
+    )
+    assert confusion.sum(1).tolist() == [3] * 10  # rows are true digits, and there are 3 of each
+    assert metrics["accuracy"] == pytest.approx(np.trace(confusion) / 30)
+    assert len(metrics["accuracy_over_time"]) == 5
+    assert metrics["accuracy_over_time"][-1] == metrics["accuracy"]
+    assert 0 < metrics["synaptic_operations"] < metrics["macs"]
+    assert all(0 < rate < 1 for rate in metrics["firing_rate"].values())
+    assert metrics["parameters"] == sum(p.numel() for p in build_model(model, 0.5, 1, 0.9, 0).parameters())
+    assert f"test accuracy        {metrics['accuracy']:.2%} of 30 recordings (NMNIST)" in result.stdout
+    assert metrics["checkpoint"] == str(folder / "checkpoints" / f"{model}_best.pt")
+
+
+def test_the_best_checkpoint_is_chosen_on_validation(trained):
+    model, folder, _ = trained
+    entries = history(folder, model)
+    expected = max(entries, key=lambda entry: (entry["val_accuracy"], -entry["val_loss"]))["epoch"]
+    best = torch.load(folder / "checkpoints" / f"{model}_best.pt", weights_only=True)
+    assert best["epoch"] == expected
+    metrics = json.loads((folder / "logs" / f"{model}_test_metrics.json").read_text())
+    assert metrics["accuracy"] == entries[expected - 1]["test_accuracy"]
+
+
+def test_testing_again_gives_the_same_whatever_the_flags(trained, made_data_dir):
+    """The checkpoint holds the settings of its network: time_steps and beta are taken from it."""
+    model, folder, _ = trained
+    path = folder / "logs" / f"{model}_test_metrics.json"
+    before = json.loads(path.read_text())
+    places = ["--data_dir", made_data_dir, "--save_dir", folder / "checkpoints", "--log_dir", folder / "logs"]
+    run(sys.executable, "train_nmnist.py", *places, "--model", model, "--test_only", "--beta", 0.9, "--time_steps", 9)
+    assert json.loads(path.read_text()) == before
+
+
+def test_figures_have_their_parts(trained):
+    model, folder, result = trained
+    for name in ("training_results", f"{model}_confusion_matrix", f"{model}_accuracy_over_time"):
+        path = folder / "logs" / f"{name}.png"
+        assert f"figure      {path}" in result.stdout
+        height, width, _ = plt.imread(path).shape
+        assert width > 900
+        assert height > 500
+
+
+def test_the_same_command_twice_gives_the_same_numbers(tmp_path, made_data_dir):
+    for name in ("a", "b"):
+        train(tmp_path / name, made_data_dir, "--epochs", 2)
+    train(tmp_path / "c", made_data_dir, "--epochs", 2, "--seed", 1)
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert history(tmp_path / "a") == history(tmp_path / "b")
+    assert not equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--scheduler", "--optimizer", "sgd", "--model", "resnet"]])
+def test_a_stopped_and_resumed_run_ends_as_an_unbroken_one(tmp_path, made_data_dir, monkeypatch, flags):
+    model = "resnet" if flags else "cnn"
+    train_here(tmp_path / "whole", made_data_dir, "--epochs", 4, *flags)
+
+    class Stop(Exception):
+        pass
+
+    def stop(entry, epochs, print_epoch=train_nmnist.print_epoch):
+        print_epoch(entry, epochs)
+        if entry["epoch"] == 3:  # printed before it is saved: the second epoch is the last on disk
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_nmnist, "print_epoch", stop)
+        with pytest.raises(Stop):
+            train_here(tmp_path / "broken", made_data_dir, "--epochs", 4, *flags)
+    assert len(history(tmp_path / "broken", model)) == 2
+    # The settings come from the checkpoint: only the model is named.
+    train_here(tmp_path / "broken", made_data_dir, "--resume", "--model", model, "--epochs", 4)
+    for which in ("last", "best"):
+        assert equal(weights(tmp_path / "whole", model, which), weights(tmp_path / "broken", model, which))
+    assert history(tmp_path / "whole", model) == history(tmp_path / "broken", model)
+
+
+def test_a_resumed_run_refuses_other_settings(tmp_path, made_data_dir):
+    train_here(tmp_path, made_data_dir, "--epochs", 1)
+    for flag, value in (("--lr", 0.1), ("--beta", 0.9)):
+        with pytest.raises(utils.UserError, match=f"{flag} {value}: .*cnn_last.pt was trained with"):
+            train_here(tmp_path, made_data_dir, "--resume", flag, value)
+    other = tmp_path / "other.pt"
+    shutil.copy(tmp_path / "checkpoints" / "cnn_last.pt", other)
+    with pytest.raises(utils.UserError, match=r"other\.pt holds a cnn, not --model resnet"):
+        train_here(tmp_path, made_data_dir, "--resume", other, "--model", "resnet")
+
+
+def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path, made_data_dir):
+    result = train(tmp_path, made_data_dir, "--test_only", "--model", "resnet", expect=1)
+    path = tmp_path / "checkpoints" / "resnet_best.pt"
+    assert_refused(result, str(path), "`python train_nmnist.py --model resnet`")
+    assert not list(tmp_path.iterdir())
+
+
+def test_testing_on_other_data_than_trained_on_is_said(tmp_path, made_data_dir, capsys):
+    train_here(tmp_path, made_data_dir, "--epochs", 1)
+    simulated = tmp_path / "data"
+    shutil.copytree(made_data_dir / "NMNIST", simulated / "NMNIST")
+    (simulated / "NMNIST" / nmnist.SIMULATOR_FILE).write_text("{}")
+    capsys.readouterr()
+    train_here(tmp_path, simulated, "--test_only")
+    assert "trained on NMNIST, tested on SimulatedNMNIST" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "logs" / "cnn_test_metrics.json").read_text())
+    assert (metrics["dataset"], metrics["trained_on"]) == ("SimulatedNMNIST", "NMNIST")
+
+
+@pytest.mark.parametrize("loss", ["ce", "mse", "count"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_every_loss_learns_with_every_optimizer(tmp_path, made_data_dir, loss, optimizer):
+    train_here(tmp_path, made_data_dir, "--epochs", 3, "--loss", loss, "--optimizer", optimizer)
+    losses = [entry["train_loss"] for entry in history(tmp_path)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(["--beta", "1.1"], ["--beta", "-0.1"], ["--beta", "nan"], ["--alpha", "2"], ["--threshold", "0"]),
+        *(["--dropout", "1"], ["--epochs", "0"], ["--batch_size", "0"], ["--time_steps", "0"], ["--lr", "0"]),
+        *(["--weight_decay", "-1"], ["--optimizer", "lion"], ["--loss", "hinge"], ["--model", "mlp"]),
+        *(["--device", "tpu"], ["--seed", "-1"], ["--val_split", "1"], ["--denoise", "0"], ["--dataset", "mnist"]),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_is_loaded(flags, capsys, monkeypatch):
+    monkeypatch.setattr(nmnist, "open_recordings", None)
+    with pytest.raises(SystemExit) as stop:
+        train_nmnist.main(flags)
+    assert stop.value.code == 2
+    assert f"error: argument {flags[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_refused_where_there_is_none(tmp_path):
+    assert_refused(run(sys.executable, "train_nmnist.py", "--device", "cuda"), "--device", "CUDA", status=2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_training_on_cuda(tmp_path, made_data_dir):
+    train_here(tmp_path, made_data_dir, "--epochs", 2, "--device", "cuda")
+    assert len(history(tmp_path)) == 2
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real recordings in {SHARED}")
+def test_real_recordings_are_learnt_in_two_epochs(tmp_path, real_data_dir):
+    flags = ["--epochs", 2, "--batch_size", 16, "--time_steps", 10, "--val_split", 0.1]
+    train_here(tmp_path, real_data_dir, *flags)
+    assert history(tmp_path)[-1]["test_accuracy"] > 0.6

@@ -1,0 +1,103 @@
+"""Errors, flag types, seeds and files."""
+
+import argparse
+import pickle
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+import utils
+
+
+def test_atomic_path_replaces_only_on_success(tmp_path):
+    target = tmp_path / "folder" / "file.json"
+    with utils.atomic_path(target) as temporary:
+        assert temporary.parent == target.parent
+        assert not target.exists()
+        temporary.write_text("first")
+    assert target.read_text() == "first"
+    with pytest.raises(RuntimeError), utils.atomic_path(target) as temporary:  # noqa: PT012
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "first"
+    assert list(target.parent.iterdir()) == [target]
+    assert target.stat().st_mode & 0o077 == 0o077 & 0o666 & ~utils._umask()
+
+
+@pytest.mark.parametrize(
+    ("kind", "limits", "good", "bad"),
+    [
+        (int, {"low": 1}, ["1", "25"], ["0", "-3", "2.5", "x", ""]),
+        (float, {"low": 0, "high": 1}, ["0", "1", "0.5"], ["-0.1", "1.1", "nan", "inf", "-inf"]),
+        (float, {"low": 0, "high": 1, "open_low": True, "open_high": True}, ["0.1"], ["0", "1"]),
+        (float, {"low": 0, "open_low": True}, ["1e-3"], ["0", "nan", "inf"]),
+    ],
+)
+def test_number_accepts_its_range_only(kind, limits, good, bad):
+    parse = utils.number(kind, **limits)
+    assert [parse(text) for text in good] == [kind(text) for text in good]
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError):
+            parse(text)
+
+
+def test_seeds_give_streams_of_their_own():
+    draws = {}
+    for parts in ((0,), (1,), (0, 1), (1, 0), (0, 2)):
+        utils.set_seed(*parts)
+        draws[parts] = torch.rand(1).item()
+        utils.set_seed(*parts)
+        assert torch.rand(1).item() == draws[parts]
+    assert len(set(draws.values())) == len(draws)
+
+
+class Exploit:
+    """A pickle that would make a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_checkpoints_that_are_none_are_refused_and_never_run(tmp_path):
+    marker = tmp_path / "marker"
+    files = {"empty": b"", "text": b"hello", "evil": pickle.dumps(Exploit(marker))}
+    for name, content in files.items():
+        path = tmp_path / f"{name}.pt"
+        path.write_bytes(content)
+        with pytest.raises(utils.UserError, match=f"{name}.pt"):
+            utils.load_checkpoint(path, made_by="command")
+    torch.save({"other": 1}, tmp_path / "other.pt")
+    torch.save({"network_settings": Exploit(marker)}, tmp_path / "evil2.pt")
+    for name in ("other", "evil2"):
+        with pytest.raises(utils.UserError, match=f"{name}.pt"):
+            utils.load_checkpoint(tmp_path / f"{name}.pt", made_by="command")
+    with pytest.raises(utils.UserError, match=r"missing\.pt.*make one with `command`"):
+        utils.load_checkpoint(tmp_path / "missing.pt", made_by="command")
+    assert not marker.exists()
+
+
+def test_user_errors_are_one_line_and_status_1(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+
+    def main():
+        raise utils.UserError("x.bin is damaged")
+
+    with pytest.raises(SystemExit) as stop:
+        utils.run_script(main)
+    assert stop.value.code == "script.py: error: x.bin is damaged"  # a text is printed, and the status is 1
+
+
+def test_saved_figures_say_where_they_are(tmp_path, capsys):
+    figure, axis = plt.subplots()
+    axis.plot([1, 2])
+    path = tmp_path / "new" / "figure.png"
+    utils.save_figure(figure, path)
+    assert plt.imread(path).shape[2] == 4
+    assert str(path) in capsys.readouterr().out
+    assert not plt.fignum_exists(figure.number)

@@ -1,0 +1,442 @@
+"""Train and test a spiking network on N-MNIST.
+
+python train_nmnist.py --model cnn                           # train, then test the best checkpoint
+python train_nmnist.py --model resnet --epochs 15 --batch_size 64 --scheduler
+python train_nmnist.py --model cnn --resume                  # go on where the last run stopped
+python train_nmnist.py --model cnn --test_only --visualize   # test the best checkpoint, with pictures
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+import snntorch.functional as SF
+import torch
+from sklearn.metrics import confusion_matrix
+from tqdm import tqdm
+
+import nmnist
+import utils
+from models import NETWORKS, ActivityMeter, SpikingNetwork, build_model, predict, predict_over_time
+from nmnist import Data, Frames
+from utils import UserError, number
+
+DEFAULT_LR = {"adam": 5e-3, "adamw": 5e-3, "sgd": 0.1}
+LOSSES = {
+    "ce": SF.ce_rate_loss,  # cross entropy of the spikes at every step, averaged over steps
+    "mse": lambda: SF.mse_count_loss(correct_rate=0.8, incorrect_rate=0.05),  # squared error of spike counts
+    "count": SF.ce_count_loss,  # cross entropy of the spike counts
+}
+NETWORK_SETTINGS = ("model", "beta", "threshold", "alpha", "dropout")  # what `build_model` needs
+DATA_SETTINGS = ("time_steps", "denoise")  # how a network expects its frames
+# What a resumed run can't change: it would end elsewhere than the run it goes on with.
+RUN_SETTINGS = (
+    *NETWORK_SETTINGS,
+    *DATA_SETTINGS,
+    *("batch_size", "lr", "weight_decay", "optimizer", "loss", "scheduler", "seed", "val_split"),
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the script's flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(NETWORKS), default="cnn", help="network (default: %(default)s)")
+    network = parser.add_argument_group("network")
+
+    def add(group, flag, kind, default, text, **options):
+        group.add_argument(flag, type=kind, default=default, help=f"{text} (default: %(default)s)", **options)
+
+    add(network, "--beta", number(float, 0, 1), 0.5, "decay of the membrane potential per step")
+    add(network, "--threshold", number(float, 0, open_low=True), 1.0, "membrane potential at which a neuron fires")
+    add(
+        network,
+        "--alpha",
+        number(float, 0, 1),
+        0.9,
+        "decay per step of ALIF's adaptation and of the synaptic current; resnet only",
+    )
+    add(network, "--dropout", number(float, 0, 1, open_high=True), 0.2, "share of last hidden spikes dropped")
+
+    training = parser.add_argument_group("training")
+    add(training, "--epochs", number(int, 1), 10, "passes over the training recordings")
+    add(training, "--batch_size", number(int, 1), 128, "recordings a step")
+    training.add_argument(
+        "--lr",
+        type=number(float, 0, open_low=True),
+        help="learning rate (default: " + ", ".join(f"{lr} for {name}" for name, lr in DEFAULT_LR.items()) + ")",
+    )
+    add(training, "--weight_decay", number(float, 0), 0.0, "weight decay")
+    training.add_argument(
+        "--optimizer", choices=list(DEFAULT_LR), default="adam", help="optimizer (default: %(default)s)"
+    )
+    training.add_argument(
+        "--loss",
+        choices=list(LOSSES),
+        default="ce",
+        help="ce: cross entropy of the spikes at every step; mse: squared error of the spike counts; "
+        "count: cross entropy of the spike counts (default: %(default)s)",
+    )
+    training.add_argument("--scheduler", action="store_true", help="lower the learning rate to 0 along a cosine")
+    add(training, "--val_split", number(float, 0, 1, True, True), 0.1, "share of training recordings for validation")
+    add(training, "--seed", number(int, 0, 2**32 - 1), 0, "seed of weights, validation split, order and dropout")
+
+    nmnist.add_data_arguments(parser)
+    running = parser.add_argument_group("running")
+    add(running, "--save_dir", str, "./checkpoints", "folder of the checkpoints")
+    add(running, "--log_dir", str, "./logs", "folder of history, metrics and figures")
+    running.add_argument(
+        "--resume",
+        nargs="?",
+        const="last",
+        metavar="PATH",
+        help="go on from this checkpoint (without PATH: from the last one of this model in save_dir)",
+    )
+    utils.add_device_argument(running)
+    running.add_argument("--test_only", action="store_true", help="test the best checkpoint, train nothing")
+    running.add_argument("--visualize", action="store_true", help="write figures to log_dir")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
+    """Return the flags, and the checkpoint of `--resume` or `--test_only`, whose settings fill flags not given.
+
+    Raises `UserError` where a flag contradicts the checkpoint to resume.
+    """
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.test_only and args.resume:
+        parser.error("--test_only tests the best checkpoint: leave out --resume")
+    if not (args.test_only or args.resume):
+        return args, None
+    command = f"python train_nmnist.py --model {args.model}"
+    if args.test_only:
+        path = best_path(args)
+    else:
+        path = last_path(args) if args.resume == "last" else Path(args.resume)
+    checkpoint = utils.load_checkpoint(path, made_by=command)
+    settings = checkpoint["settings"]
+    if checkpoint["network_settings"]["model"] != args.model:
+        raise UserError(f"{path} holds a {checkpoint['network_settings']['model']}, not --model {args.model}")
+    parser.set_defaults(**{name: settings[name] for name in RUN_SETTINGS})
+    args = parser.parse_args(argv)
+    different = [name for name in RUN_SETTINGS if getattr(args, name) != settings[name]]
+    if different:
+        name = different[0]
+        raise UserError(
+            f"--{name} {getattr(args, name)}: {path} was trained with {settings[name]}; "
+            "leave the flag out, or train anew without it"
+        )
+    return args, checkpoint
+
+
+def best_path(args: argparse.Namespace) -> Path:
+    """Return where the checkpoint of the best validation accuracy lies."""
+    return Path(args.save_dir) / f"{args.model}_best.pt"
+
+
+def last_path(args: argparse.Namespace) -> Path:
+    """Return where the checkpoint of the last finished epoch lies."""
+    return Path(args.save_dir) / f"{args.model}_last.pt"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------
+
+
+def train_one_epoch(network, frames: Frames, indices, optimizer, loss_fn, batch_size: int, bar: tqdm) -> dict:
+    """Train on the recordings `indices` in that order; return the epoch's mean loss and accuracy.
+
+    Both are of the network in training, while it changes and drops spikes.
+    """
+    network.train()
+    total_loss = correct = seen = 0
+    for x, labels in frames.batches(indices, batch_size):
+        spk, mem = network(x)
+        loss = loss_fn(spk, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen += len(labels)
+        total_loss += loss.item() * len(labels)
+        correct += (predict(spk, mem) == labels).sum().item()
+        bar.set_postfix(loss=f"{total_loss / seen:.4f}", accuracy=f"{correct / seen:.2%}")
+        bar.update(len(labels))
+    return {"loss": total_loss / seen, "accuracy": correct / seen}
+
+
+@torch.no_grad()
+def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, bar: tqdm | None = None) -> dict:
+    """Run the network over the recordings `indices`, without learning.
+
+    Returns mean `loss`, `accuracy`, `labels` [N] and `decisions` [T, N]: the digit decided on after each step.
+    """
+    network.eval()
+    total_loss, labels, decisions = 0.0, [], []
+    for x, batch_labels in frames.batches(indices, batch_size):
+        spk, mem = network(x)
+        total_loss += loss_fn(spk, batch_labels).item() * len(batch_labels)
+        labels.append(batch_labels.cpu())
+        decisions.append(predict_over_time(spk, mem).cpu())
+        if bar is not None:
+            bar.update(len(batch_labels))
+    labels, decisions = torch.cat(labels), torch.cat(decisions, dim=1)
+    accuracy = (decisions[-1] == labels).double().mean().item()
+    return {"loss": total_loss / len(labels), "accuracy": accuracy, "labels": labels, "decisions": decisions}
+
+
+def make_optimizer(args: argparse.Namespace, network: SpikingNetwork) -> torch.optim.Optimizer:
+    """Return the optimizer of `--optimizer`."""
+    lr = args.lr or DEFAULT_LR[args.optimizer]
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=args.weight_decay)
+    optimizer = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
+    return optimizer(network.parameters(), lr=lr, weight_decay=args.weight_decay)
+
+
+def learning_rate(args: argparse.Namespace, epoch: int) -> float:
+    """Return the learning rate of an epoch, counted from 1: constant, or falling along a cosine to near 0."""
+    lr = args.lr or DEFAULT_LR[args.optimizer]
+    return lr * (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2 if args.scheduler else lr
+
+
+def train(args, network, checkpoint: dict | None, data: Data, device: torch.device) -> list[dict]:
+    """Train for the epochs that are left, write checkpoints and history after each, and return the history."""
+    train_indices, val_indices = nmnist.split_validation(data.train.labels.cpu(), args.val_split, args.seed)
+    optimizer, loss_fn = make_optimizer(args, network), LOSSES[args.loss]()
+    history, best = [], None
+    if checkpoint:
+        network.load_state_dict(checkpoint["network"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        history, best = checkpoint["history"], checkpoint["best"]
+        print(f"resume      after epoch {len(history)} of {args.epochs}")
+    print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}, test {len(data.test):,}")
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        start = time.perf_counter()
+        # Seeded anew for each epoch, so that a resumed run draws what an unbroken one does.
+        utils.set_seed(args.seed, epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, epoch)
+        order = train_indices[torch.randperm(len(train_indices))]
+        with tqdm(desc=f"epoch {epoch}/{args.epochs}", total=len(order), unit="recording", leave=False) as bar:
+            results = {"train": train_one_epoch(network, data.train, order, optimizer, loss_fn, args.batch_size, bar)}
+        trained = time.perf_counter() - start
+        everything = torch.arange(len(data.test))
+        results["val"] = evaluate(network, data.train, val_indices, loss_fn, args.batch_size)
+        results["test"] = evaluate(network, data.test, everything, loss_fn, args.batch_size)
+        entry = {"epoch": epoch}
+        for name in ("train", "val", "test"):
+            entry |= {f"{name}_loss": results[name]["loss"], f"{name}_accuracy": results[name]["accuracy"]}
+        entry |= {"lr": learning_rate(args, epoch), "seconds": time.perf_counter() - start}
+        entry["recordings_per_second"] = len(order) / trained
+        history.append(entry)
+        print_epoch(entry, args.epochs)
+        # Of equal validation accuracies the smaller loss is the better; the test set has no say.
+        score = [entry["val_accuracy"], -entry["val_loss"]]
+        is_best = best is None or score > best
+        best = score if is_best else best
+        save(args, network, optimizer, history, best, data.name, is_best)
+    return history
+
+
+def print_epoch(entry: dict, epochs: int) -> None:
+    """Print an epoch's figures in one line."""
+    parts = [f"epoch {entry['epoch']:3d}/{epochs}"]
+    parts += [f"{s} {entry[f'{s}_loss']:.4f} {entry[f'{s}_accuracy']:7.2%}" for s in ("train", "val", "test")]
+    parts += [f"{entry['recordings_per_second']:,.0f} recordings/s", f"lr {entry['lr']:.2g}"]
+    print("   ".join(parts), flush=True)
+
+
+def save(args, network, optimizer, history: list, best: list, dataset: str, is_best: bool) -> None:
+    """Write the last checkpoint, the best one where this epoch is, and the history; each atomically."""
+    checkpoint = {
+        "network_settings": {name: getattr(args, name) for name in NETWORK_SETTINGS},
+        "settings": {name: getattr(args, name) for name in RUN_SETTINGS},
+        "dataset": dataset,
+        "network": network.state_dict(),
+        "epoch": len(history),
+    }
+    if is_best:
+        utils.save_checkpoint(best_path(args), checkpoint)
+    # Last: a run killed between the two files repeats this epoch, and writes the same best checkpoint again.
+    utils.save_checkpoint(
+        last_path(args), checkpoint | {"optimizer": optimizer.state_dict(), "history": history, "best": best}
+    )
+    utils.write_json(Path(args.log_dir) / f"{args.model}_history.json", history)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Testing
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test(args, data: Data, device: torch.device) -> dict:
+    """Test the best checkpoint; write and print its metrics."""
+    checkpoint = utils.load_checkpoint(best_path(args), made_by=f"python train_nmnist.py --model {args.model}")
+    network = load_network(checkpoint, device)
+    if checkpoint["dataset"] != data.name:
+        print(f"WARNING: trained on {checkpoint['dataset']}, tested on {data.name}")
+    loss_fn = LOSSES[checkpoint["settings"]["loss"]]()
+    everything = torch.arange(len(data.test))
+    with (
+        tqdm(desc="test", total=len(everything), unit="recording", leave=False) as bar,
+        ActivityMeter(network) as meter,
+    ):
+        result = evaluate(network, data.test, everything, loss_fn, args.batch_size, bar)
+    labels, decisions = result["labels"], result["decisions"]
+    metrics = {
+        "dataset": data.name,
+        "trained_on": checkpoint["dataset"],
+        "model": args.model,
+        "num_recordings": len(labels),
+        "accuracy": result["accuracy"],
+        "loss": result["loss"],
+        "confusion_matrix": confusion_matrix(labels, decisions[-1], labels=range(10)).tolist(),
+        "accuracy_over_time": (decisions == labels).double().mean(1).tolist(),
+        "firing_rate": meter.firing_rate(),
+        "synaptic_operations": meter.synaptic_operations(),
+        "macs": meter.macs(),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "checkpoint": str(best_path(args)),
+        "seed": checkpoint["settings"]["seed"],
+    }
+    path = Path(args.log_dir) / f"{args.model}_test_metrics.json"
+    utils.write_json(path, metrics)
+    print_metrics(metrics, checkpoint["epoch"])
+    print(f"metrics     {path}")
+    return metrics
+
+
+def load_network(checkpoint: dict, device: torch.device) -> SpikingNetwork:
+    """Rebuild a checkpoint's network on `device`, with the settings it was trained with."""
+    network = build_model(**checkpoint["network_settings"])
+    network.load_state_dict(checkpoint["network"])
+    return network.to(device)
+
+
+def print_metrics(metrics: dict, epoch: int) -> None:
+    """Print the test metrics as a short table."""
+    over_time = metrics["accuracy_over_time"]
+    thirds = [over_time[max(0, round(len(over_time) * k / 3) - 1)] for k in (1, 2, 3)]
+    share = metrics["synaptic_operations"] / metrics["macs"]
+    rates = "  ".join(f"{name} {rate:.3f}" for name, rate in metrics["firing_rate"].items())
+    rows = {
+        "test accuracy": f"{metrics['accuracy']:.2%} of {metrics['num_recordings']:,} recordings ({metrics['dataset']})",
+        "test loss": f"{metrics['loss']:.4f}",
+        "after each saccade": "  ".join(f"{accuracy:.2%}" for accuracy in thirds),
+        "firing rate": rates,
+        "synaptic operations": f"{metrics['synaptic_operations'] / 1e6:.2f} million a recording, "
+        f"{share:.1%} of the {metrics['macs'] / 1e6:.1f} million MACs without spikes",
+        "parameters": f"{metrics['parameters']:,}",
+        "checkpoint": f"{metrics['checkpoint']} (epoch {epoch}, seed {metrics['seed']})",
+    }
+    for title, value in rows.items():
+        print(f"{title:20} {value}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------
+
+
+def plot_history(history: list[dict], title: str, path: Path) -> None:
+    """Draw loss and accuracy over epochs for training, validation and test."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    epochs = [entry["epoch"] for entry in history]
+    styles = (("train", utils.BLUE, "training", "o-"), ("val", utils.ORANGE, "validation", "s-"))
+    for name, colour, label, marker in (*styles, ("test", utils.GREEN, "test", "^--")):
+        axes[0].plot(epochs, [e[f"{name}_loss"] for e in history], marker, color=colour, label=label, ms=4)
+        axes[1].plot(epochs, [100 * e[f"{name}_accuracy"] for e in history], marker, color=colour, label=label, ms=4)
+    axes[0].set(xlabel="epoch", ylabel="loss")
+    axes[1].set(xlabel="epoch", ylabel="accuracy (%)")
+    for axis in axes:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].legend()
+    figure.suptitle(title)
+    utils.save_figure(figure, path)
+
+
+def plot_confusion_matrix(metrics: dict, title: str, path: Path) -> None:
+    """Draw the confusion matrix: counts, coloured by the share of each row (each true digit)."""
+    counts = np.array(metrics["confusion_matrix"])
+    rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    texts = [
+        [f"{n}\n{rate:.0%}" if n else "" for n, rate in zip(*row, strict=True)]
+        for row in zip(counts, rates, strict=True)
+    ]
+    figure, axis = plt.subplots(figsize=(8, 6.8))
+    sns.heatmap(
+        100 * rates,
+        annot=np.array(texts),
+        fmt="",
+        cmap="Blues",
+        vmin=0,
+        vmax=100,
+        square=True,
+        linewidths=0.5,
+        annot_kws={"fontsize": 8},
+        cbar_kws={"label": "share of the true digit (%)"},
+        ax=axis,
+    )
+    axis.set(xlabel="predicted digit", ylabel="true digit", title=title)
+    utils.save_figure(figure, path)
+
+
+def plot_accuracy_over_time(metrics: dict, title: str, path: Path) -> None:
+    """Draw the accuracy had the decision been made after each step, with the borders of the three saccades."""
+    accuracy = 100 * np.array(metrics["accuracy_over_time"])
+    steps = np.arange(1, len(accuracy) + 1)
+    figure, axis = plt.subplots(figsize=(7, 4))
+    axis.plot(steps, accuracy, "o-", color=utils.BLUE, ms=4, label="accuracy so far")
+    axis.axhline(10, color=utils.GREY, linestyle=":", label="chance")
+    for saccade in (1, 2):
+        label = "ends of the first two saccades" if saccade == 1 else None
+        axis.axvline(0.5 + len(steps) * saccade / 3, color=utils.GREY, linestyle="--", label=label)
+    axis.set(xlabel="time step of the decision", ylabel="test accuracy (%)", ylim=(0, 102), title=title)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(loc="lower right")
+    utils.save_figure(figure, path)
+
+
+def visualize(args, metrics: dict) -> None:
+    """Write the figures of training, where there is a history, and of the test."""
+    log_dir = Path(args.log_dir)
+    name = f"{NETWORKS[args.model].__name__} on {metrics['dataset']}"
+    history_path = log_dir / f"{args.model}_history.json"
+    if history_path.is_file():
+        history = json.loads(history_path.read_text())
+        plot_history(
+            history, f"{NETWORKS[args.model].__name__} on {metrics['trained_on']}", log_dir / "training_results.png"
+        )
+    title = f"{name}: {metrics['accuracy']:.2%} of {metrics['num_recordings']:,} test recordings"
+    plot_confusion_matrix(metrics, title, log_dir / f"{args.model}_confusion_matrix.png")
+    plot_accuracy_over_time(metrics, title, log_dir / f"{args.model}_accuracy_over_time.png")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, checkpoint = parse_args(argv)
+    device = utils.pick_device(args.device)
+    print(f"device      {utils.describe_device(device)}")
+    data = nmnist.load_data(args, device)
+    if not args.test_only:
+        utils.set_seed(args.seed)
+        network = build_model(**{name: getattr(args, name) for name in NETWORK_SETTINGS}).to(device)
+        print(f"network     {type(network).__name__}, {sum(p.numel() for p in network.parameters()):,} parameters")
+        train(args, network, checkpoint, data, device)
+    metrics = test(args, data, device)
+    if args.visualize:
+        visualize(args, metrics)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

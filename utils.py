@@ -1,0 +1,198 @@
+"""What every script needs and no domain: user errors, flag types, seeds, device, atomic files, figures."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt
+
+# ---------------------------------------------------------------------------------------------------------
+# Errors and flags
+# ---------------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Something the user can put right. The message is one line: what is wrong with what, and what to do."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`. A `UserError` or a file error becomes one line on stderr and exit status 1."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False, open_high: bool = False):
+    """Make an argparse type: a finite number of type `kind` from `low` to `high`, both included unless open."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a valid {kind.__name__}") from None
+        above = value > low if open_low else value >= low
+        below = value < high if open_high or high == float("inf") else value <= high
+        if not (above and below):
+            limits = f"{'above' if open_low else 'at least'} {low}"
+            if high != float("inf"):
+                limits += f" and {'below' if open_high else 'at most'} {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limits}")
+        return value
+
+    return parse
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Seeds and device
+# ---------------------------------------------------------------------------------------------------------
+
+
+def set_seed(*parts: int) -> None:
+    """Seed torch's generators from one or more integers, so that (seed, epoch) gives a stream of its own."""
+    # The length goes in, since to numpy (1,) and (1, 0) are the same seed.
+    sequence = np.random.SeedSequence((len(parts), *parts))
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+
+def num_cores() -> int:
+    """Return the number of CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--device` to a script's flags."""
+    parser.add_argument(
+        "--device",
+        type=_device,
+        metavar="cuda|cpu",
+        help="where to compute (default: cuda where there is one)",
+    )
+
+
+def _device(text: str) -> str:
+    if text not in ("cuda", "cpu"):
+        raise argparse.ArgumentTypeError(f"unknown device {text!r}: choose cuda or cpu")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("PyTorch finds no CUDA device on this machine: choose cpu")
+    return text
+
+
+def pick_device(name: str | None) -> torch.device:
+    """Return the device called `name`, or the best one of this machine when it is None."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def describe_device(device: torch.device) -> str:
+    """Return what a user should know of where the work is done, e.g. 'cpu (2 threads)'."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which replaces `path` on success and vanishes on failure.
+
+    A reader sees the old file or the new one, never a part of it. Makes the folder where it is missing.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays at the end: matplotlib chooses the format by it.
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write `value` to `path` as JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
+    """Write a dictionary of tensors, numbers, strings, lists and dictionaries to `path`, atomically."""
+    with atomic_path(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def load_checkpoint(path: str | Path, made_by: str) -> dict:
+    """Read a checkpoint onto the CPU; `weights_only=True`, so nothing in it is run.
+
+    `made_by` is the command that makes such a file, for the message where it is missing.
+    Raises `UserError` where the file is missing or is no checkpoint of ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: make one with `{made_by}`")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types on a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} can't be read as a checkpoint ({reason}): make it anew with `{made_by}`") from None
+    if not isinstance(checkpoint, dict) or "network_settings" not in checkpoint:
+        raise UserError(f"{path} is no checkpoint of this project: make one with `{made_by}`")
+    return checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
+
+plt.rcParams.update(
+    {
+        "figure.dpi": 100,
+        "savefig.dpi": 150,
+        "font.size": 11,
+        "axes.titlesize": 12,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "legend.frameon": False,
+        "figure.constrained_layout.use": True,
+    }
+)
+
+
+def save_figure(figure: plt.Figure, path: str | Path) -> None:
+    """Write a figure to `path`, atomically, close it, and say where it went."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
+    plt.close(figure)
+    print(f"figure      {path}")
