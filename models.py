@@ -19,6 +19,21 @@ SURROGATE_SLOPE = 5  # of the fast sigmoid; snnTorch's default of 25 lets little
 # ---------------------------------------------------------------------------------------------------------
 
 
+# Pictures [T, B, C, H, W] lie in memory as [T, B, H, W, C] (channels_last), in which pooling and the gradients of
+# convolutions take a fraction of the time on a CPU. The neurons see them in that order, so that no step copies.
+
+
+def memory_order(x: torch.Tensor) -> torch.Tensor:
+    """View pictures [T, B, C, H, W] as [T, B, H, W, C]; anything else as it is."""
+    return x.movedim(2, -1) if x.dim() == 5 else x
+
+
+def stack_steps(steps: list[torch.Tensor]) -> torch.Tensor:
+    """Stack steps along a new first dimension; pictures [B, H, W, C] to a view [T, B, C, H, W]."""
+    stacked = torch.stack(steps)
+    return stacked.movedim(-1, 2) if stacked.dim() == 5 else stacked
+
+
 class Leaky(snn.Leaky):
     """`snntorch.Leaky` over a whole sequence: cur [T, B, ...] -> (spk, mem), both of the same shape.
 
@@ -26,13 +41,14 @@ class Leaky(snn.Leaky):
     """
 
     def forward(self, cur):
+        cur = memory_order(cur)
         mem = torch.zeros_like(cur[0])
         spks, mems = [], []
         for step_cur in cur:
             spk, mem = super().forward(step_cur, mem)
             spks.append(spk)
             mems.append(mem)
-        return torch.stack(spks), torch.stack(mems)
+        return stack_steps(spks), stack_steps(mems)
 
 
 class Synaptic(snn.Synaptic):
@@ -42,13 +58,14 @@ class Synaptic(snn.Synaptic):
     """
 
     def forward(self, cur):
+        cur = memory_order(cur)
         syn = mem = torch.zeros_like(cur[0])
         spks, mems = [], []
         for step_cur in cur:
             spk, syn, mem = super().forward(step_cur, syn, mem)
             spks.append(spk)
             mems.append(mem)
-        return torch.stack(spks), torch.stack(mems)
+        return stack_steps(spks), stack_steps(mems)
 
 
 class ALIF(snn.SpikingNeuron):
@@ -68,6 +85,7 @@ class ALIF(snn.SpikingNeuron):
         self.register_buffer("kappa", torch.as_tensor(kappa))
 
     def forward(self, cur):
+        cur = memory_order(cur)
         mem = spk = adaptation = torch.zeros_like(cur[0])
         threshold = self.threshold
         spks, mems = [], []
@@ -78,7 +96,7 @@ class ALIF(snn.SpikingNeuron):
             spk = self.spike_grad(mem - threshold)
             spks.append(spk)
             mems.append(mem)
-        return torch.stack(spks), torch.stack(mems)
+        return stack_steps(spks), stack_steps(mems)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -109,10 +127,10 @@ class SpikingNetwork(nn.Module):
     def _leaky(self) -> Leaky:
         return Leaky(beta=self.beta, threshold=self.threshold, spike_grad=surrogate.fast_sigmoid(SURROGATE_SLOPE))
 
-    def _norm(self, norm: nn.Module) -> nn.Module:
+    def _norm(self, norm: nn.Module, scale: float = 1.0) -> nn.Module:
         # A standard deviation of one threshold at the start keeps every layer firing, neither silent nor saturated
         # (threshold-dependent normalisation, Zheng et al. 2021, "Going deeper with directly-trained larger SNNs").
-        nn.init.constant_(norm.weight, self.threshold)
+        nn.init.constant_(norm.weight, self.threshold * scale)
         return norm
 
     def neuron_layers(self) -> dict[str, snn.SpikingNeuron]:
@@ -122,6 +140,7 @@ class SpikingNetwork(nn.Module):
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map frames [T, B, 2, 34, 34] to (spk, mem) of the output neurons, both [T, B, 10]."""
         reset(self)  # lets go of the states that snnTorch's neurons keep of the batch before
+        frames = frames.movedim(2, -1).contiguous().movedim(-1, 2)  # channels_last
         return self.lif_out(self.currents(frames))
 
 
@@ -178,7 +197,9 @@ class SpikingResNet(SpikingNetwork):
         self.res2 = ResidualBlock(w2, w3, self._norm)  # 8 x 8 to 4 x 4
         self.res2_lif1, self.res2_lif2 = self._leaky(), self._leaky()
         self.fc1 = nn.Linear(w3 * 4 * 4, hidden, bias=False)
-        self.norm2 = self._norm(nn.BatchNorm1d(hidden))
+        # The synapse adds up noise 1 / (1 - alpha**2)**0.5 times and a lasting current 1 / (1 - alpha) times: the
+        # scale lies between the two, so that neither drowns the threshold.
+        self.norm2 = self._norm(nn.BatchNorm1d(hidden), scale=max(1 - alpha, 0.01) ** 0.5)
         self.fc_syn = Synaptic(alpha=alpha, beta=beta, threshold=threshold, spike_grad=spike_grad)
         self.fc_out = nn.Linear(hidden, NUM_DIGITS, bias=False)
         self.norm_out = self._norm(nn.BatchNorm1d(NUM_DIGITS))
@@ -219,7 +240,15 @@ NETWORKS = {"cnn": SpikingCNN, "resnet": SpikingResNet}
 
 def build_model(model: str, beta: float, threshold: float, alpha: float, dropout: float) -> SpikingNetwork:
     """Build the network called `model` ('cnn' or 'resnet'); weights are drawn from torch's global generator."""
-    return NETWORKS[model](beta=beta, threshold=threshold, alpha=alpha, dropout=dropout)
+    network = NETWORKS[model](beta=beta, threshold=threshold, alpha=alpha, dropout=dropout)
+    return network.to(memory_format=torch.channels_last)
+
+
+def load_network(checkpoint: dict, device: torch.device) -> SpikingNetwork:
+    """Rebuild a checkpoint's network on `device`, with the settings it was trained with."""
+    network = build_model(**checkpoint["network_settings"])
+    network.load_state_dict(checkpoint["network"])
+    return network.to(device)
 
 
 def predict(spk: torch.Tensor, mem: torch.Tensor) -> torch.Tensor:

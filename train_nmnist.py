@@ -22,7 +22,15 @@ from tqdm import tqdm
 
 import nmnist
 import utils
-from models import NETWORKS, ActivityMeter, SpikingNetwork, build_model, predict, predict_over_time
+from models import (
+    NETWORKS,
+    ActivityMeter,
+    SpikingNetwork,
+    build_model,
+    load_network,
+    predict,
+    predict_over_time,
+)
 from nmnist import Data, Frames
 from utils import UserError, number
 
@@ -33,12 +41,11 @@ LOSSES = {
     "count": SF.ce_count_loss,  # cross entropy of the spike counts
 }
 NETWORK_SETTINGS = ("model", "beta", "threshold", "alpha", "dropout")  # what `build_model` needs
-DATA_SETTINGS = ("time_steps", "denoise")  # how a network expects its frames
-# What a resumed run can't change: it would end elsewhere than the run it goes on with.
+# What a checkpoint keeps of the flags: a run that goes on with others would end elsewhere.
 RUN_SETTINGS = (
     *NETWORK_SETTINGS,
-    *DATA_SETTINGS,
-    *("batch_size", "lr", "weight_decay", "optimizer", "loss", "scheduler", "seed", "val_split"),
+    *("time_steps", "denoise", "batch_size", "lr", "weight_decay", "optimizer", "loss", "scheduler"),
+    *("seed", "val_split"),
 )
 
 
@@ -103,45 +110,34 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
-    """Return the flags, and the checkpoint of `--resume` or `--test_only`, whose settings fill flags not given.
+    """Return the flags and the checkpoint to test or to go on with, None where training starts anew.
 
-    Raises `UserError` where a flag contradicts the checkpoint to resume.
+    A checkpoint's settings fill the flags that are not given. Of flags that contradict them, testing takes the
+    checkpoint's, and says so; resuming raises `UserError`, since it would not end where the run was heading.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.test_only and args.resume:
-        parser.error("--test_only tests the best checkpoint: leave out --resume")
+    if args.time_steps * args.batch_size == 1:
+        parser.error("argument --batch_size: 1 is too few for --time_steps 1, whose norms need two frames")
     if not (args.test_only or args.resume):
         return args, None
-    command = f"python train_nmnist.py --model {args.model}"
-    if args.test_only:
-        path = best_path(args)
-    else:
-        path = last_path(args) if args.resume == "last" else Path(args.resume)
-    checkpoint = utils.load_checkpoint(path, made_by=command)
+    if args.test_only and args.resume:
+        parser.error("argument --resume: not allowed with argument --test_only")
+    path = utils.checkpoint_path(args.save_dir, args.model, "best" if args.test_only else "last")
+    if args.resume not in (None, "last"):
+        path = Path(args.resume)
+    checkpoint = utils.load_checkpoint(path, args.model)
     settings = checkpoint["settings"]
-    if checkpoint["network_settings"]["model"] != args.model:
-        raise UserError(f"{path} holds a {checkpoint['network_settings']['model']}, not --model {args.model}")
-    parser.set_defaults(**{name: settings[name] for name in RUN_SETTINGS})
+    parser.set_defaults(**settings)
     args = parser.parse_args(argv)
-    different = [name for name in RUN_SETTINGS if getattr(args, name) != settings[name]]
-    if different:
-        name = different[0]
-        raise UserError(
-            f"--{name} {getattr(args, name)}: {path} was trained with {settings[name]}; "
-            "leave the flag out, or train anew without it"
-        )
+    for name, value in settings.items():
+        given = getattr(args, name)
+        if given != value and args.resume:
+            raise UserError(f"--{name} {given}: {path} was trained with {value}; leave the flag out or train anew")
+        if given != value:
+            print(f"settings    --{name} {given} is ignored: {path} was trained with {value}")
+            setattr(args, name, value)
     return args, checkpoint
-
-
-def best_path(args: argparse.Namespace) -> Path:
-    """Return where the checkpoint of the best validation accuracy lies."""
-    return Path(args.save_dir) / f"{args.model}_best.pt"
-
-
-def last_path(args: argparse.Namespace) -> Path:
-    """Return where the checkpoint of the last finished epoch lies."""
-    return Path(args.save_dir) / f"{args.model}_last.pt"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -205,8 +201,33 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
     return lr * (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2 if args.scheduler else lr
 
 
-def train(args, network, checkpoint: dict | None, data: Data, device: torch.device) -> list[dict]:
-    """Train for the epochs that are left, write checkpoints and history after each, and return the history."""
+def run_epoch(args, epoch: int, network, optimizer, loss_fn, data: Data, train_indices, val_indices) -> dict:
+    """Train for an epoch and evaluate on validation and test recordings; return its entry of the history."""
+    start = time.perf_counter()
+    # Seeded anew for each epoch, so that a resumed run draws what an unbroken one does.
+    utils.set_seed(args.seed, epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(args, epoch)
+    order = train_indices[torch.randperm(len(train_indices))]
+    if args.time_steps == 1 and len(order) % args.batch_size == 1:
+        order = order[:-1]  # a batch of a single frame has no variance to normalise by
+    with tqdm(desc=f"epoch {epoch}/{args.epochs}", total=len(order), unit="recording", leave=False) as bar:
+        results = {"train": train_one_epoch(network, data.train, order, optimizer, loss_fn, args.batch_size, bar)}
+    trained = time.perf_counter() - start
+    results["val"] = evaluate(network, data.train, val_indices, loss_fn, args.batch_size)
+    results["test"] = evaluate(network, data.test, torch.arange(len(data.test)), loss_fn, args.batch_size)
+    entry = {"epoch": epoch}
+    for name, result in results.items():
+        entry |= {f"{name}_loss": result["loss"], f"{name}_accuracy": result["accuracy"]}
+    return entry | {
+        "lr": learning_rate(args, epoch),
+        "seconds": time.perf_counter() - start,
+        "recordings_per_second": len(order) / trained,
+    }
+
+
+def train(args, network, checkpoint: dict | None, data: Data) -> None:
+    """Train for the epochs that are left; after each, print its figures and write checkpoints and history."""
     train_indices, val_indices = nmnist.split_validation(data.train.labels.cpu(), args.val_split, args.seed)
     optimizer, loss_fn = make_optimizer(args, network), LOSSES[args.loss]()
     history, best = [], None
@@ -217,31 +238,14 @@ def train(args, network, checkpoint: dict | None, data: Data, device: torch.devi
         print(f"resume      after epoch {len(history)} of {args.epochs}")
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}, test {len(data.test):,}")
     for epoch in range(len(history) + 1, args.epochs + 1):
-        start = time.perf_counter()
-        # Seeded anew for each epoch, so that a resumed run draws what an unbroken one does.
-        utils.set_seed(args.seed, epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, epoch)
-        order = train_indices[torch.randperm(len(train_indices))]
-        with tqdm(desc=f"epoch {epoch}/{args.epochs}", total=len(order), unit="recording", leave=False) as bar:
-            results = {"train": train_one_epoch(network, data.train, order, optimizer, loss_fn, args.batch_size, bar)}
-        trained = time.perf_counter() - start
-        everything = torch.arange(len(data.test))
-        results["val"] = evaluate(network, data.train, val_indices, loss_fn, args.batch_size)
-        results["test"] = evaluate(network, data.test, everything, loss_fn, args.batch_size)
-        entry = {"epoch": epoch}
-        for name in ("train", "val", "test"):
-            entry |= {f"{name}_loss": results[name]["loss"], f"{name}_accuracy": results[name]["accuracy"]}
-        entry |= {"lr": learning_rate(args, epoch), "seconds": time.perf_counter() - start}
-        entry["recordings_per_second"] = len(order) / trained
-        history.append(entry)
+        entry = run_epoch(args, epoch, network, optimizer, loss_fn, data, train_indices, val_indices)
         print_epoch(entry, args.epochs)
+        history.append(entry)
         # Of equal validation accuracies the smaller loss is the better; the test set has no say.
         score = [entry["val_accuracy"], -entry["val_loss"]]
         is_best = best is None or score > best
         best = score if is_best else best
         save(args, network, optimizer, history, best, data.name, is_best)
-    return history
 
 
 def print_epoch(entry: dict, epochs: int) -> None:
@@ -262,10 +266,11 @@ def save(args, network, optimizer, history: list, best: list, dataset: str, is_b
         "epoch": len(history),
     }
     if is_best:
-        utils.save_checkpoint(best_path(args), checkpoint)
+        utils.save_checkpoint(utils.checkpoint_path(args.save_dir, args.model, "best"), checkpoint)
     # Last: a run killed between the two files repeats this epoch, and writes the same best checkpoint again.
     utils.save_checkpoint(
-        last_path(args), checkpoint | {"optimizer": optimizer.state_dict(), "history": history, "best": best}
+        utils.checkpoint_path(args.save_dir, args.model, "last"),
+        checkpoint | {"optimizer": optimizer.state_dict(), "history": history, "best": best},
     )
     utils.write_json(Path(args.log_dir) / f"{args.model}_history.json", history)
 
@@ -277,7 +282,8 @@ def save(args, network, optimizer, history: list, best: list, dataset: str, is_b
 
 def test(args, data: Data, device: torch.device) -> dict:
     """Test the best checkpoint; write and print its metrics."""
-    checkpoint = utils.load_checkpoint(best_path(args), made_by=f"python train_nmnist.py --model {args.model}")
+    path = utils.checkpoint_path(args.save_dir, args.model, "best")
+    checkpoint = utils.load_checkpoint(path, args.model)
     network = load_network(checkpoint, device)
     if checkpoint["dataset"] != data.name:
         print(f"WARNING: trained on {checkpoint['dataset']}, tested on {data.name}")
@@ -302,21 +308,14 @@ def test(args, data: Data, device: torch.device) -> dict:
         "synaptic_operations": meter.synaptic_operations(),
         "macs": meter.macs(),
         "parameters": sum(p.numel() for p in network.parameters()),
-        "checkpoint": str(best_path(args)),
+        "checkpoint": str(path),
         "seed": checkpoint["settings"]["seed"],
     }
-    path = Path(args.log_dir) / f"{args.model}_test_metrics.json"
-    utils.write_json(path, metrics)
     print_metrics(metrics, checkpoint["epoch"])
-    print(f"metrics     {path}")
+    metrics_path = Path(args.log_dir) / f"{args.model}_test_metrics.json"
+    utils.write_json(metrics_path, metrics)
+    print(f"metrics     {metrics_path}")
     return metrics
-
-
-def load_network(checkpoint: dict, device: torch.device) -> SpikingNetwork:
-    """Rebuild a checkpoint's network on `device`, with the settings it was trained with."""
-    network = build_model(**checkpoint["network_settings"])
-    network.load_state_dict(checkpoint["network"])
-    return network.to(device)
 
 
 def print_metrics(metrics: dict, epoch: int) -> None:
@@ -326,7 +325,8 @@ def print_metrics(metrics: dict, epoch: int) -> None:
     share = metrics["synaptic_operations"] / metrics["macs"]
     rates = "  ".join(f"{name} {rate:.3f}" for name, rate in metrics["firing_rate"].items())
     rows = {
-        "test accuracy": f"{metrics['accuracy']:.2%} of {metrics['num_recordings']:,} recordings ({metrics['dataset']})",
+        "data set": f"{metrics['dataset']}, {metrics['num_recordings']:,} test recordings",
+        "test accuracy": f"{metrics['accuracy']:.2%}",
         "test loss": f"{metrics['loss']:.4f}",
         "after each saccade": "  ".join(f"{accuracy:.2%}" for accuracy in thirds),
         "firing rate": rates,
@@ -384,6 +384,7 @@ def plot_confusion_matrix(metrics: dict, title: str, path: Path) -> None:
         ax=axis,
     )
     axis.set(xlabel="predicted digit", ylabel="true digit", title=title)
+    axis.grid(False)
     utils.save_figure(figure, path)
 
 
@@ -399,21 +400,20 @@ def plot_accuracy_over_time(metrics: dict, title: str, path: Path) -> None:
         axis.axvline(0.5 + len(steps) * saccade / 3, color=utils.GREY, linestyle="--", label=label)
     axis.set(xlabel="time step of the decision", ylabel="test accuracy (%)", ylim=(0, 102), title=title)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(loc="lower right")
+    axis.legend(loc="center right")
     utils.save_figure(figure, path)
 
 
 def visualize(args, metrics: dict) -> None:
     """Write the figures of training, where there is a history, and of the test."""
-    log_dir = Path(args.log_dir)
-    name = f"{NETWORKS[args.model].__name__} on {metrics['dataset']}"
+    log_dir, network = Path(args.log_dir), NETWORKS[args.model].__name__
     history_path = log_dir / f"{args.model}_history.json"
     if history_path.is_file():
         history = json.loads(history_path.read_text())
-        plot_history(
-            history, f"{NETWORKS[args.model].__name__} on {metrics['trained_on']}", log_dir / "training_results.png"
-        )
-    title = f"{name}: {metrics['accuracy']:.2%} of {metrics['num_recordings']:,} test recordings"
+        plot_history(history, f"{network} on {metrics['trained_on']}", log_dir / "training_results.png")
+    title = (
+        f"{network} on {metrics['dataset']}: {metrics['accuracy']:.2%} of {metrics['num_recordings']:,} test recordings"
+    )
     plot_confusion_matrix(metrics, title, log_dir / f"{args.model}_confusion_matrix.png")
     plot_accuracy_over_time(metrics, title, log_dir / f"{args.model}_accuracy_over_time.png")
 
@@ -425,6 +425,7 @@ def visualize(args, metrics: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args, checkpoint = parse_args(argv)
+    utils.keep_freed_memory()
     device = utils.pick_device(args.device)
     print(f"device      {utils.describe_device(device)}")
     data = nmnist.load_data(args, device)
@@ -432,7 +433,7 @@ def main(argv: list[str] | None = None) -> None:
         utils.set_seed(args.seed)
         network = build_model(**{name: getattr(args, name) for name in NETWORK_SETTINGS}).to(device)
         print(f"network     {type(network).__name__}, {sum(p.numel() for p in network.parameters()):,} parameters")
-        train(args, network, checkpoint, data, device)
+        train(args, network, checkpoint, data)
     metrics = test(args, data, device)
     if args.visualize:
         visualize(args, metrics)

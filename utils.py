@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
+import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -98,6 +100,20 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def keep_freed_memory() -> bool:
+    """Tell glibc's allocator to keep large blocks it is given back, and return whether it could be told.
+
+    By default each large tensor is fresh pages from the kernel, zeroed at first touch: up to half of a training
+    step on a CPU. The numbers are `mallopt`'s of glibc's malloc.h; other C libraries have no such call.
+    """
+    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
+        return False
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    mallopt = ctypes.CDLL(None).mallopt
+    settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**28))
+    return all(mallopt(name, value) for name, value in settings)
+
+
 def describe_device(device: torch.device) -> str:
     """Return what a user should know of where the work is done, e.g. 'cpu (2 threads)'."""
     if device.type == "cuda":
@@ -148,22 +164,29 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
         torch.save(checkpoint, temporary)
 
 
-def load_checkpoint(path: str | Path, made_by: str) -> dict:
-    """Read a checkpoint onto the CPU; `weights_only=True`, so nothing in it is run.
+def checkpoint_path(save_dir: str | Path, model: str, which: str) -> Path:
+    """Return where the checkpoint of the 'last' finished epoch lies, or of the 'best' validation accuracy."""
+    return Path(save_dir) / f"{model}_{which}.pt"
 
-    `made_by` is the command that makes such a file, for the message where it is missing.
-    Raises `UserError` where the file is missing or is no checkpoint of ours.
+
+def load_checkpoint(path: str | Path, model: str) -> dict:
+    """Read a checkpoint of `model` onto the CPU; `weights_only=True`, so nothing in it is run.
+
+    Raises `UserError` where the file is missing, or holds something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: make one with `{made_by}`")
+    made_by = f"make one with `python train_nmnist.py --model {model}`"
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}: {made_by}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} can't be read as a checkpoint ({reason}): make it anew with `{made_by}`") from None
+        raise UserError(f"{path} can't be read as a checkpoint ({reason}): {made_by}") from None
     if not isinstance(checkpoint, dict) or "network_settings" not in checkpoint:
-        raise UserError(f"{path} is no checkpoint of this project: make one with `{made_by}`")
+        raise UserError(f"{path} is no checkpoint of this project: {made_by}")
+    found = checkpoint["network_settings"]["model"]
+    if found != model:
+        raise UserError(f"{path} holds a {found}, not a {model}: choose --model {found}, or {made_by}")
     return checkpoint
 
 

@@ -52,7 +52,7 @@ def history(folder, model="cnn"):
 def trained(request, tmp_path_factory, made_data_dir):
     """A network of either kind, trained and tested with pictures: (model, folder, output)."""
     folder = tmp_path_factory.mktemp(request.param)
-    return request.param, folder, train(folder, made_data_dir, "--model", request.param, "--epochs", 6, "--visualize")
+    return request.param, folder, train(folder, made_data_dir, "--model", request.param, "--epochs", 8, "--visualize")
 
 
 def test_training_learns_and_says_so(trained):
@@ -60,14 +60,14 @@ def test_training_learns_and_says_so(trained):
     entries = json.loads((folder / "logs" / f"{model}_history.json").read_text())
     names = "epoch train_loss train_accuracy val_loss val_accuracy test_loss test_accuracy lr seconds"
     assert list(entries[0]) == [*names.split(), "recordings_per_second"]
-    assert [entry["epoch"] for entry in entries] == [1, 2, 3, 4, 5, 6]
+    assert [entry["epoch"] for entry in entries] == list(range(1, 9))
     assert entries[-1]["train_loss"] < entries[0]["train_loss"]
     assert max(entry["val_accuracy"] for entry in entries) > 0.8  # the made-up digits are easy
     lines = [line for line in result.stdout.splitlines() if line.startswith("epoch")]
-    assert len(lines) == 6
+    assert len(lines) == 8
     assert "recordings/s" in lines[0]
     assert f"test {entries[0]['test_loss']:.4f}" in lines[0]
-    assert "epoch 1/6" in result.stderr  # the progress bar
+    assert "epoch 1/8" in result.stderr  # the progress bar
 
 
 def test_metrics_hang_together(trained, made_data_dir):
@@ -87,7 +87,8 @@ def test_metrics_hang_together(trained, made_data_dir):
     assert 0 < metrics["synaptic_operations"] < metrics["macs"]
     assert all(0 < rate < 1 for rate in metrics["firing_rate"].values())
     assert metrics["parameters"] == sum(p.numel() for p in build_model(model, 0.5, 1, 0.9, 0).parameters())
-    assert f"test accuracy        {metrics['accuracy']:.2%} of 30 recordings (NMNIST)" in result.stdout
+    assert f"test accuracy        {metrics['accuracy']:.2%}\n" in result.stdout
+    assert "data set             NMNIST, 30 test recordings\n" in result.stdout
     assert metrics["checkpoint"] == str(folder / "checkpoints" / f"{model}_best.pt")
 
 
@@ -107,7 +108,10 @@ def test_testing_again_gives_the_same_whatever_the_flags(trained, made_data_dir)
     path = folder / "logs" / f"{model}_test_metrics.json"
     before = json.loads(path.read_text())
     places = ["--data_dir", made_data_dir, "--save_dir", folder / "checkpoints", "--log_dir", folder / "logs"]
-    run(sys.executable, "train_nmnist.py", *places, "--model", model, "--test_only", "--beta", 0.9, "--time_steps", 9)
+    command = (sys.executable, "train_nmnist.py", *places, "--model", model, "--test_only")
+    result = run(*command, "--beta", 0.9, "--time_steps", 9)
+    assert result.returncode == 0, result.stderr
+    assert "--beta 0.9 is ignored" in result.stdout
     assert json.loads(path.read_text()) == before
 
 
@@ -162,7 +166,7 @@ def test_a_resumed_run_refuses_other_settings(tmp_path, made_data_dir):
             train_here(tmp_path, made_data_dir, "--resume", flag, value)
     other = tmp_path / "other.pt"
     shutil.copy(tmp_path / "checkpoints" / "cnn_last.pt", other)
-    with pytest.raises(utils.UserError, match=r"other\.pt holds a cnn, not --model resnet"):
+    with pytest.raises(utils.UserError, match=r"other\.pt holds a cnn, not a resnet"):
         train_here(tmp_path, made_data_dir, "--resume", other, "--model", "resnet")
 
 
@@ -183,6 +187,11 @@ def test_testing_on_other_data_than_trained_on_is_said(tmp_path, made_data_dir, 
     assert "trained on NMNIST, tested on SimulatedNMNIST" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "logs" / "cnn_test_metrics.json").read_text())
     assert (metrics["dataset"], metrics["trained_on"]) == ("SimulatedNMNIST", "NMNIST")
+
+
+def test_a_single_time_step_and_a_last_batch_of_one(tmp_path, made_data_dir):
+    train_here(tmp_path, made_data_dir, "--epochs", 1, "--time_steps", 1, "--batch_size", 19)  # 96 = 5 * 19 + 1
+    assert len(history(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("loss", ["ce", "mse", "count"])

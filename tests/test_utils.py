@@ -71,14 +71,14 @@ def test_checkpoints_that_are_none_are_refused_and_never_run(tmp_path):
         path = tmp_path / f"{name}.pt"
         path.write_bytes(content)
         with pytest.raises(utils.UserError, match=f"{name}.pt"):
-            utils.load_checkpoint(path, made_by="command")
+            utils.load_checkpoint(path, "cnn")
     torch.save({"other": 1}, tmp_path / "other.pt")
     torch.save({"network_settings": Exploit(marker)}, tmp_path / "evil2.pt")
     for name in ("other", "evil2"):
         with pytest.raises(utils.UserError, match=f"{name}.pt"):
-            utils.load_checkpoint(tmp_path / f"{name}.pt", made_by="command")
-    with pytest.raises(utils.UserError, match=r"missing\.pt.*make one with `command`"):
-        utils.load_checkpoint(tmp_path / "missing.pt", made_by="command")
+            utils.load_checkpoint(tmp_path / f"{name}.pt", "cnn")
+    with pytest.raises(utils.UserError, match=r"missing\.pt.*python train_nmnist.py --model cnn"):
+        utils.load_checkpoint(tmp_path / "missing.pt", "cnn")
     assert not marker.exists()
 
 

@@ -1,0 +1,65 @@
+"""The README is a contract: its flags exist with the defaults it states, its commands are real."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import nmnist
+import train_nmnist
+from models import NETWORKS, build_model
+
+README = (ROOT / "README.md").read_text()
+PARSERS = {"train_nmnist.py": train_nmnist.make_parser, "nmnist.py": nmnist.make_parser}
+
+
+def flags(parser):
+    """Return a parser's flags and their defaults."""
+    return {action.option_strings[-1]: action.default for action in parser._actions if action.dest != "help"}
+
+
+def commands():
+    """Return the python commands in the README's code blocks, without comments."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+    return [match.strip() for match in re.findall(r"(?:^|&& )python ([^#&\n]*)", blocks, re.MULTILINE)]
+
+
+def test_the_table_of_flags_is_complete_and_right():
+    section = README.split("### Customizable parameters")[1].split("\n## ")[0].split("\n### ")[0]
+    table = dict(re.findall(r"^\| `(--\w+)` \| ([^|]*) \|", section, re.MULTILINE))
+    actual = flags(train_nmnist.make_parser())
+    assert list(table) == sorted(table, key=list(table).index)
+    assert set(table) == set(actual)
+    for flag, stated in table.items():
+        default = actual[flag]
+        if flag == "--lr":
+            assert stated.strip("`") == str(train_nmnist.DEFAULT_LR["adam"])
+        elif flag == "--device":
+            assert stated == "`cuda` where there is one"
+        else:
+            assert stated.strip("`") == ("off" if default is None or default is False else str(default)), flag
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_parse(command):
+    script, *arguments = shlex.split(command)
+    if script == "-m":
+        assert arguments == ["pytest", "tests"]
+        return
+    PARSERS[script]().parse_args(arguments)
+
+
+def test_there_are_commands():
+    assert len(commands()) >= 8
+
+
+def test_files_and_sizes_are_as_stated():
+    for name in re.findall(r"^\| `(\w+\.(?:py|txt))` \|", README, re.MULTILINE):
+        assert (ROOT / name).is_file(), name
+    for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README):
+        assert (ROOT / name).is_file(), name
+        assert (ROOT / name).stat().st_size < 300_000, name
+    for name, network in NETWORKS.items():
+        parameters = sum(p.numel() for p in build_model(name, 0.5, 1.0, 0.9, 0.2).parameters())
+        assert f"**{network.__name__}** ({parameters:,} parameters)" in README
