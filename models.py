@@ -84,6 +84,14 @@ class ALIF(snn.SpikingNeuron):
         self.register_buffer("beta", torch.as_tensor(beta))
         self.register_buffer("kappa", torch.as_tensor(kappa))
 
+    def thresholds(self, spk):
+        """Return the threshold of each step [T, ...] that spikes of the same shape bring about."""
+        adaptation, thresholds = torch.zeros_like(spk[0]), [torch.full_like(spk[0], float(self.threshold))]
+        for step_spk in spk[:-1]:
+            adaptation = self.alpha * adaptation + (1 - self.alpha) * step_spk
+            thresholds.append(self.threshold + self.kappa * adaptation)
+        return torch.stack(thresholds)
+
     def forward(self, cur):
         cur = memory_order(cur)
         mem = spk = adaptation = torch.zeros_like(cur[0])
@@ -128,6 +136,9 @@ class SpikingNetwork(nn.Module):
         return Leaky(beta=self.beta, threshold=self.threshold, spike_grad=surrogate.fast_sigmoid(SURROGATE_SLOPE))
 
     def _norm(self, norm: nn.Module, scale: float = 1.0) -> nn.Module:
+        # A batch holds T frames of each recording, so its statistics are sure, and may count for more than torch's
+        # tenth: with a tenth, the first epoch of a small data set ends with a silent network.
+        norm.momentum = 0.2
         # A standard deviation of one threshold at the start keeps every layer firing, neither silent nor saturated
         # (threshold-dependent normalisation, Zheng et al. 2021, "Going deeper with directly-trained larger SNNs").
         nn.init.constant_(norm.weight, self.threshold * scale)
@@ -270,6 +281,28 @@ def predict_over_time(spk: torch.Tensor, mem: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------
 # Activity
 # ---------------------------------------------------------------------------------------------------------
+
+
+class LayerRecorder(dict):
+    """Records the (spk, mem) of each neuron layer, by its name, in a pass while open as a context manager.
+
+    It does so through forward hooks, and changes nothing in the network. Of several passes, the last stays.
+    """
+
+    def __init__(self, network: SpikingNetwork):
+        super().__init__()
+        self.network = network
+
+    def __enter__(self):
+        self._hooks = [
+            layer.register_forward_hook(lambda _layer, _inputs, outputs, name=name: self.update({name: outputs}))
+            for name, layer in self.network.neuron_layers().items()
+        ]
+        return self
+
+    def __exit__(self, *_):
+        for hook in self._hooks:
+            hook.remove()
 
 
 class ActivityMeter:

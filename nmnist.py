@@ -3,6 +3,7 @@
     python nmnist.py                                  # what is in ./data, as a table; builds the frame cache
     python nmnist.py --data_dir DIR --time_steps 10   # the same for another folder, with 10 frames a recording
     python nmnist.py --dataset simulated              # record scikit-learn's digits with a simulated camera
+    python nmnist.py --simulate IMAGES.npz --data_dir DIR   # record any labelled images of 28 x 28 pixels
 
 Events are numpy structured arrays `x, y, t, p` as tonic gives them: t in microseconds, x and y in 0..33, p 0
 (OFF) or 1 (ON). Frames are [T, B, 2, 34, 34], the value the number of events in that bin.
@@ -21,8 +22,7 @@ import tempfile
 import threading
 import urllib.request
 import zipfile
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -34,11 +34,14 @@ from sklearn.model_selection import train_test_split
 from tonic.download_utils import check_md5
 from tqdm import tqdm
 
-from utils import UserError, atomic_path, num_cores, number, run_script, write_json
+from utils import UserError, atomic_path, number, run_script, work_in_parallel, write_json
 
 SENSOR_SIZE = (34, 34, 2)  # x, y, polarities, as tonic orders them
 BINS_PER_FRAME = 2 * 34 * 34
 NUM_DIGITS = 10
+# ms at which the three saccades of a recording end: the valleys of the real event rate, and the mean last event.
+SACCADE_ENDS = (100, 220, 308)
+SPLITS = ("train", "test")
 HOMEPAGE = "https://www.garrickorchard.com/datasets/n-mnist"
 
 # ---------------------------------------------------------------------------------------------------------
@@ -126,6 +129,8 @@ class NMNIST(tonic.datasets.NMNIST):
     def download(self) -> None:
         """Fetch the zip where it is missing, and extract what is not on disk yet, each file atomically."""
         archive = self.root / self.filename
+        if (self.root / SIMULATOR_FILE).is_file():  # real recordings have no place beside simulated ones
+            raise UserError(f"no {self.folder_name} in {self.root}: it was simulated from images without a test part")
         if not archive.is_file():
             fetch(self.url, self.file_md5, archive, self.connect_seconds)
         with zipfile.ZipFile(archive) as zip_file:
@@ -424,39 +429,54 @@ def write_recording(path: Path, events: np.ndarray) -> None:
     content.tofile(path)
 
 
-def record_images(images: np.ndarray, labels: np.ndarray, numbers: np.ndarray, folder: Path, seed: int) -> None:
-    """Record images [N, 28, 28] into `folder`/<label>/<number>.bin on all cores, with a progress bar.
+@dataclass
+class Images:
+    """Labelled images to record, and the numbers that their recordings are called by."""
+
+    images: np.ndarray  # uint8 [N, 28, 28]
+    labels: np.ndarray  # [N], 0 to 9
+    numbers: np.ndarray  # [N]
+
+
+def record_data_set(root: Path, splits: dict[str, Images], simulator: dict) -> None:
+    """Record the images of 'Train' and 'Test' into `root`, which appears once it is whole, in place of what was there.
+
+    `simulator` says what they were made of, and goes into SIMULATOR_FILE; its "seed" draws the noise.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".tmp", dir=root.parent))
+    try:
+        for folder, part in splits.items():
+            seed = (simulator["seed"], ("Train", "Test").index(folder))
+            record_images(part, temporary / folder, seed)
+        write_json(temporary / SIMULATOR_FILE, simulator)
+        temporary.chmod(0o755)
+        shutil.rmtree(root, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process put the same recordings there first
+            temporary.rename(root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"simulated   {root} ({sum(len(part.labels) for part in splits.values()):,} recordings)")
+
+
+def record_images(part: Images, folder: Path, seed: tuple[int, ...]) -> None:
+    """Record images into `folder`/<label>/<number>.bin on all cores, with a progress bar.
 
     A recording is drawn from `seed` and its number, so neither cores nor company change a byte of it.
     """
     for digit in range(NUM_DIGITS):
         (folder / str(digit)).mkdir(parents=True, exist_ok=True)
-    batches = np.array_split(np.arange(len(images)), max(1, len(images) // SIDE_BY_SIDE))
-    jobs = [(images[batch], labels[batch], numbers[batch], folder, seed) for batch in batches]
-    for _ in work_in_parallel(_record_batch, jobs, [len(b) for b in batches], f"simulate {folder.name}"):
+    batches = np.array_split(np.arange(len(part.labels)), max(1, len(part.labels) // SIDE_BY_SIDE))
+    jobs = [(Images(part.images[b], part.labels[b], part.numbers[b]), folder, seed) for b in batches]
+    for _ in work_in_parallel(_record_batch, jobs, [len(batch) for batch in batches], f"simulate {folder.name}"):
         pass
 
 
-def _record_batch(images, labels, numbers, folder: Path, seed: int) -> None:
-    generators = [np.random.default_rng([seed, number]) for number in numbers]
-    recordings = simulate_events(images, generators)
-    for events, label, place in zip(recordings, labels, numbers, strict=True):
+def _record_batch(part: Images, folder: Path, seed: tuple[int, ...]) -> None:
+    generators = [np.random.default_rng([*seed, place]) for place in part.numbers]
+    recordings = simulate_events(part.images, generators)
+    for events, label, place in zip(recordings, part.labels, part.numbers, strict=True):
         write_recording(folder / str(label) / f"{place:05d}.bin", events)
-
-
-def work_in_parallel(function, jobs: list[tuple], sizes: list[int], description: str, **pool_options) -> Iterator:
-    """Yield `function(*job)` for each job in order, computed by a process a core, with a bar of recordings done."""
-    with (
-        ProcessPoolExecutor(num_cores(), **pool_options) as pool,
-        tqdm(desc=description, total=sum(sizes), unit="recording") as bar,
-    ):
-        try:
-            for result, size in zip(pool.map(function, *zip(*jobs, strict=True)), sizes, strict=True):
-                bar.update(size)
-                yield result
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 class SimulatedNMNIST(NMNIST):
@@ -473,27 +493,19 @@ class SimulatedNMNIST(NMNIST):
             return False
 
     def _simulator(self) -> dict:
-        """Return what SIMULATOR_FILE holds."""
-        return json.loads(json.dumps({"images": "sklearn.datasets.load_digits", "seed": self.seed, **asdict(CAMERA)}))
+        return describe_simulator("sklearn.datasets.load_digits", self.seed)
 
     def download(self) -> None:
-        """Record the digits into a temporary folder, which takes its place once it is whole."""
+        """Record the digits: a fixed, stratified split."""
         images, labels = sklearn_images()
-        split = train_test_split(range(len(labels)), test_size=TEST_DIGITS, stratify=labels, random_state=0)
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{self.root.name}.", suffix=".tmp", dir=self.root.parent))
-        try:
-            for folder, chosen in zip(("Train", "Test"), split, strict=True):
-                chosen = np.sort(chosen)
-                record_images(images[chosen], labels[chosen], chosen + 1, temporary / folder, self.seed)
-            write_json(temporary / SIMULATOR_FILE, self._simulator())
-            temporary.chmod(0o755)
-            shutil.rmtree(self.root, ignore_errors=True)  # recordings of another camera
-            with contextlib.suppress(OSError):  # another process put the same recordings there first
-                temporary.rename(self.root)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        print(f"simulated   {self.root} ({len(labels):,} recordings)")
+        chosen = train_test_split(np.arange(len(labels)), test_size=TEST_DIGITS, stratify=labels, random_state=0)
+        parts = (Images(images[np.sort(i)], labels[np.sort(i)], np.sort(i) + 1) for i in chosen)
+        record_data_set(self.root, dict(zip(("Train", "Test"), parts, strict=True)), self._simulator())
+
+
+def describe_simulator(images: str, seed: int) -> dict:
+    """Return what SIMULATOR_FILE holds of recordings of `images`, as JSON gives it back."""
+    return json.loads(json.dumps({"images": images, "seed": seed, **asdict(CAMERA)}))
 
 
 def sklearn_images() -> tuple[np.ndarray, np.ndarray]:
@@ -506,6 +518,44 @@ def sklearn_images() -> tuple[np.ndarray, np.ndarray]:
     scaled = torch.nn.functional.interpolate(small, size=(20, 20), mode="bicubic", align_corners=False).clamp(0, 1)
     images = torch.nn.functional.pad(scaled[:, 0], (4, 4, 4, 4))
     return (images * 255).round().byte().numpy(), digits.target
+
+
+def read_images(path: str | Path) -> dict[str, Images]:
+    """Read labelled images from a .npz file, as 'Train' and 'Test' where it has both.
+
+    It holds `images` (uint8 [N, 28, 28]) and `labels` ([N], 0 to 9), or `train_images`, `train_labels`,
+    `test_images` and `test_labels`. A recording is called by its image's place in its array, counted from 1.
+    Raises `UserError` naming the file and what is wrong with it.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as error:  # NumPy raises many types on what is no .npz
+        raise UserError(f"--simulate {path}: can't be read as a .npz file of arrays ({error})") from None
+    prefixes = {"Train": "train_", "Test": "test_"} if "images" not in arrays else {"Train": ""}
+    return {folder: _check_images(path, arrays, prefix) for folder, prefix in prefixes.items()}
+
+
+def _check_images(path: str | Path, arrays: dict[str, np.ndarray], prefix: str) -> Images:
+    for name in (f"{prefix}images", f"{prefix}labels"):
+        if name not in arrays:
+            raise UserError(
+                f"--simulate {path}: no array {name}; it needs images and labels, or train_images, train_labels, "
+                "test_images and test_labels"
+            )
+    images, labels = arrays[f"{prefix}images"], arrays[f"{prefix}labels"]
+    if images.ndim != 3 or images.shape[1:] != (28, 28) or images.dtype != np.uint8 or len(images) == 0:
+        raise UserError(
+            f"--simulate {path}: {prefix}images is {images.dtype} {list(images.shape)}; it must be uint8 [N, 28, 28]"
+        )
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise UserError(
+            f"--simulate {path}: {prefix}labels is {labels.dtype} {list(labels.shape)}; "
+            f"it must be whole numbers [{len(images)}], one an image"
+        )
+    if labels.min() < 0 or labels.max() >= NUM_DIGITS:
+        raise UserError(f"--simulate {path}: {prefix}labels has values outside 0 to 9")
+    return Images(images, labels, np.arange(1, len(images) + 1))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -698,14 +748,14 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_recordings(data_dir: str | Path, dataset: str) -> tuple[NMNIST, NMNIST]:
-    """Return the training and the test recordings of `dataset` ('auto', 'nmnist' or 'simulated'); say what they are.
+def open_recordings(data_dir: str | Path, dataset: str, splits: Sequence[str] = SPLITS) -> list[NMNIST]:
+    """Return the recordings of `splits` of `dataset` ('auto', 'nmnist' or 'simulated'); say what they are.
 
     Raises `DownloadError` where 'nmnist' can't be had, `UserError` where what is on disk is no data set.
     """
     if dataset != "simulated":
         try:
-            return _announce(*(NMNIST(data_dir, split) for split in ("train", "test")))
+            return _announce([NMNIST(data_dir, split) for split in splits])
         except DownloadError as error:
             how = (
                 f"connect this machine, or unpack train.zip and test.zip of {HOMEPAGE} into {Path(data_dir) / 'NMNIST'}"
@@ -715,7 +765,7 @@ def open_recordings(data_dir: str | Path, dataset: str) -> tuple[NMNIST, NMNIST]
             print(f"WARNING: no N-MNIST in {data_dir}: {error}", file=sys.stderr)
             print("WARNING: falling back to SIMULATED recordings of scikit-learn's digits.", file=sys.stderr)
             print(f"WARNING: to get the real ones, {how}.", file=sys.stderr)
-    return _announce(*(SimulatedNMNIST(data_dir, split) for split in ("train", "test")))
+    return _announce([SimulatedNMNIST(data_dir, split) for split in splits])
 
 
 @dataclass
@@ -734,9 +784,10 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Data:
     return Data(train.name, *frames)
 
 
-def _announce(train: NMNIST, test: NMNIST) -> tuple[NMNIST, NMNIST]:
-    print(f"data set    {train.name} in {train.root}: {train.describe()}, {test.describe()}")
-    return train, test
+def _announce(recordings: list[NMNIST]) -> list[NMNIST]:
+    parts = ", ".join(part.describe() for part in recordings)
+    print(f"data set    {recordings[0].name} in {recordings[0].root}: {parts}")
+    return recordings
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -764,20 +815,40 @@ def print_table(splits: dict[str, Frames]) -> None:
         print(f"{title:24}" + "".join(values))
 
 
+def simulate(args: argparse.Namespace) -> None:
+    """Record the images of `--simulate` into `<data_dir>/NMNIST`, which must not be there yet."""
+    root = Path(args.data_dir) / "NMNIST"
+    if root.exists():
+        raise UserError(f"{root} is there already: choose another --data_dir to record into")
+    splits = read_images(args.simulate)
+    record_data_set(root, splits, describe_simulator(Path(args.simulate).name, args.seed))
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the script's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--simulate",
+        metavar="IMAGES.npz",
+        help="record these images into data_dir/NMNIST with the simulated camera: arrays images (uint8 [N, 28, 28]) "
+        "and labels, or train_images, train_labels, test_images, test_labels",
+    )
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of --simulate (default: %(default)s)"
+    )
     add_data_arguments(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    splits = {
-        recordings.split: load_frames(recordings, args.time_steps, args.denoise)
-        for recordings in open_recordings(args.data_dir, args.dataset)
-    }
-    print_table(splits)
+    if args.simulate:
+        simulate(args)
+        return
+    root = Path(args.data_dir) / "NMNIST"
+    untested = (root / SIMULATOR_FILE).is_file() and not (root / "Test").exists()  # --simulate without test images
+    recordings = open_recordings(args.data_dir, args.dataset, SPLITS[:1] if untested else SPLITS)
+    print_table({part.split: load_frames(part, args.time_steps, args.denoise) for part in recordings})
 
 
 if __name__ == "__main__":

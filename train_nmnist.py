@@ -280,8 +280,8 @@ def save(args, network, optimizer, history: list, best: list, dataset: str, is_b
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test(args, data: Data, device: torch.device) -> dict:
-    """Test the best checkpoint; write and print its metrics."""
+def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, torch.Tensor]:
+    """Test the best checkpoint, write and print its metrics; return them, the network and its decisions [N]."""
     path = utils.checkpoint_path(args.save_dir, args.model, "best")
     checkpoint = utils.load_checkpoint(path, args.model)
     network = load_network(checkpoint, device)
@@ -315,20 +315,21 @@ def test(args, data: Data, device: torch.device) -> dict:
     metrics_path = Path(args.log_dir) / f"{args.model}_test_metrics.json"
     utils.write_json(metrics_path, metrics)
     print(f"metrics     {metrics_path}")
-    return metrics
+    return metrics, network, decisions[-1]
 
 
 def print_metrics(metrics: dict, epoch: int) -> None:
     """Print the test metrics as a short table."""
     over_time = metrics["accuracy_over_time"]
-    thirds = [over_time[max(0, round(len(over_time) * k / 3) - 1)] for k in (1, 2, 3)]
+    ends = [len(over_time) * end / nmnist.SACCADE_ENDS[-1] for end in nmnist.SACCADE_ENDS]
+    after_saccades = [over_time[math.ceil(end) - 1] for end in ends]
     share = metrics["synaptic_operations"] / metrics["macs"]
     rates = "  ".join(f"{name} {rate:.3f}" for name, rate in metrics["firing_rate"].items())
     rows = {
         "data set": f"{metrics['dataset']}, {metrics['num_recordings']:,} test recordings",
         "test accuracy": f"{metrics['accuracy']:.2%}",
         "test loss": f"{metrics['loss']:.4f}",
-        "after each saccade": "  ".join(f"{accuracy:.2%}" for accuracy in thirds),
+        "after each saccade": "  ".join(f"{accuracy:.2%}" for accuracy in after_saccades),
         "firing rate": rates,
         "synaptic operations": f"{metrics['synaptic_operations'] / 1e6:.2f} million a recording, "
         f"{share:.1%} of the {metrics['macs'] / 1e6:.1f} million MACs without spikes",
@@ -395,27 +396,66 @@ def plot_accuracy_over_time(metrics: dict, title: str, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4))
     axis.plot(steps, accuracy, "o-", color=utils.BLUE, ms=4, label="accuracy so far")
     axis.axhline(10, color=utils.GREY, linestyle=":", label="chance")
-    for saccade in (1, 2):
-        label = "ends of the first two saccades" if saccade == 1 else None
-        axis.axvline(0.5 + len(steps) * saccade / 3, color=utils.GREY, linestyle="--", label=label)
+    for end, label in zip(nmnist.SACCADE_ENDS[:2], ("ends of the first two saccades", None), strict=True):
+        step = 0.5 + len(steps) * end / nmnist.SACCADE_ENDS[-1]
+        axis.axvline(step, color=utils.GREY, linestyle="--", label=label)
     axis.set(xlabel="time step of the decision", ylabel="test accuracy (%)", ylim=(0, 102), title=title)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(loc="center right")
     utils.save_figure(figure, path)
 
 
-def visualize(args, metrics: dict) -> None:
+def plot_samples(frames: Frames, decisions: torch.Tensor, title: str, path: Path, shown: int = 20) -> None:
+    """Draw test recordings, summed over time, with true and predicted digit, the mistakes first."""
+    labels = frames.labels.cpu().long()
+    right = decisions == labels
+    order = torch.argsort(right.int(), stable=True)[:shown]
+    images = frames.batch(order)[0].sum(0).cpu().numpy()
+    columns = min(5, len(order))
+    rows = math.ceil(len(order) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.2 * rows + 1.2), squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    full = np.quantile(images[images > 0], 0.95)
+    for axis, place, image in zip(axes.flat, order.tolist(), images, strict=False):
+        axis.imshow(utils.event_image(image, full), interpolation="nearest")
+        mark, colour = ("", "black") if right[place] else ("mistake: ", utils.ORANGE)
+        text = f"{mark}{labels[place]} read as {decisions[place]}"
+        axis.set_title(f"{text}\nrecording {place}", fontsize=9, color=colour)
+    figure.suptitle(f"{title}\nthe {int((~right).sum())} mistakes first")
+    utils.polarity_legend(figure)
+    utils.save_figure(figure, path)
+
+
+def plot_filters(network: SpikingNetwork, title: str, path: Path) -> None:
+    """Draw the first layer's filters, those of OFF beside those of ON events, on one scale."""
+    weight = network.conv1.weight.detach().cpu()
+    limit = float(weight.abs().max())
+    figure, axes = plt.subplots(1, 2, figsize=(9, 5))
+    for polarity, name in enumerate(("OFF events", "ON events")):
+        grid = utils.filter_grid(weight[:, polarity], columns=4)
+        picture = axes[polarity].imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        axes[polarity].set_title(f"weights of {name}")
+        axes[polarity].set_axis_off()
+    figure.colorbar(picture, ax=axes, label="weight", shrink=0.8)
+    figure.suptitle(f"{title}\nthe {len(weight)} filters of conv1, {weight.shape[2]} x {weight.shape[3]} pixels each")
+    utils.save_figure(figure, path)
+
+
+def visualize(args, metrics: dict, network: SpikingNetwork, frames: Frames, decisions: torch.Tensor) -> None:
     """Write the figures of training, where there is a history, and of the test."""
-    log_dir, network = Path(args.log_dir), NETWORKS[args.model].__name__
+    log_dir, name = Path(args.log_dir), type(network).__name__
     history_path = log_dir / f"{args.model}_history.json"
     if history_path.is_file():
         history = json.loads(history_path.read_text())
-        plot_history(history, f"{network} on {metrics['trained_on']}", log_dir / "training_results.png")
-    title = (
-        f"{network} on {metrics['dataset']}: {metrics['accuracy']:.2%} of {metrics['num_recordings']:,} test recordings"
-    )
+        plot_history(history, f"{name} on {metrics['trained_on']}", log_dir / "training_results.png")
+    tested = f"{metrics['accuracy']:.2%} of {metrics['num_recordings']:,} test recordings"
+    title = f"{name} on {metrics['dataset']}: {tested}"
     plot_confusion_matrix(metrics, title, log_dir / f"{args.model}_confusion_matrix.png")
     plot_accuracy_over_time(metrics, title, log_dir / f"{args.model}_accuracy_over_time.png")
+    plot_samples(frames, decisions, title, log_dir / f"{args.model}_samples.png")
+    if args.model == "resnet":
+        plot_filters(network, f"{name} on {metrics['trained_on']}", log_dir / "resnet_filters.png")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -434,9 +474,9 @@ def main(argv: list[str] | None = None) -> None:
         network = build_model(**{name: getattr(args, name) for name in NETWORK_SETTINGS}).to(device)
         print(f"network     {type(network).__name__}, {sum(p.numel() for p in network.parameters()):,} parameters")
         train(args, network, checkpoint, data)
-    metrics = test(args, data, device)
+    metrics, network, decisions = test(args, data, device)
     if args.visualize:
-        visualize(args, metrics)
+        visualize(args, metrics, network, data.test, decisions)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,19 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from tqdm import tqdm
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Patch
 
 # ---------------------------------------------------------------------------------------------------------
 # Errors and flags
@@ -59,7 +63,7 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Seeds and device
+# Seeds, cores and device
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -75,6 +79,21 @@ def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def work_in_parallel(function, jobs: list[tuple], sizes: list[int], description: str, **pool_options) -> Iterator:
+    """Yield `function(*job)` for each job in order, computed by a process a core, with a bar of recordings done."""
+    with (
+        ProcessPoolExecutor(num_cores(), **pool_options) as pool,
+        tqdm(desc=description, total=sum(sizes), unit="recording") as bar,
+    ):
+        try:
+            for result, size in zip(pool.map(function, *zip(*jobs, strict=True)), sizes, strict=True):
+                bar.update(size)
+                yield result
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
@@ -190,12 +209,22 @@ def load_checkpoint(path: str | Path, model: str) -> dict:
     return checkpoint
 
 
+def take_settings(args: argparse.Namespace, checkpoint: dict, names: Sequence[str]) -> None:
+    """Put a checkpoint's settings in place of the flags `names`, and say where they differ."""
+    for name in names:
+        value = checkpoint["settings"][name]
+        if getattr(args, name) != value:
+            print(f"settings    --{name} {value}, as the checkpoint was trained (not {getattr(args, name)})")
+            setattr(args, name, value)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Figures
 # ---------------------------------------------------------------------------------------------------------
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
+OFF_COLOUR, ON_COLOUR = BLUE, ORANGE
 
 plt.rcParams.update(
     {
@@ -211,6 +240,33 @@ plt.rcParams.update(
         "figure.constrained_layout.use": True,
     }
 )
+
+
+def event_image(frame: np.ndarray, full: float) -> np.ndarray:
+    """Return an RGB picture [H, W, 3] of event counts [2, H, W]: OFF and ON inked on white, fully at `full` events."""
+    strength = np.clip(frame / full, 0, 1)[..., None]
+    off, on = (1 - np.array(to_rgb(colour)) for colour in (OFF_COLOUR, ON_COLOUR))
+    return np.clip(1 - strength[0] * off - strength[1] * on, 0, 1)
+
+
+def polarity_legend(figure: plt.Figure) -> None:
+    """Name the colours of the two polarities below a figure."""
+    handles = [Patch(color=ON_COLOUR, label="ON events (1)"), Patch(color=OFF_COLOUR, label="OFF events (0)")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+
+
+def filter_grid(filters: torch.Tensor, columns: int) -> np.ndarray:
+    """Return filters [N, H, W] side by side as one picture, NaN between them, by `torchvision.utils.make_grid`."""
+    try:
+        from torchvision.utils import make_grid
+    except RuntimeError:
+        # torchvision's wheels are built for CUDA: beside a CPU build of torch they lack the operators that the
+        # import names. Pictures need none of them.
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        from torchvision.utils import make_grid
+    return make_grid(filters[:, None], nrow=columns, padding=1, pad_value=float("nan"))[0].numpy()
 
 
 def save_figure(figure: plt.Figure, path: str | Path) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
 import nmnist  # noqa: E402
+import utils  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +55,15 @@ def make_recordings(data_dir: Path, train: int = 12, test: int = 3) -> Path:
 def made_data_dir(tmp_path_factory):
     """A folder with 120 made-up training and 30 test recordings; tests that change it make their own."""
     return make_recordings(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Keep figures open instead of writing them, by file name, so that a test can look at what was drawn."""
+    kept = {}
+    monkeypatch.setattr(utils, "save_figure", lambda figure, path: kept.update({Path(path).name: figure}))
+    yield kept
+    plt.close("all")
 
 
 def run(*command, cwd=ROOT, **options) -> subprocess.CompletedProcess:

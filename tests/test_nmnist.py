@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import threading
 import zipfile
 
+import benchmark
 import numpy as np
 import pytest
 import tonic
@@ -274,6 +276,7 @@ def test_recordings_of_an_older_sensor_model_are_made_anew(tmp_path, monkeypatch
     monkeypatch.setattr(nmnist, "sklearn_images", functools.partial(few_images, 5))
     monkeypatch.setattr(nmnist, "TEST_DIGITS", 10)
     old = nmnist.SimulatedNMNIST(tmp_path, "train")
+    assert (len(old), len(nmnist.SimulatedNMNIST(tmp_path, "test"))) == (40, 10)
     first = [old[i][0] for i in range(len(old))]
     (old.root / "stale.txt").touch()
     (old.root / nmnist.SIMULATOR_FILE).write_text(json.dumps({"threshold": 5}))
@@ -314,6 +317,142 @@ def test_a_bright_stroke_that_arrives_is_an_off_event():
     first = events[(events["t"] > 20_000) & (events["t"] < 80_000)]
     off, on = (np.median(first["y"][first["p"] == p]) for p in (0, 1))
     assert off > on + 1
+
+
+def test_a_recording_depends_on_its_image_and_generator_alone():
+    images, _ = few_images(7)
+    together = nmnist.simulate_events(images, [np.random.default_rng(i) for i in range(70)])  # 64 and 6 at once
+    for i in (0, 1, 63, 64, 69):
+        (alone,) = nmnist.simulate_events(images[i : i + 1], [np.random.default_rng(i)])
+        assert alone.tobytes() == together[i].tobytes()
+    (other,) = nmnist.simulate_events(images[:1], [np.random.default_rng(99)])
+    assert other.tobytes() != together[0].tobytes()
+
+
+def test_a_pixel_is_silent_after_an_event():
+    images, _ = few_images(1)
+    for events in nmnist.simulate_events(images, [np.random.default_rng(i) for i in range(10)]):
+        pixel = events["y"] * 34 + events["x"]
+        order = np.lexsort((events["t"], pixel))
+        gaps = np.diff(events["t"][order])[np.diff(pixel[order]) == 0]
+        # Noise events know nothing of it: 130 of 4,000 events.
+        assert (gaps > 1000 * nmnist.CAMERA.refractory * (1 - 3 * nmnist.CAMERA.speed_spread)).mean() > 0.97
+
+
+def test_an_empty_image_gives_noise_alone():
+    blank = np.zeros((20, 28, 28), np.uint8)
+    recordings = nmnist.simulate_events(blank, [np.random.default_rng(i) for i in range(20)])
+    expected = (nmnist.CAMERA.noise_on + nmnist.CAMERA.noise_off) * 34 * 34 * nmnist.CAMERA.duration
+    mean = np.mean([len(events) for events in recordings])
+    assert mean == pytest.approx(expected, abs=4 * np.sqrt(expected / 20))
+
+
+def test_simulated_recordings_are_like_the_real_ones_of_the_same_images():
+    shared = ROOT.parent / "shared"
+    if not (shared / "mnist.npz").is_file():
+        pytest.skip(f"no real recordings in {shared}")
+    real, images, ids = benchmark.load_real(shared)
+    chosen = np.random.default_rng(0).permutation(800)[:100]
+    simulated = nmnist.simulate_events(images[chosen], [np.random.default_rng([0, ids[i]]) for i in chosen])
+    rows = benchmark.compare(simulated, [real[i] for i in chosen])
+    assert len(rows) == 8
+    assert [row for row in rows if not row[3]] == []
+    # The comparison can tell: recordings of other images are not alike.
+    wrong = benchmark.compare(simulated, [real[i] for i in np.roll(chosen, 1)])
+    assert not wrong[0][3]
+    assert not wrong[4][3]
+
+
+def save_images(path, per_digit=2, **changes):
+    """Write an .npz of a few of scikit-learn's digits, `changes` put in place of its arrays (None: left out)."""
+    images, labels = few_images(per_digit)
+    arrays = {"train_images": images, "train_labels": labels, "test_images": images[::2], "test_labels": labels[::2]}
+    arrays |= changes
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+def contents(root):
+    """Return what lies under a folder: the bytes of each file by its name."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_any_labelled_images_are_recorded_the_same_on_any_number_of_cores(tmp_path):
+    archive = save_images(tmp_path / "images.npz", per_digit=13)  # 130 and 65 recordings: more than one batch
+    outcomes = []
+    for name, cores in (("a", "0"), ("b", None), ("c", None)):
+        prefix = ["taskset", "-c", cores] if cores and shutil.which("taskset") else []
+        seed = ["--seed", "1"] if name == "c" else []
+        command = [sys.executable, "nmnist.py", "--simulate", archive, "--data_dir", tmp_path / name, *seed]
+        result = run(*prefix, *command)
+        assert result.returncode == 0, result.stderr
+        assert "195 recordings" in result.stdout
+        outcomes.append(contents(tmp_path / name / "NMNIST"))
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0].keys() == outcomes[2].keys()
+    assert outcomes[0]["Train/0/00001.bin"] != outcomes[2]["Train/0/00001.bin"]
+    assert outcomes[0]["Train/0/00001.bin"] != outcomes[0]["Test/0/00001.bin"]  # the same image, other noise
+    train, test = nmnist.open_recordings(tmp_path / "a", "nmnist")
+    assert (train.name, len(train), len(test)) == ("SimulatedNMNIST", 130, 65)
+    _, labels = few_images(13)
+    for path, target in zip(train.data, train.targets, strict=True):
+        place = int(path[-9:-4])  # counted from 1
+        assert labels[place - 1] == target
+
+
+def test_images_without_a_test_part_are_training_recordings(tmp_path, capsys):
+    images, labels = few_images(1)
+    np.savez(tmp_path / "images.npz", images=images, labels=labels.astype(np.uint8))
+    nmnist.main(["--simulate", str(tmp_path / "images.npz"), "--data_dir", str(tmp_path)])
+    nmnist.main(["--data_dir", str(tmp_path), "--time_steps", "5"])  # the table, of one part
+    assert "recordings of digit 3                        1\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="simulated from images without a test part"):
+        nmnist.open_recordings(tmp_path, "nmnist")
+
+
+IMAGES = np.zeros((10, 28, 28), np.uint8)
+LABELS = np.arange(10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train_images": IMAGES[:, :27]}, "train_images is uint8 [10, 27, 28]; it must be uint8 [N, 28, 28]"),
+        ({"train_images": IMAGES.astype(float)}, "train_images is float64"),
+        ({"train_images": IMAGES[0]}, "train_images is uint8 [28, 28]"),
+        ({"train_images": IMAGES[:0], "train_labels": LABELS[:0]}, "train_images is uint8 [0, 28, 28]"),
+        ({"test_labels": LABELS[:4]}, "test_labels is int64 [4]; it must be whole numbers [10]"),
+        ({"test_labels": LABELS / 2}, "test_labels is float64 [10]"),
+        ({"train_labels": LABELS + 1}, "train_labels has values outside 0 to 9"),
+        ({"train_labels": LABELS - 1}, "train_labels has values outside 0 to 9"),
+        ({"test_images": None}, "no array test_images"),
+        ({"train_images": None}, "no array train_images"),
+        ({"train_labels": np.array([None] * 10)}, "can't be read as a .npz file"),  # needs pickle, which may run code
+    ],
+)
+def test_wrong_images_are_refused_and_nothing_written(tmp_path, changes, words):
+    arrays = {"train_images": IMAGES, "train_labels": LABELS, "test_images": IMAGES, "test_labels": LABELS}
+    archive = save_images(tmp_path / "images.npz", **(arrays | changes))
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        nmnist.main(["--simulate", str(archive), "--data_dir", str(tmp_path / "out")])
+    assert str(archive) in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_npz_is_refused_and_recordings_are_not_overwritten(tmp_path):
+    text = tmp_path / "images.npz"
+    text.write_text("hello")
+    for path in (text, tmp_path / "missing.npz", tmp_path):
+        with pytest.raises(UserError, match=r"can't be read as a \.npz file"):
+            nmnist.main(["--simulate", str(path), "--data_dir", str(tmp_path)])
+    np.save(tmp_path / "array.npy", IMAGES)
+    with pytest.raises(UserError, match=r"can't be read as a \.npz file"):
+        nmnist.main(["--simulate", str(tmp_path / "array.npy"), "--data_dir", str(tmp_path)])
+    data_dir = make_recordings(tmp_path / "data", 1, 1)
+    before = contents(data_dir)
+    with pytest.raises(UserError, match="is there already"):
+        nmnist.main(["--simulate", str(save_images(tmp_path / "good.npz")), "--data_dir", str(data_dir)])
+    assert contents(data_dir) == before
 
 
 # --- frames ----------------------------------------------------------------------------------------------

@@ -8,10 +8,18 @@ from conftest import ROOT
 
 import nmnist
 import train_nmnist
+import visualize_activations
+import visualize_nmnist
 from models import NETWORKS, build_model
 
 README = (ROOT / "README.md").read_text()
-PARSERS = {"train_nmnist.py": train_nmnist.make_parser, "nmnist.py": nmnist.make_parser}
+PARSERS = {
+    "train_nmnist.py": train_nmnist.make_parser,
+    "nmnist.py": nmnist.make_parser,
+    "visualize_nmnist.py": visualize_nmnist.make_parser,
+    "visualize_activations.py": visualize_activations.make_parser,
+}
+DATA_FLAGS = {"--data_dir", "--dataset", "--time_steps", "--denoise"}  # told once for all scripts
 
 
 def flags(parser):
@@ -25,18 +33,25 @@ def commands():
     return [match.strip() for match in re.findall(r"(?:^|&& )python ([^#&\n]*)", blocks, re.MULTILINE)]
 
 
-def test_the_table_of_flags_is_complete_and_right():
-    section = README.split("### Customizable parameters")[1].split("\n## ")[0].split("\n### ")[0]
-    table = dict(re.findall(r"^\| `(--\w+)` \| ([^|]*) \|", section, re.MULTILINE))
-    actual = flags(train_nmnist.make_parser())
-    assert list(table) == sorted(table, key=list(table).index)
-    assert set(table) == set(actual)
+def table_of_flags(heading):
+    """Return the flags and defaults in the README's table with this heading."""
+    rows = README.split(f"| {heading} | default | meaning |\n")[1].split("\n\n")[0]
+    return dict(re.findall(r"^\| `(--\w+)` \| ([^|]*) \|", rows, re.MULTILINE))
+
+
+@pytest.mark.parametrize("script", ["train_nmnist.py", "visualize_nmnist.py", "visualize_activations.py"])
+def test_the_tables_of_flags_are_complete_and_right(script):
+    actual = flags(PARSERS[script]())
+    table = table_of_flags("flag" if script == "train_nmnist.py" else f"`{script}`")
+    assert set(table) == set(actual) - (set() if script == "train_nmnist.py" else DATA_FLAGS)
     for flag, stated in table.items():
         default = actual[flag]
         if flag == "--lr":
             assert stated.strip("`") == str(train_nmnist.DEFAULT_LR["adam"])
         elif flag == "--device":
             assert stated == "`cuda` where there is one"
+        elif flag == "--digit":
+            assert (stated, default) == ("all", None)
         else:
             assert stated.strip("`") == ("off" if default is None or default is False else str(default)), flag
 

@@ -117,12 +117,39 @@ def test_testing_again_gives_the_same_whatever_the_flags(trained, made_data_dir)
 
 def test_figures_have_their_parts(trained):
     model, folder, result = trained
-    for name in ("training_results", f"{model}_confusion_matrix", f"{model}_accuracy_over_time"):
+    names = ["training_results", f"{model}_confusion_matrix", f"{model}_accuracy_over_time", f"{model}_samples"]
+    for name in [*names, *(["resnet_filters"] if model == "resnet" else [])]:
         path = folder / "logs" / f"{name}.png"
         assert f"figure      {path}" in result.stdout
         height, width, _ = plt.imread(path).shape
         assert width > 900
         assert height > 500
+
+
+def test_samples_show_the_mistakes_first(made_data_dir, figures):
+    recordings = nmnist.NMNIST(made_data_dir, "test")
+    frames = nmnist.load_frames(recordings, 5)
+    decisions = torch.tensor(recordings.targets)
+    decisions[[4, 17]] = 8  # a 1 and a 5, read as 8
+    train_nmnist.plot_samples(frames, decisions, "title", "samples.png")
+    figure = figures["samples.png"]
+    titles = [axis.get_title() for axis in figure.axes if axis.images]
+    assert len(titles) == 20
+    assert titles[0] == "mistake: 1 read as 8\nrecording 4"
+    assert titles[1] == "mistake: 5 read as 8\nrecording 17"
+    assert titles[2] == "0 read as 0\nrecording 0"
+    assert "2 mistakes" in figure.get_suptitle()
+
+
+def test_filters_are_the_first_layers_weights(figures):
+    network = build_model("resnet", 0.5, 1.0, 0.9, 0.2)
+    train_nmnist.plot_filters(network, "title", "filters.png")
+    off, on = (axis.images[0].get_array() for axis in figures["filters.png"].axes[:2])
+    weight = network.conv1.weight.detach().numpy()
+    for grid, polarity in ((off, 0), (on, 1)):
+        # Four a row, with a line of a pixel between and around them.
+        np.testing.assert_array_equal(grid[1:4, 1:4], weight[0, polarity])
+        np.testing.assert_array_equal(grid[5:8, 9:12], weight[6, polarity])
 
 
 def test_the_same_command_twice_gives_the_same_numbers(tmp_path, made_data_dir):

@@ -1,0 +1,135 @@
+"""The pictures of a trained network: what is drawn is what its layers did."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_refused, run
+from PIL import Image
+
+import nmnist
+import train_nmnist
+import utils
+import visualize_activations
+from models import LayerRecorder, load_network
+
+LAYERS = {
+    "cnn": ["lif1", "lif2", "lif3", "lif4", "lif_out"],
+    "resnet": ["lif1", "res1_lif1", "res1_lif2", "res2_lif1", "res2_lif2", "fc_syn", "lif_out"],
+}
+
+
+@pytest.fixture(scope="module", params=["cnn", "resnet"])
+def network_dir(request, tmp_path_factory, made_data_dir):
+    """A folder with a network of either kind, trained for two epochs with 8 time steps: (model, folder)."""
+    folder = tmp_path_factory.mktemp(f"activations_{request.param}")
+    places = ["--data_dir", made_data_dir, "--save_dir", folder, "--log_dir", folder / "logs"]
+    flags = ["--model", request.param, "--epochs", 2, "--time_steps", 8, "--batch_size", 32, "--val_split", 0.2]
+    train_nmnist.main([str(part) for part in (*places, *flags, "--device", "cpu")])
+    return request.param, folder
+
+
+def draw(network_dir, data_dir, *flags):
+    model, folder = network_dir
+    places = ["--model", model, "--save_dir", folder, "--data_dir", data_dir, "--device", "cpu"]
+    visualize_activations.main([str(part) for part in (*places, *flags)])
+
+
+def activity(network_dir, data_dir, sample):
+    """Run the network on one test recording; return its layers' (spk, mem) [T, neurons], and the network."""
+    model, folder = network_dir
+    checkpoint = utils.load_checkpoint(folder / f"{model}_best.pt", model)
+    network = load_network(checkpoint, torch.device("cpu")).eval()
+    frames = nmnist.load_frames(nmnist.NMNIST(data_dir, "test"), 8)
+    with torch.no_grad(), LayerRecorder(network) as layers:
+        network(frames.batch(torch.tensor([sample]))[0])
+    return {name: [x[:, 0].flatten(1) for x in values] for name, values in layers.items()}, network
+
+
+def test_all_pictures_are_written(network_dir, made_data_dir, tmp_path):
+    model, folder = network_dir
+    places = ["--save_dir", folder, "--data_dir", made_data_dir, "--output_dir", tmp_path]
+    result = run(sys.executable, "visualize_activations.py", "--model", model, "--visualize_all", *places)
+    assert result.returncode == 0, result.stderr
+    assert "--time_steps 8, as the checkpoint was trained (not 25)" in result.stdout
+    expected = {f"spikes/spike_pattern_{layer}.png" for layer in LAYERS[model]}
+    expected |= {f"membrane/membrane_potential_{layer}.png" for layer in LAYERS[model]}
+    expected |= {"tsne/tsne_features.png", "firing_rates.png"}
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")} == expected
+    for name in expected:
+        assert str(tmp_path / name) in result.stdout
+        width, height = Image.open(tmp_path / name).size
+        assert width > 1000
+        assert height > 500
+
+
+def test_without_visualize_all_only_the_output_is_drawn(network_dir, made_data_dir, figures):
+    draw(network_dir, made_data_dir)
+    assert set(figures) == {"spike_pattern_lif_out.png", "membrane_potential_lif_out.png"}
+
+
+def test_rasters_hold_the_spikes_that_the_layers_fired(network_dir, made_data_dir, figures):
+    draw(network_dir, made_data_dir, "--visualize_all", "--sample", 11, "--num_neurons", 64)
+    layers, _ = activity(network_dir, made_data_dir, 11)
+    assert list(layers) == LAYERS[network_dir[0]]
+    for name, (spk, _) in layers.items():
+        axis = figures[f"spike_pattern_{name}.png"].axes[0]
+        drawn = len(axis.collections[0].get_offsets())
+        shown = min(64, spk.shape[1])
+        assert drawn == int(spk.sum(0).sort(descending=True).values[:shown].sum())
+        assert f"{spk.mean():.3f}" in axis.get_title()
+        assert ("most active" in axis.get_title()) == (spk.shape[1] > 64)
+        assert axis.get_xlabel() == "time step"
+
+
+def test_membranes_cross_their_thresholds_where_spikes_are_marked(network_dir, made_data_dir, figures):
+    draw(network_dir, made_data_dir, "--visualize_all")
+    for name in LAYERS[network_dir[0]][:-1]:
+        for axis in figures[f"membrane_potential_{name}.png"].axes:
+            membrane, threshold, spikes = axis.lines
+            above = np.flatnonzero(membrane.get_ydata() > threshold.get_ydata())
+            assert spikes.get_xdata().tolist() == above.tolist()
+    moving = [line.get_ydata() for line in figures["membrane_potential_lif1.png"].axes[0].lines][1]
+    assert (np.ptp(moving) > 0) == (network_dir[0] == "resnet")  # ALIF's threshold moves, LIF's does not
+
+
+def test_the_output_traces_are_named_and_the_right_one_stands_out(network_dir, made_data_dir, figures):
+    draw(network_dir, made_data_dir, "--sample", 29)  # the last test recording: a 9
+    axis = figures["membrane_potential_lif_out.png"].axes[0]
+    assert sorted(text.get_text() for text in axis.texts) == [str(digit) for digit in range(10)]
+    assert [text.get_text() for text in axis.texts if text.get_weight() == "bold"] == ["9"]
+    layers, _ = activity(network_dir, made_data_dir, 29)
+    front = max((line for line in axis.lines if len(line.get_xdata()) == 8), key=lambda line: line.get_linewidth())
+    np.testing.assert_allclose(front.get_ydata(), layers["lif_out"][1][:, 9], rtol=1e-5)
+    assert "a 9, read as" in axis.get_title()
+
+
+def test_tsne_and_firing_rates_cover_the_test_recordings(network_dir, made_data_dir, figures):
+    draw(network_dir, made_data_dir, "--visualize_all", "--tsne_samples", 20)
+    axis = figures["tsne_features.png"].axes[0]
+    clouds = {cloud.get_label(): len(cloud.get_offsets()) for cloud in axis.collections}
+    assert sum(clouds[str(digit)] for digit in range(10)) == 20
+    assert "20 test recordings" in axis.get_title()
+    over_time, means = figures["firing_rates.png"].axes
+    assert [line.get_label() for line in over_time.lines] == LAYERS[network_dir[0]]
+    spikes = [activity(network_dir, made_data_dir, sample)[0]["lif1"][0].mean(1) for sample in range(30)]
+    np.testing.assert_allclose(over_time.lines[0].get_ydata(), torch.stack(spikes).mean(0), rtol=1e-4)
+    assert f"{torch.stack(spikes).mean():.3f}" in means.texts[0].get_text()
+
+
+def test_a_silent_layer_has_no_tsne_and_that_is_told(figures, capsys, tmp_path):
+    labels = torch.arange(10)
+    visualize_activations.plot_tsne(torch.zeros(10, 4), labels, labels, 0, "heading", "lif4", tmp_path / "tsne.png")
+    assert not figures
+    assert "lif4 answers every recording alike" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_told(network_dir, made_data_dir, tmp_path):
+    model, folder = network_dir
+    command = [sys.executable, "visualize_activations.py", "--model", model, "--data_dir", made_data_dir]
+    result = run(*command, "--save_dir", tmp_path)
+    assert_refused(result, str(tmp_path / f"{model}_best.pt"), f"`python train_nmnist.py --model {model}`")
+    result = run(*command, "--save_dir", folder, "--sample", 30, "--output_dir", tmp_path / "out")
+    assert_refused(result, "--sample 30", "there are 30 test recordings")
+    assert not list(tmp_path.iterdir())
