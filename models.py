@@ -127,9 +127,9 @@ class SpikingNetwork(nn.Module):
     `snntorch.utils.reset` looks for neurons among a network's direct children.
     """
 
-    def __init__(self, beta: float, threshold: float, alpha: float, dropout: float):
+    def __init__(self, beta: float, threshold: float, dropout: float):
         super().__init__()
-        self.beta, self.threshold, self.alpha = beta, threshold, alpha
+        self.beta, self.threshold = beta, threshold
         self.dropout = nn.Dropout(dropout)
 
     def _leaky(self) -> Leaky:
@@ -150,16 +150,19 @@ class SpikingNetwork(nn.Module):
 
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map frames [T, B, 2, 34, 34] to (spk, mem) of the output neurons, both [T, B, 10]."""
-        reset(self)  # lets go of the states that snnTorch's neurons keep of the batch before
+        reset(self)  # clears the states that snnTorch's neurons keep of the batch before, and its graph
         frames = frames.movedim(2, -1).contiguous().movedim(-1, 2)  # channels_last
         return self.lif_out(self.currents(frames))
 
 
 class SpikingCNN(SpikingNetwork):
-    """Three times conv -> max pool -> norm -> LIF, then fully connected -> LIF -> dropout, then output -> LIF."""
+    """Three times conv -> max pool -> norm -> LIF, then fully connected -> LIF -> dropout, then output -> LIF.
+
+    `alpha` is there for `build_model`'s sake: no neuron of this network has one.
+    """
 
     def __init__(self, beta=0.5, threshold=1.0, alpha=0.9, dropout=0.2, widths=(16, 32, 64), hidden=128):
-        super().__init__(beta, threshold, alpha, dropout)
+        super().__init__(beta, threshold, dropout)
         w1, w2, w3 = widths
         self.pool = nn.MaxPool2d(2)
         self.conv1 = nn.Conv2d(2, w1, 3, padding=1, bias=False)  # 34 x 34, pooled to 17 x 17
@@ -196,7 +199,7 @@ class SpikingResNet(SpikingNetwork):
     ADAPTATION = 0.5  # kappa, in thresholds: how far the threshold of a neuron that always fires would rise
 
     def __init__(self, beta=0.5, threshold=1.0, alpha=0.9, dropout=0.2, widths=(16, 32, 64), hidden=128):
-        super().__init__(beta, threshold, alpha, dropout)
+        super().__init__(beta, threshold, dropout)
         w1, w2, w3 = widths
         spike_grad = surrogate.fast_sigmoid(SURROGATE_SLOPE)
         self.pool = nn.MaxPool2d(2)
@@ -268,14 +271,17 @@ def predict(spk: torch.Tensor, mem: torch.Tensor) -> torch.Tensor:
     Of neurons that spiked equally often, the one with the larger membrane potential summed over time wins;
     an argmax over counts alone would always prefer the lower digit.
     """
-    counts = spk.sum(0)
-    tied = counts == counts.max(-1, keepdim=True).values
-    return mem.sum(0).masked_fill(~tied, -torch.inf).argmax(-1)
+    return _decide(spk.sum(0), mem.sum(0))
 
 
 def predict_over_time(spk: torch.Tensor, mem: torch.Tensor) -> torch.Tensor:
     """Return the decisions [T, B] after each of the T steps, each made as `predict` makes the last."""
-    return torch.stack([predict(spk[: t + 1], mem[: t + 1]) for t in range(len(spk))])
+    return _decide(spk.cumsum(0), mem.cumsum(0))
+
+
+def _decide(counts: torch.Tensor, potential: torch.Tensor) -> torch.Tensor:
+    tied = counts == counts.max(-1, keepdim=True).values
+    return potential.masked_fill(~tied, -torch.inf).argmax(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from sklearn.model_selection import train_test_split
 from tonic.download_utils import check_md5
 from tqdm import tqdm
 
-from utils import UserError, atomic_path, number, run_script, work_in_parallel, write_json
+from utils import UserError, atomic_path, number, run_script, save_tensors, work_in_parallel, write_json
 
 SENSOR_SIZE = (34, 34, 2)  # x, y, polarities, as tonic orders them
 BINS_PER_FRAME = 2 * 34 * 34
@@ -70,7 +70,10 @@ class NMNIST(tonic.datasets.NMNIST):
     def __init__(self, data_dir: str | Path, split: str):
         self.split = split
         super().__init__(save_to=str(data_dir), train=split == "train")
-        self._check_labels()
+        for digit in range(NUM_DIGITS):
+            if digit not in set(self.targets):
+                folder = self.root / self.folder_name / str(digit)
+                raise UserError(f"no recordings of digit {digit} in {folder}: fetch or unpack them again")
 
     @property
     def root(self) -> Path:
@@ -80,7 +83,11 @@ class NMNIST(tonic.datasets.NMNIST):
     @property
     def name(self) -> str:
         """The data set's name as files and figures carry it: simulated recordings are never called NMNIST."""
-        return "SimulatedNMNIST" if (self.root / SIMULATOR_FILE).is_file() else "NMNIST"
+        try:
+            images = json.loads((self.root / SIMULATOR_FILE).read_text())["images"]
+        except FileNotFoundError:
+            return "NMNIST"
+        return "SimulatedNMNIST" if images == BUILT_IN_IMAGES else f"SimulatedNMNIST ({images})"
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """Return (events, label). Raises `UserError` naming the file where it is no N-MNIST recording."""
@@ -99,6 +106,8 @@ class NMNIST(tonic.datasets.NMNIST):
 
     def _check_exists(self) -> bool:
         """Say whether there are recordings, all that the zip holds where one lies beside them."""
+        if (self.root / self.folder_name).is_dir():
+            self._check_folders()
         if (self.root / self.filename).is_file():
             return not self._missing_members()
         return any((self.root / self.folder_name).glob("*/*.bin"))
@@ -142,16 +151,16 @@ class NMNIST(tonic.datasets.NMNIST):
                 with atomic_path(self.root / member.filename) as temporary:
                     temporary.write_bytes(content)
 
-    def _check_labels(self) -> None:
-        """Refuse folders beside the digits, whose recordings tonic would give a wrong label, and missing digits."""
+    def _check_folders(self) -> None:
+        """Refuse recordings that don't lie in a digit's folder: tonic would give them a wrong label."""
         folder = self.root / self.folder_name
-        for path in sorted(folder.iterdir()):
-            is_digit = path.name in "0123456789" and path.is_dir()
-            if not is_digit and (path.is_dir() or path.suffix == ".bin"):
+        digits = {str(digit) for digit in range(NUM_DIGITS)}
+        for path in folder.rglob("*.bin"):
+            if path.parent.parent != folder or path.parent.name not in digits:
                 raise UserError(f"{path} does not belong here: {folder} holds a folder for each digit 0 to 9")
-        for digit in range(NUM_DIGITS):
-            if digit not in set(self.targets):
-                raise UserError(f"no recordings of digit {digit} in {folder / str(digit)}: fetch or unpack them again")
+        for path in folder.iterdir():
+            if path.is_dir() and path.name not in digits:
+                raise UserError(f"{path} does not belong here: {folder} holds a folder for each digit 0 to 9")
 
     def describe(self) -> str:
         """Return the number of recordings in a line, beside the published number where some are missing."""
@@ -166,23 +175,31 @@ def fetch(url: str, md5: str, path: Path, connect_seconds: float) -> None:
     tonic's own download waits for ever for a host that does not answer, and leaves what it got of a file whose
     connection dropped. Raises `DownloadError`.
     """
+    with atomic_path(path) as temporary:
+        with open(temporary, "wb") as file:
+            for chunk in _chunks(url, path.name, connect_seconds):
+                file.write(chunk)
+        if not check_md5(str(temporary), md5):
+            raise DownloadError(f"{url} sent another file than N-MNIST's {path.name} (its md5 differs from {md5})")
+
+
+def _chunks(url: str, name: str, connect_seconds: float) -> Iterator[bytes]:
+    """Yield what `url` sends, piece by piece, under a progress bar."""
+    received = 0
     try:
-        with _open_url(url, connect_seconds) as response, atomic_path(path) as temporary:
-            total = response.length
-            with (
-                open(temporary, "wb") as file,
-                tqdm(desc=f"download {path.name}", total=total, unit="B", unit_scale=True) as bar,
-            ):
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-            received = temporary.stat().st_size
-            if total is not None and received != total:
-                raise DownloadError(f"the connection to {url} dropped after {received:,} of {total:,} bytes")
-            if not check_md5(str(temporary), md5):
-                raise DownloadError(f"{url} sent another file than N-MNIST's {path.name} (its md5 differs from {md5})")
+        with (
+            _open_url(url, connect_seconds) as response,
+            tqdm(desc=f"download {name}", total=response.length, unit="B", unit_scale=True) as bar,
+        ):
+            announced = response.length  # read now: it counts down
+            while chunk := response.read(1 << 20):
+                yield chunk
+                received += len(chunk)
+                bar.update(len(chunk))
     except (OSError, http.client.HTTPException) as error:
-        raise DownloadError(f"{path.name} can't be fetched from {url}: {error}") from None
+        raise DownloadError(f"{name} can't be fetched from {url}: {error}") from None
+    if announced is not None and received != announced:
+        raise DownloadError(f"the connection to {url} dropped after {received:,} of {announced:,} bytes")
 
 
 def _open_url(url: str, seconds: float):
@@ -213,7 +230,7 @@ def _open_url(url: str, seconds: float):
 
 @dataclass(frozen=True)
 class Camera:
-    """The simulated camera's parameters, each with what it was fitted to in 800 real recordings.
+    """The simulated camera's parameters, each with what it was fitted to in 100 to 400 of 800 real recordings.
 
     Spreads between recordings are standard deviations of normal distributions cut at 2.5 of them.
     """
@@ -249,6 +266,7 @@ class Camera:
 
 CAMERA = Camera()
 TEST_DIGITS = 360  # of scikit-learn's 1,797
+BUILT_IN_IMAGES = "sklearn.datasets.load_digits"
 SIMULATOR_FILE = "simulator.json"  # lies beside simulated recordings, so that they are told from real ones
 STEP = np.float32(1)  # ms, of the pixel equations, at most one event per pixel in each; halving it changed no figure
 SIDE = 34  # pixels of the sensor
@@ -439,9 +457,10 @@ class Images:
 
 
 def record_data_set(root: Path, splits: dict[str, Images], simulator: dict) -> None:
-    """Record the images of 'Train' and 'Test' into `root`, which appears once it is whole, in place of what was there.
+    """Record the images of 'Train' and 'Test' into `root`, which must not be there and appears once it is whole.
 
-    `simulator` says what they were made of, and goes into SIMULATOR_FILE; its "seed" draws the noise.
+    `simulator` says what they were made of, and goes into SIMULATOR_FILE; its "seed" draws the noise. Where another
+    process has put the same recordings there first, they stay.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".tmp", dir=root.parent))
@@ -451,12 +470,22 @@ def record_data_set(root: Path, splits: dict[str, Images], simulator: dict) -> N
             record_images(part, temporary / folder, seed)
         write_json(temporary / SIMULATOR_FILE, simulator)
         temporary.chmod(0o755)
-        shutil.rmtree(root, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another process put the same recordings there first
+        try:
             temporary.rename(root)
+        except OSError:
+            if not _is_recorded(root, simulator):
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"simulated   {root} ({sum(len(part.labels) for part in splits.values()):,} recordings)")
+
+
+def _is_recorded(root: Path, simulator: dict) -> bool:
+    """Say whether `root` holds recordings made by this very camera, of the same images and seed."""
+    try:
+        return json.loads((root / SIMULATOR_FILE).read_text()) == simulator
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return False
 
 
 def record_images(part: Images, folder: Path, seed: tuple[int, ...]) -> None:
@@ -466,7 +495,7 @@ def record_images(part: Images, folder: Path, seed: tuple[int, ...]) -> None:
     """
     for digit in range(NUM_DIGITS):
         (folder / str(digit)).mkdir(parents=True, exist_ok=True)
-    batches = np.array_split(np.arange(len(part.labels)), max(1, len(part.labels) // SIDE_BY_SIDE))
+    batches = np.array_split(np.arange(len(part.labels)), -(-len(part.labels) // SIDE_BY_SIDE))
     jobs = [(Images(part.images[b], part.labels[b], part.numbers[b]), folder, seed) for b in batches]
     for _ in work_in_parallel(_record_batch, jobs, [len(batch) for batch in batches], f"simulate {folder.name}"):
         pass
@@ -486,21 +515,19 @@ class SimulatedNMNIST(NMNIST):
     seed = 0
 
     def _check_exists(self) -> bool:
-        """Say whether the recordings are there, made by this very camera."""
-        try:
-            return json.loads((self.root / SIMULATOR_FILE).read_text()) == self._simulator()
-        except (FileNotFoundError, json.JSONDecodeError):
-            return False
-
-    def _simulator(self) -> dict:
-        return describe_simulator("sklearn.datasets.load_digits", self.seed)
+        return _is_recorded(self.root, describe_simulator(BUILT_IN_IMAGES, self.seed))
 
     def download(self) -> None:
         """Record the digits: a fixed, stratified split."""
+        if self.root.exists():  # recordings of another camera: out of the way, in one step
+            old = Path(tempfile.mkdtemp(prefix=f".{self.root.name}.", suffix=".old", dir=self.root.parent))
+            self.root.rename(old / self.root.name)
+            shutil.rmtree(old)
         images, labels = sklearn_images()
         chosen = train_test_split(np.arange(len(labels)), test_size=TEST_DIGITS, stratify=labels, random_state=0)
         parts = (Images(images[np.sort(i)], labels[np.sort(i)], np.sort(i) + 1) for i in chosen)
-        record_data_set(self.root, dict(zip(("Train", "Test"), parts, strict=True)), self._simulator())
+        simulator = describe_simulator(BUILT_IN_IMAGES, self.seed)
+        record_data_set(self.root, dict(zip(("Train", "Test"), parts, strict=True)), simulator)
 
 
 def describe_simulator(images: str, seed: int) -> dict:
@@ -630,13 +657,10 @@ def load_frames(recordings: NMNIST, time_steps: int, denoise: int | None = None)
             print(f"cache       {path} is damaged ({type(error).__name__}): binning anew", file=sys.stderr)
     frames = bin_recordings(recordings, time_steps, denoise)
     try:
-        with atomic_path(path) as temporary:
-            torch.save({field.name: getattr(frames, field.name) for field in fields(frames)}, temporary)
+        save_tensors(path, {field.name: getattr(frames, field.name) for field in fields(frames)})
     except OSError as error:
-        print(
-            f"cache       {path.parent} can't be written ({error.strerror}): frames stay in memory",
-            file=sys.stderr,
-        )
+        reason = error.strerror or error
+        print(f"cache       {path.parent} can't be written ({reason}): frames stay in memory", file=sys.stderr)
         return frames
     for old in path.parent.glob(f"{prefix}*.pt"):  # of recordings that have changed since
         if old != path:
@@ -821,6 +845,12 @@ def simulate(args: argparse.Namespace) -> None:
     if root.exists():
         raise UserError(f"{root} is there already: choose another --data_dir to record into")
     splits = read_images(args.simulate)
+    for folder, part in splits.items():
+        missing = sorted(set(range(NUM_DIGITS)) - set(part.labels.tolist()))
+        if missing:
+            print(
+                f"WARNING: no images of {missing} for {folder}: scripts read folders of all ten digits", file=sys.stderr
+            )
     record_data_set(root, splits, describe_simulator(Path(args.simulate).name, args.seed))
 
 

@@ -37,7 +37,7 @@ from utils import UserError, number
 DEFAULT_LR = {"adam": 5e-3, "adamw": 5e-3, "sgd": 0.1}
 LOSSES = {
     "ce": SF.ce_rate_loss,  # cross entropy of the spikes at every step, averaged over steps
-    "mse": lambda: SF.mse_count_loss(correct_rate=0.8, incorrect_rate=0.05),  # squared error of spike counts
+    "mse": SF.mse_count_loss,  # squared error of the spike counts: T for the right digit, 0 for the others
     "count": SF.ce_count_loss,  # cross entropy of the spike counts
 }
 NETWORK_SETTINGS = ("model", "beta", "threshold", "alpha", "dropout")  # what `build_model` needs
@@ -45,7 +45,7 @@ NETWORK_SETTINGS = ("model", "beta", "threshold", "alpha", "dropout")  # what `b
 RUN_SETTINGS = (
     *NETWORK_SETTINGS,
     *("time_steps", "denoise", "batch_size", "lr", "weight_decay", "optimizer", "loss", "scheduler"),
-    *("seed", "val_split"),
+    *("seed", "val_split", "epochs"),
 )
 
 
@@ -113,31 +113,43 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
     """Return the flags and the checkpoint to test or to go on with, None where training starts anew.
 
     A checkpoint's settings fill the flags that are not given. Of flags that contradict them, testing takes the
-    checkpoint's, and says so; resuming raises `UserError`, since it would not end where the run was heading.
+    checkpoint's, and says so; resuming raises `UserError`, since it would not end where the run was heading, but
+    lets `--epochs` grow.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.time_steps * args.batch_size == 1:
         parser.error("argument --batch_size: 1 is too few for --time_steps 1, whose norms need two frames")
-    if not (args.test_only or args.resume):
-        return args, None
-    if args.test_only and args.resume:
+    if args.test_only and args.resume is not None:
         parser.error("argument --resume: not allowed with argument --test_only")
+    if not args.test_only and args.resume is None:
+        return args, None
     path = utils.checkpoint_path(args.save_dir, args.model, "best" if args.test_only else "last")
     if args.resume not in (None, "last"):
         path = Path(args.resume)
     checkpoint = utils.load_checkpoint(path, args.model)
-    settings = checkpoint["settings"]
-    parser.set_defaults(**settings)
-    args = parser.parse_args(argv)
-    for name, value in settings.items():
-        given = getattr(args, name)
-        if given != value and args.resume:
-            raise UserError(f"--{name} {given}: {path} was trained with {value}; leave the flag out or train anew")
-        if given != value:
+    args, different = utils.parse_with_settings(parser, argv, checkpoint["settings"])
+    for name, given, value in different:
+        if args.test_only:
             print(f"settings    --{name} {given} is ignored: {path} was trained with {value}")
             setattr(args, name, value)
+        elif name != "epochs":
+            raise UserError(f"--{name} {given}: {path} was trained with {value}; leave the flag out or train anew")
+    if args.resume is not None:
+        check_resumable(args, checkpoint, path)
     return args, checkpoint
+
+
+def check_resumable(args: argparse.Namespace, checkpoint: dict, path: Path) -> None:
+    """Raise `UserError` where a run can't go on from `checkpoint`; say where its learning rates will differ."""
+    if "optimizer" not in checkpoint:
+        last = path.with_name(f"{args.model}_last.pt")
+        raise UserError(f"--resume {path}: it holds the network alone; go on from {last}")
+    if args.epochs < checkpoint["epoch"]:
+        raise UserError(f"--epochs {args.epochs}: {path} has seen {checkpoint['epoch']} epochs already")
+    planned = checkpoint["settings"]["epochs"]
+    if args.scheduler and args.epochs != planned:
+        print(f"schedule    planned over {planned} epochs, goes on over {args.epochs}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -155,6 +167,8 @@ def train_one_epoch(network, frames: Frames, indices, optimizer, loss_fn, batch_
     for x, labels in frames.batches(indices, batch_size):
         spk, mem = network(x)
         loss = loss_fn(spk, labels)
+        if not torch.isfinite(mem).all():  # spikes, and so the loss, stay finite even then
+            raise UserError("the membrane potentials are not finite any more: choose a smaller --lr")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -167,7 +181,7 @@ def train_one_epoch(network, frames: Frames, indices, optimizer, loss_fn, batch_
 
 
 @torch.no_grad()
-def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, bar: tqdm | None = None) -> dict:
+def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, bar: tqdm) -> dict:
     """Run the network over the recordings `indices`, without learning.
 
     Returns mean `loss`, `accuracy`, `labels` [N] and `decisions` [T, N]: the digit decided on after each step.
@@ -179,8 +193,7 @@ def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, bar: tq
         total_loss += loss_fn(spk, batch_labels).item() * len(batch_labels)
         labels.append(batch_labels.cpu())
         decisions.append(predict_over_time(spk, mem).cpu())
-        if bar is not None:
-            bar.update(len(batch_labels))
+        bar.update(len(batch_labels))
     labels, decisions = torch.cat(labels), torch.cat(decisions, dim=1)
     accuracy = (decisions[-1] == labels).double().mean().item()
     return {"loss": total_loss / len(labels), "accuracy": accuracy, "labels": labels, "decisions": decisions}
@@ -214,8 +227,9 @@ def run_epoch(args, epoch: int, network, optimizer, loss_fn, data: Data, train_i
     with tqdm(desc=f"epoch {epoch}/{args.epochs}", total=len(order), unit="recording", leave=False) as bar:
         results = {"train": train_one_epoch(network, data.train, order, optimizer, loss_fn, args.batch_size, bar)}
     trained = time.perf_counter() - start
-    results["val"] = evaluate(network, data.train, val_indices, loss_fn, args.batch_size)
-    results["test"] = evaluate(network, data.test, torch.arange(len(data.test)), loss_fn, args.batch_size)
+    for name, frames, indices in (("val", data.train, val_indices), ("test", data.test, torch.arange(len(data.test)))):
+        with tqdm(desc=name, total=len(indices), unit="recording", leave=False) as bar:
+            results[name] = evaluate(network, frames, indices, loss_fn, args.batch_size, bar)
     entry = {"epoch": epoch}
     for name, result in results.items():
         entry |= {f"{name}_loss": result["loss"], f"{name}_accuracy": result["accuracy"]}
@@ -232,20 +246,24 @@ def train(args, network, checkpoint: dict | None, data: Data) -> None:
     optimizer, loss_fn = make_optimizer(args, network), LOSSES[args.loss]()
     history, best = [], None
     if checkpoint:
+        trained_on = (checkpoint["dataset"], checkpoint["num_recordings"])
+        if trained_on != (data.name, len(data.train)):
+            raise UserError(
+                "--resume: trained on {} with {:,} recordings, and this is {} with {:,}".format(
+                    *trained_on, data.name, len(data.train)
+                )
+            )
         network.load_state_dict(checkpoint["network"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         history, best = checkpoint["history"], checkpoint["best"]
+        write_best_and_history(args, best, history)  # save_dir or log_dir may be others than before
         print(f"resume      after epoch {len(history)} of {args.epochs}")
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}, test {len(data.test):,}")
     for epoch in range(len(history) + 1, args.epochs + 1):
         entry = run_epoch(args, epoch, network, optimizer, loss_fn, data, train_indices, val_indices)
         print_epoch(entry, args.epochs)
         history.append(entry)
-        # Of equal validation accuracies the smaller loss is the better; the test set has no say.
-        score = [entry["val_accuracy"], -entry["val_loss"]]
-        is_best = best is None or score > best
-        best = score if is_best else best
-        save(args, network, optimizer, history, best, data.name, is_best)
+        best = save(args, network, optimizer, history, best, data)
 
 
 def print_epoch(entry: dict, epochs: int) -> None:
@@ -256,22 +274,32 @@ def print_epoch(entry: dict, epochs: int) -> None:
     print("   ".join(parts), flush=True)
 
 
-def save(args, network, optimizer, history: list, best: list, dataset: str, is_best: bool) -> None:
-    """Write the last checkpoint, the best one where this epoch is, and the history; each atomically."""
+def save(args, network, optimizer, history: list[dict], best: dict | None, data: Data) -> dict:
+    """Write the best and the last checkpoint and the history, each atomically; return the best checkpoint so far."""
     checkpoint = {
         "network_settings": {name: getattr(args, name) for name in NETWORK_SETTINGS},
         "settings": {name: getattr(args, name) for name in RUN_SETTINGS},
-        "dataset": dataset,
-        "network": network.state_dict(),
+        "dataset": data.name,
+        "num_recordings": len(data.train),
+        "network": {name: value.cpu().clone() for name, value in network.state_dict().items()},
         "epoch": len(history),
+        # Of equal validation accuracies the smaller loss is the better; the test set has no say.
+        "score": [history[-1]["val_accuracy"], -history[-1]["val_loss"]],
     }
-    if is_best:
-        utils.save_checkpoint(utils.checkpoint_path(args.save_dir, args.model, "best"), checkpoint)
-    # Last: a run killed between the two files repeats this epoch, and writes the same best checkpoint again.
-    utils.save_checkpoint(
+    if best is None or checkpoint["score"] > best["score"]:
+        best = checkpoint
+    write_best_and_history(args, best, history)
+    # Last: a run killed before this repeats the epoch, and writes the same files again.
+    utils.save_tensors(
         utils.checkpoint_path(args.save_dir, args.model, "last"),
         checkpoint | {"optimizer": optimizer.state_dict(), "history": history, "best": best},
     )
+    return best
+
+
+def write_best_and_history(args: argparse.Namespace, best: dict, history: list[dict]) -> None:
+    """Write the best checkpoint and the history of the epochs so far."""
+    utils.save_tensors(utils.checkpoint_path(args.save_dir, args.model, "best"), best)
     utils.write_json(Path(args.log_dir) / f"{args.model}_history.json", history)
 
 

@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -119,18 +119,18 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def keep_freed_memory() -> bool:
-    """Tell glibc's allocator to keep large blocks it is given back, and return whether it could be told.
+def keep_freed_memory() -> None:
+    """Tell glibc's allocator to keep large blocks it is given back; elsewhere do nothing.
 
     By default each large tensor is fresh pages from the kernel, zeroed at first touch: up to half of a training
     step on a CPU. The numbers are `mallopt`'s of glibc's malloc.h; other C libraries have no such call.
     """
     if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
-        return False
+        return
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
     mallopt = ctypes.CDLL(None).mallopt
-    settings = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**28))
-    return all(mallopt(name, value) for name, value in settings)
+    for name, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**28)):
+        mallopt(name, value)
 
 
 def describe_device(device: torch.device) -> str:
@@ -177,10 +177,13 @@ def write_json(path: str | Path, value) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
+def save_tensors(path: str | Path, content: dict) -> None:
     """Write a dictionary of tensors, numbers, strings, lists and dictionaries to `path`, atomically."""
     with atomic_path(path) as temporary:
-        torch.save(checkpoint, temporary)
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch's own writer tells a full disk so
+            raise OSError(f"{path} can't be written: {str(error).splitlines()[0]}") from None
 
 
 def checkpoint_path(save_dir: str | Path, model: str, which: str) -> Path:
@@ -209,13 +212,15 @@ def load_checkpoint(path: str | Path, model: str) -> dict:
     return checkpoint
 
 
-def take_settings(args: argparse.Namespace, checkpoint: dict, names: Sequence[str]) -> None:
-    """Put a checkpoint's settings in place of the flags `names`, and say where they differ."""
-    for name in names:
-        value = checkpoint["settings"][name]
-        if getattr(args, name) != value:
-            print(f"settings    --{name} {value}, as the checkpoint was trained (not {getattr(args, name)})")
-            setattr(args, name, value)
+def parse_with_settings(parser: argparse.ArgumentParser, argv: list[str] | None, settings: dict):
+    """Parse flags with a checkpoint's settings as the defaults of those that are not given.
+
+    Returns the flags and what contradicts the checkpoint: a list of (name, given, the checkpoint's).
+    """
+    parser.set_defaults(**settings)
+    args = parser.parse_args(argv)
+    different = [(name, getattr(args, name), value) for name, value in settings.items() if getattr(args, name) != value]
+    return args, different
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -260,8 +265,8 @@ def filter_grid(filters: torch.Tensor, columns: int) -> np.ndarray:
     try:
         from torchvision.utils import make_grid
     except RuntimeError:
-        # torchvision's wheels are built for CUDA: beside a CPU build of torch they lack the operators that the
-        # import names. Pictures need none of them.
+        # PyPI's torchvision for Linux is built for CUDA: beside a CPU build of torch its operators can't load, and
+        # the import fails on these two. Pictures need none of them.
         library = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -222,22 +222,28 @@ def draw_layers(network, layers: dict, names: list[str], label: int, heading: st
     """Draw spikes and membrane potentials of the layers `names`, of one recording (a batch of one)."""
     output_dir = Path(args.output_dir)
     for name in names:
-        spk, mem = (values[:, 0].flatten(1).cpu() for values in layers[name])
+        spk, mem = (values[:, 0].flatten(1) for values in layers[name])
+        neuron = network.neuron_layers()[name]
+        moving = neuron.thresholds(spk) if isinstance(neuron, ALIF) else torch.full_like(mem, float(neuron.threshold))
+        spk, mem, moving = spk.cpu(), mem.cpu(), moving.cpu()
         plot_raster(spk, name, args.num_neurons, heading, output_dir / "spikes" / f"spike_pattern_{name}.png")
         path = output_dir / "membrane" / f"membrane_potential_{name}.png"
-        neuron = network.neuron_layers()[name]
         if name == "lif_out":
             plot_output_membranes(spk, mem, float(neuron.threshold), label, heading, path)
         else:
-            moving = neuron.thresholds(spk) if isinstance(neuron, ALIF) else torch.full_like(mem, neuron.threshold)
-            plot_membranes(spk, mem, moving.detach(), name, heading, path)
+            plot_membranes(spk, mem, moving, name, heading, path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
-    path = utils.checkpoint_path(args.save_dir, args.model, "best")
-    checkpoint = utils.load_checkpoint(path, args.model)
-    utils.take_settings(args, checkpoint, ("time_steps", "denoise"))
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    utils.keep_freed_memory()
+    checkpoint = utils.load_checkpoint(utils.checkpoint_path(args.save_dir, args.model, "best"), args.model)
+    settings = {name: checkpoint["settings"][name] for name in ("time_steps", "denoise")}
+    args, different = utils.parse_with_settings(parser, argv, settings)
+    for flag, given, value in different:
+        print(f"settings    --{flag} {given} is ignored: the network was trained with {value}")
+        setattr(args, flag, value)
     device = utils.pick_device(args.device)
     data = nmnist.load_data(args, device)
     if args.sample >= len(data.test):
@@ -248,6 +254,9 @@ def main(argv: list[str] | None = None) -> None:
         decision = int(predict(*network(x)))
     label = int(labels)
     name = f"{type(network).__name__} on {data.name}"
+    if checkpoint["dataset"] != data.name:
+        name = f"{type(network).__name__}, trained on {checkpoint['dataset']}, on {data.name}"
+        print(f"WARNING: trained on {checkpoint['dataset']}, drawn on {data.name}", file=sys.stderr)
     heading = f"{name}, test recording {args.sample}: a {label}, read as {decision}"
     names = list(layers) if args.visualize_all else ["lif_out"]
     draw_layers(network, layers, names, label, heading, args)

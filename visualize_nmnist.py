@@ -46,6 +46,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_events(recordings: NMNIST, place: int, denoise: int | None) -> np.ndarray:
+    """Return the events of a recording, after tonic's `Denoise` where asked."""
+    events, _ = recordings[place]
+    return tonic.transforms.Denoise(denoise)(events) if denoise else events
+
+
 def choose_samples(recordings: NMNIST, num_samples: int, digit: int | None, seed: int, denoise: int | None):
     """Return `num_samples` random recordings as a list of (place, events, digit), ordered by digit."""
     labels = np.array(recordings.targets)
@@ -55,8 +61,7 @@ def choose_samples(recordings: NMNIST, num_samples: int, digit: int | None, seed
         print(f"samples     only {len(places)} {recordings.split} recordings{what}: drawing all of them")
     chosen = np.random.default_rng(seed).permutation(places)[:num_samples]
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]
-    clean = tonic.transforms.Denoise(denoise) if denoise else lambda events: events
-    samples = [(int(i), clean(recordings[i][0]), int(labels[i])) for i in chosen]
+    samples = [(int(i), read_events(recordings, i, denoise), int(labels[i])) for i in chosen]
     for place, events, _ in samples:
         if len(events) == 0:
             raise UserError(f"--denoise {denoise} leaves no event of {recordings.data[place]}: choose a longer time")
@@ -132,7 +137,7 @@ def plot_event_rate(samples: list[Sample], title: str, path: Path) -> None:
     utils.save_figure(figure, path)
 
 
-def plot_digits(recordings: NMNIST, digit: int | None, title: str, path: Path) -> None:
+def plot_digits(recordings: NMNIST, digit: int | None, denoise: int | None, title: str, path: Path) -> None:
     """Draw the mean event image of each digit, or of `digit` alone, over its first recordings."""
     labels = np.array(recordings.targets)
     digits = range(10) if digit is None else [digit]
@@ -143,7 +148,7 @@ def plot_digits(recordings: NMNIST, digit: int | None, title: str, path: Path) -
         for d, places in chosen.items():
             total = np.zeros((34, 34))
             for place in places:
-                total += to_image(recordings[place][0]).sum(0)
+                total += to_image(read_events(recordings, place, denoise)).sum(0)
                 bar.update()
             means[d], numbers[d] = total / len(places), len(places)
     full = np.quantile(np.stack(list(means.values())), 0.995)  # of a few hot pixels all would look pale
@@ -198,10 +203,11 @@ def main(argv: list[str] | None = None) -> None:
     samples = choose_samples(recordings, args.num_samples, args.digit, args.seed, args.denoise)
     output_dir = Path(args.output_dir)
     title = f"{recordings.name}, {'training' if args.split == 'train' else 'test'} recordings"
+    title += f", denoised at {args.denoise:,} microseconds" if args.denoise else ""
     plot_samples(samples, args.time_steps, title, output_dir / "samples.png")
     plot_events_3d(samples[0], recordings.name, output_dir / "events_3d.png")
     plot_event_rate(samples, title, output_dir / "event_rate.png")
-    plot_digits(recordings, args.digit, title, output_dir / "digits.png")
+    plot_digits(recordings, args.digit, args.denoise, title, output_dir / "digits.png")
     if args.animate:
         animate(samples[0], recordings.name, output_dir / f"sample_{samples[0][0]}.gif")
 

@@ -24,6 +24,7 @@ from conftest import ROOT, assert_refused, make_events, make_recordings, run
 from tonic.io import read_mnist_file
 
 import nmnist
+import utils
 from utils import UserError
 
 NOWHERE = "http://127.0.0.1:9/"  # the discard port, where nothing listens
@@ -104,7 +105,16 @@ def test_bad_recordings_are_refused_by_name(tmp_path, content, words):
     bad.write_bytes(content)
     result = run_offline("--data_dir", tmp_path, "--time_steps", "5")
     assert_refused(result, str(bad), words)
-    assert not list((tmp_path / "cache").glob("*train*")) if (tmp_path / "cache").exists() else True
+    assert not list(tmp_path.glob("cache/*train*"))
+
+
+@pytest.mark.parametrize("place", ["x/00001.bin", "12/00001.bin", "0/1/00001.bin", "00001.bin"])
+def test_recordings_outside_the_digits_folders_are_refused(tmp_path, place):
+    train = make_recordings(tmp_path, 1, 1) / "NMNIST" / "Train"
+    (train / place).parent.mkdir(exist_ok=True)
+    shutil.copy(train / "0" / "00001.bin", train / place)
+    with pytest.raises(UserError, match=f"{place.split('/')[0]}.* does not belong here"):
+        nmnist.NMNIST(tmp_path, "train")
 
 
 def test_folders_that_are_no_digits_and_missing_digits_are_refused(tmp_path):
@@ -272,6 +282,25 @@ def test_simulated_recordings_are_named_so_wherever_they_lie(simulated, tmp_path
     assert nmnist.NMNIST(tmp_path, "test").name == "SimulatedNMNIST"
 
 
+def test_two_processes_may_simulate_at_once(tmp_path):
+    """Each finds the recordings whole, whoever put them there."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "nmnist.py", "--data_dir", tmp_path, "--dataset", "simulated", "--time_steps", "2"],
+            cwd=ROOT,
+            stdout=-1,
+            stderr=-1,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for process in processes:
+        stdout, stderr = process.communicate(timeout=250)
+        assert process.returncode == 0, stderr
+        assert "training recordings: 1,437, test recordings: 360" in stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["SimulatedNMNIST", "cache"]
+
+
 def test_recordings_of_an_older_sensor_model_are_made_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(nmnist, "sklearn_images", functools.partial(few_images, 5))
     monkeypatch.setattr(nmnist, "TEST_DIGITS", 10)
@@ -377,23 +406,20 @@ def contents(root):
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-def test_any_labelled_images_are_recorded_the_same_on_any_number_of_cores(tmp_path):
+def test_any_labelled_images_are_recorded_the_same_on_any_number_of_cores(tmp_path, monkeypatch, capsys):
     archive = save_images(tmp_path / "images.npz", per_digit=13)  # 130 and 65 recordings: more than one batch
     outcomes = []
-    for name, cores in (("a", "0"), ("b", None), ("c", None)):
-        prefix = ["taskset", "-c", cores] if cores and shutil.which("taskset") else []
-        seed = ["--seed", "1"] if name == "c" else []
-        command = [sys.executable, "nmnist.py", "--simulate", archive, "--data_dir", tmp_path / name, *seed]
-        result = run(*prefix, *command)
-        assert result.returncode == 0, result.stderr
-        assert "195 recordings" in result.stdout
+    for name, cores, seed in (("a", 1, 0), ("b", 3, 0), ("c", 3, 1)):
+        monkeypatch.setattr(utils, "num_cores", lambda cores=cores: cores)
+        nmnist.main(["--simulate", str(archive), "--data_dir", str(tmp_path / name), "--seed", str(seed)])
+        assert "195 recordings" in capsys.readouterr().out
         outcomes.append(contents(tmp_path / name / "NMNIST"))
     assert outcomes[0] == outcomes[1]
     assert outcomes[0].keys() == outcomes[2].keys()
     assert outcomes[0]["Train/0/00001.bin"] != outcomes[2]["Train/0/00001.bin"]
     assert outcomes[0]["Train/0/00001.bin"] != outcomes[0]["Test/0/00001.bin"]  # the same image, other noise
     train, test = nmnist.open_recordings(tmp_path / "a", "nmnist")
-    assert (train.name, len(train), len(test)) == ("SimulatedNMNIST", 130, 65)
+    assert (train.name, len(train), len(test)) == ("SimulatedNMNIST (images.npz)", 130, 65)
     _, labels = few_images(13)
     for path, target in zip(train.data, train.targets, strict=True):
         place = int(path[-9:-4])  # counted from 1

@@ -65,6 +65,10 @@ def test_commands_parse(command):
     PARSERS[script]().parse_args(arguments)
 
 
+def test_no_figure_is_left_to_fill_in():
+    assert not re.findall(r"\b(?:BENCH|SIM|REAL)[A-Z]+\b|PLACEHOLDER|TODO", README)
+
+
 def test_there_are_commands():
     assert len(commands()) >= 8
 
