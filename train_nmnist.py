@@ -434,23 +434,28 @@ def plot_accuracy_over_time(metrics: dict, title: str, path: Path) -> None:
 
 
 def plot_samples(frames: Frames, decisions: torch.Tensor, title: str, path: Path, shown: int = 20) -> None:
-    """Draw test recordings, summed over time, with true and predicted digit, the mistakes first."""
+    """Draw test recordings with true and predicted digit, the mistakes first.
+
+    Shown are the events in the middle of the first saccade: over a whole recording ON and OFF cover one another.
+    """
     labels = frames.labels.cpu().long()
     right = decisions == labels
     order = torch.argsort(right.int(), stable=True)[:shown]
-    images = frames.batch(order)[0].sum(0).cpu().numpy()
+    sequences = frames.batch(order)[0]
+    first, last = len(sequences) * 12 // 100, -(-len(sequences) * 20 // 100)  # 37 to 62 of 308 ms
+    images = sequences[first:last].sum(0).cpu().numpy()
     columns = min(5, len(order))
     rows = math.ceil(len(order) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.2 * rows + 1.2), squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    full = np.quantile(images[images > 0], 0.95)
+    full = np.quantile(images[images > 0], 0.9) if images.any() else 1
     for axis, place, image in zip(axes.flat, order.tolist(), images, strict=False):
         axis.imshow(utils.event_image(image, full), interpolation="nearest")
         mark, colour = ("", "black") if right[place] else ("mistake: ", utils.ORANGE)
         text = f"{mark}{labels[place]} read as {decisions[place]}"
         axis.set_title(f"{text}\nrecording {place}", fontsize=9, color=colour)
-    figure.suptitle(f"{title}\nthe {int((~right).sum())} mistakes first")
+    figure.suptitle(f"{title}\nthe {int((~right).sum())} mistakes first; events in the middle of the first saccade")
     utils.polarity_legend(figure)
     utils.save_figure(figure, path)
 

@@ -127,8 +127,9 @@ def train_on_simulated(shared: Path, images: np.ndarray, ids: np.ndarray, number
                 link = real / "NMNIST" / split / path.parent.name / path.name
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(path.resolve())
+        recipe = ["--time_steps", "10", "--batch_size", "64", "--scheduler"]
         places = ["--save_dir", f"{folder}/checkpoints", "--log_dir", f"{folder}/logs"]
-        train_nmnist.main(["--data_dir", str(simulated), "--epochs", str(epochs), "--scheduler", *places])
+        train_nmnist.main(["--data_dir", str(simulated), "--epochs", str(epochs), *recipe, *places])
         args, _ = train_nmnist.parse_args(["--test_only", "--data_dir", str(real), *places])
         device = utils.pick_device(None)
         metrics, _, _ = train_nmnist.test(args, nmnist.load_data(args, device), device)
