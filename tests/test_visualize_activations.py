@@ -50,9 +50,10 @@ def activity(network_dir, data_dir, sample):
 def test_all_pictures_are_written(network_dir, made_data_dir, tmp_path):
     model, folder = network_dir
     places = ["--save_dir", folder, "--data_dir", made_data_dir, "--output_dir", tmp_path]
-    result = run(sys.executable, "visualize_activations.py", "--model", model, "--visualize_all", *places)
+    command = [sys.executable, "visualize_activations.py", "--model", model, "--visualize_all", "--time_steps", 9]
+    result = run(*command, *places)
     assert result.returncode == 0, result.stderr
-    assert "--time_steps 8, as the checkpoint was trained (not 25)" in result.stdout
+    assert "--time_steps 9 is ignored: the network was trained with 8" in result.stdout
     expected = {f"spikes/spike_pattern_{layer}.png" for layer in LAYERS[model]}
     expected |= {f"membrane/membrane_potential_{layer}.png" for layer in LAYERS[model]}
     expected |= {"tsne/tsne_features.png", "firing_rates.png"}
