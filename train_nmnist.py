@@ -421,7 +421,7 @@ def plot_accuracy_over_time(metrics: dict, title: str, path: Path) -> None:
     """Draw the accuracy had the decision been made after each step, with the borders of the three saccades."""
     accuracy = 100 * np.array(metrics["accuracy_over_time"])
     steps = np.arange(1, len(accuracy) + 1)
-    figure, axis = plt.subplots(figsize=(7, 4))
+    figure, axis = plt.subplots(figsize=(7.5, 4.4))
     axis.plot(steps, accuracy, "o-", color=utils.BLUE, ms=4, label="accuracy so far")
     axis.axhline(10, color=utils.GREY, linestyle=":", label="chance")
     for end, label in zip(nmnist.SACCADE_ENDS[:2], ("ends of the first two saccades", None), strict=True):
@@ -429,7 +429,7 @@ def plot_accuracy_over_time(metrics: dict, title: str, path: Path) -> None:
         axis.axvline(step, color=utils.GREY, linestyle="--", label=label)
     axis.set(xlabel="time step of the decision", ylabel="test accuracy (%)", ylim=(0, 102), title=title)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(loc="center right")
+    figure.legend(loc="outside lower center", ncols=3)
     utils.save_figure(figure, path)
 
 
