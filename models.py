@@ -2,17 +2,323 @@
 
 A network maps frames [T, B, 2, 34, 34] to the output neurons' `(spk, mem)`, both [T, B, 10]. Its layers run one
 after the other, each over the whole sequence, so that a convolution sees T * B frames at once.
+
+Neurons and pooling have two backends, equal in what they compute: `step` calls snnTorch's neurons T times and
+torch's pooling, `fused` runs functions compiled by `torch.compile`, for any number of steps and recordings.
 """
+
+import sys
 
 import snntorch as snn
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from snntorch import surrogate
 from snntorch.utils import reset
 from torch import nn
+from torch.utils.dlpack import to_dlpack
 
 NUM_DIGITS = 10
 SURROGATE_SLOPE = 5  # of the fast sigmoid; snnTorch's default of 25 lets little gradient reach the first layer
+BACKENDS = ("fused", "step")
+
+# ---------------------------------------------------------------------------------------------------------
+# Compiled functions
+# ---------------------------------------------------------------------------------------------------------
+
+
+if torch._inductor.config.cpp.vec_isa_ok is None:
+    # What the processor says it can do is enough: trying each instruction set takes a first start seven seconds.
+    torch._inductor.config.cpp.vec_isa_ok = True
+
+
+class Kernel:
+    """A function of tensors that `torch.compile` compiles once for all shapes.
+
+    Where no compiler works, it runs as it is, which is said once; `Kernel.compiler_error` then says why.
+    """
+
+    compiler_error: str | None = None
+
+    def __init__(self, function):
+        self.function = function
+        self.compiled = torch.compile(function, dynamic=True, fullgraph=True)
+
+    def __call__(self, *args):
+        if Kernel.compiler_error is None:
+            try:
+                return self.compiled(*args)
+            except Exception as error:  # compilers fail in many ways; an error of the function itself comes again below
+                Kernel.compiler_error = next(iter(str(error).splitlines()), type(error).__name__)
+                print(f"WARNING: neurons run uncompiled, and slower: {Kernel.compiler_error}", file=sys.stderr)
+        return self.function(*args)
+
+
+def bare(x: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the same memory as a tensor that is no view and has no gradient, for which a function compiles anew."""
+    return None if x is None else torch.from_dlpack(to_dlpack(x.detach()))
+
+
+def describe_backend(network: "SpikingNetwork") -> str:
+    """Return how the neurons of `network` run: 'fused', 'fused, uncompiled' or 'step'."""
+    uncompiled = network.neuron_backend == "fused" and Kernel.compiler_error
+    return network.neuron_backend + (", uncompiled" if uncompiled else "")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Fused neurons
+# ---------------------------------------------------------------------------------------------------------
+
+# Steps that a neuron's function computes in a call. Between them its state stays in registers; a function over all T
+# steps would be compiled anew for each T.
+BLOCK = 5
+
+
+@Kernel
+def run_forward(cur, spks, mems, adaptations, state, beta, threshold, alpha, rho, kappa):
+    """Run neurons over the steps of cur [steps, N], and fill the lists `spks`, `mems`, `adaptations` of rows [N].
+
+    `state` is what the step before left: (mem, spk, syn, adaptation), float32 [N]. Where `kappa` is None, there is
+    neither synapse nor adaptation. Returns the new state.
+    """
+    mem, spk, syn, adaptation = state
+    limit = threshold if kappa is None else threshold + kappa * adaptation  # what the last spike crossed
+    for t in range(len(spks)):
+        current = cur[t].float()
+        if kappa is not None:
+            syn = current = alpha * syn + current
+        mem = beta * mem + current - spk * limit
+        if kappa is not None:
+            adaptation = rho * adaptation + (1 - rho) * spk
+            limit = threshold + kappa * adaptation
+            adaptations[t].copy_(adaptation)
+        spk = (mem > limit).float()
+        spks[t].copy_(spk)
+        mems[t].copy_(mem)
+    return mem, spk, syn, adaptation
+
+
+@Kernel
+def run_backward(
+    grad_cur, grad_spks, grad_mems, spks, mems, adaptations, before, state, sums, beta, threshold, alpha, rho, kappa
+):
+    """Run the gradients back over a few steps, and fill the list `grad_cur` of rows [N], in the order of time.
+
+    `grad_mems` is None where no gradient reaches the membranes. `spks`, `mems` and `adaptations` [steps, N] are those
+    of the forward pass, `before` the membranes a step earlier: there where `sums` are wanted, the gradients [N] of
+    (beta, threshold) so far. `state` holds those of (mem, syn, adaptation) a step later. Returns new state and sums.
+    The spikes of the reset carry no gradient; the thresholds that it subtracts do, as in snnTorch.
+    """
+    grad_mem, grad_syn, grad_adaptation = state
+    for t in reversed(range(len(grad_cur))):
+        grad_spk = grad_spks[t].float()
+        limit = threshold
+        if kappa is not None:
+            grad_spk = grad_spk + (1 - rho) * grad_adaptation
+            limit = threshold + kappa * adaptations[t].float()
+        grad_fire = grad_spk / (1 + SURROGATE_SLOPE * (mems[t].float() - limit).abs()) ** 2  # snnTorch's fast_sigmoid
+        grad_limit = -grad_fire - spks[t].float() * grad_mem
+        grad_mem = beta * grad_mem + grad_fire
+        if grad_mems is not None:
+            grad_mem = grad_mem + grad_mems[t].float()
+        if sums is not None:
+            sums = (sums[0] + grad_mem * before[t].float(), sums[1] + grad_limit)
+        if kappa is None:
+            grad_cur[t].copy_(grad_mem)
+        else:
+            grad_adaptation = rho * grad_adaptation + kappa * grad_limit
+            grad_syn = alpha * grad_syn + grad_mem
+            grad_cur[t].copy_(grad_syn)
+    return (grad_mem, grad_syn, grad_adaptation), sums
+
+
+def blocks(time_steps: int) -> list[slice]:
+    """Cut the steps into blocks of `BLOCK`, and single steps for what is left: two lengths to compile for all T."""
+    whole = time_steps - time_steps % BLOCK
+    return [slice(t, t + BLOCK) for t in range(0, whole, BLOCK)] + [slice(t, t + 1) for t in range(whole, time_steps)]
+
+
+def rows(x: torch.Tensor | None) -> list[torch.Tensor] | None:
+    """Return the steps of x [steps, N] as a list of rows [N], which compiled functions write straight into."""
+    return None if x is None else [bare(row) for row in x]
+
+
+def rest(x: torch.Tensor) -> torch.Tensor:
+    """Return the state [N] of neurons before the first step of x [T, N], or of gradients after the last."""
+    return torch.zeros(x.shape[1], device=x.device)
+
+
+class FusedNeuron(torch.autograd.Function):
+    """Neurons over a whole sequence: cur [T, N] -> (spk, mem), both [T, N], the equations of `Leaky`, or of all three.
+
+    I_syn[t] = alpha I_syn[t-1] + I[t],
+    a[t] = rho a[t-1] + (1 - rho) S[t-1],    threshold[t] = threshold + kappa a[t],
+    U[t] = beta U[t-1] + I_syn[t] - S[t-1] threshold[t-1],    S[t] = (U[t] > threshold[t]).
+
+    `Synaptic` has kappa = 0, `ALIF` alpha = 0; for `Leaky` alpha, rho and kappa are None. What is kept between steps is
+    float32, whatever the type of `cur`. Gradients reach `cur`, `beta` and `threshold`.
+    """
+
+    @staticmethod
+    def forward(ctx, cur, beta, threshold, alpha, rho, kappa):
+        ctx.set_materialize_grads(False)
+        constants = [bare(x) for x in (beta, threshold, alpha, rho, kappa)]
+        spk, mem = torch.empty_like(cur), torch.empty_like(cur)
+        adaptation = None if kappa is None else torch.empty_like(cur)
+        state = (rest(cur), rest(cur)) + ((None, None) if kappa is None else (rest(cur), rest(cur)))
+        for block in blocks(len(cur)):
+            filled = (None if x is None else rows(x[block]) for x in (spk, mem, adaptation))
+            state = run_forward(bare(cur[block]), *filled, state, *constants)
+        ctx.save_for_backward(spk, mem, adaptation, *constants)
+        return spk, mem
+
+    @staticmethod
+    def backward(ctx, grad_spk, grad_mem):
+        spk, mem, adaptation, *constants = ctx.saved_tensors
+        grad_spk = torch.zeros_like(spk) if grad_spk is None else grad_spk.contiguous()
+        grad_mem = None if grad_mem is None else grad_mem.contiguous()
+        grad_cur = torch.empty_like(spk)
+        state = (rest(spk),) + ((None, None) if adaptation is None else (rest(spk), rest(spk)))
+        sums = (rest(spk), rest(spk)) if any(ctx.needs_input_grad[1:3]) else None
+        before = None if sums is None else torch.cat([torch.zeros_like(mem[:1]), mem[:-1]])
+        for block in reversed(blocks(len(spk))):
+            given = (None if x is None else bare(x[block]) for x in (grad_spk, grad_mem, spk, mem, adaptation, before))
+            state, sums = run_backward(rows(grad_cur[block]), *given, state, sums, *constants)
+        grad_beta, grad_threshold = (None, None) if sums is None else (x.sum() for x in sums)
+        return grad_cur, grad_beta, grad_threshold, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Fused pooling
+# ---------------------------------------------------------------------------------------------------------
+
+
+@Kernel
+def run_pool(x, pooled, places):
+    """Put into `pooled` the largest of each 2 x 2 window of x [F, H, W, C], into `places` its place there, 0 to 3."""
+    # In float32, since bfloat16 of fewer than 32 channels is not vectorized.
+    first, second, third, fourth = (x[:, i::2, j::2].float() for i in (0, 1) for j in (0, 1))
+    largest = torch.maximum(torch.maximum(first, second), torch.maximum(third, fourth))
+    # Of equals the first, as in torch's pooling.
+    place = torch.where(second == largest, 1.0, torch.where(third == largest, 2.0, 3.0))
+    pooled.copy_(largest)
+    places.copy_(torch.where(first == largest, 0.0, place))
+
+
+@Kernel
+def run_unpool(grad, place, places):
+    """Return `grad` [F, h, w, C] at its place in windows [F, h, 2, w, 2, C] of zeros; `places` numbers those of one."""
+    here = place[:, :, None, :, None].float() == places
+    return torch.where(here, grad[:, :, None, :, None].float(), 0.0).to(grad.dtype)
+
+
+def unpool(grad: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Return the gradients [F, 2h, 2w, C] of what was pooled, from those of the largest [F, h, w, C] at `place`."""
+    places = torch.arange(4.0, device=grad.device).view(2, 1, 2, 1)
+    return run_unpool(bare(grad), bare(place), bare(places)).flatten(3, 4).flatten(1, 2)
+
+
+class FusedMaxPool(torch.autograd.Function):
+    """The largest of each 2 x 2 window: x [F, C, H, W] -> [F, C, H // 2, W // 2], all channels_last.
+
+    Equal to torch's, values and gradients, but torch's takes a CPU longer than the convolution before it.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.size = x.shape[2:]
+        x = x[:, :, : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2]  # an odd last row or column is in no window
+        x = x.movedim(1, -1).contiguous()
+        pooled = x.new_empty((len(x), x.shape[1] // 2, x.shape[2] // 2, x.shape[3]))
+        place = torch.empty_like(pooled, dtype=torch.uint8)
+        run_pool(bare(x), bare(pooled), bare(place))
+        ctx.save_for_backward(place)
+        return pooled.movedim(-1, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = unpool(grad.movedim(1, -1).contiguous(), *ctx.saved_tensors)
+        rows, columns = (full - size for full, size in zip(ctx.size, grad.shape[1:3], strict=True))
+        return (F.pad(grad, (0, 0, 0, columns, 0, rows)) if rows or columns else grad).movedim(-1, 1)
+
+
+class FusedConvPool(torch.autograd.Function):
+    """Convolution (3 x 3, padded by 1) and `FusedMaxPool`: x [F, C, H, H] -> [F, D, H // 2, H // 2], channels_last.
+
+    What the convolution gives is never there for all frames at once: on a CPU it goes through the cache, part by part.
+    """
+
+    CACHED = 16_000_000  # bytes of a part
+
+    @staticmethod
+    def parts(x: torch.Tensor, weight: torch.Tensor) -> list[slice]:
+        """Cut the frames of x into parts whose convolution fits into a CPU's cache."""
+        size = x[0, 0].numel() * len(weight) * x.element_size()
+        frames = max(1, FusedConvPool.CACHED // size) if x.device.type == "cpu" else len(x)
+        return [slice(first, first + frames) for first in range(0, len(x), frames)]
+
+    @staticmethod
+    def frame(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Return x as the convolution is to see it, and what is left for it to pad."""
+        if x.shape[2] % 2 == 0:
+            return x, 1
+        # The convolution's last row and column are in no window: without padding there, they are not computed.
+        return F.pad(x, (1, 0, 1, 0)), 0
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        shape = (len(x), x.shape[2] // 2, x.shape[3] // 2, len(weight))
+        pooled = x.new_empty(shape)
+        place = torch.empty(shape, dtype=torch.uint8, device=x.device)
+        for part in FusedConvPool.parts(x, weight):
+            seen, padding = FusedConvPool.frame(x[part])
+            conv = F.conv2d(seen, weight, padding=padding)
+            run_pool(bare(conv.movedim(1, -1)), bare(pooled[part]), bare(place[part]))
+        ctx.save_for_backward(x, weight, place)
+        return pooled.movedim(-1, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, place = ctx.saved_tensors
+        grad = grad.movedim(1, -1).contiguous()
+        needed = [ctx.needs_input_grad[0], True, False]
+        grad_x = torch.empty_like(x) if needed[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for part in FusedConvPool.parts(x, weight):
+            seen, padding = FusedConvPool.frame(x[part])
+            grad_conv = unpool(grad[part], place[part]).movedim(-1, 1)
+            grads = torch.ops.aten.convolution_backward(
+                grad_conv, seen, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, needed
+            )
+            if needed[0]:
+                grad_x[part] = grads[0] if padding else grads[0][:, :, 1:, 1:]
+            grad_weight += grads[1]
+        return grad_x, grad_weight.to(weight.dtype)
+
+
+class MaxPool(nn.Module):
+    """Max pooling over windows of 2 x 2: x [F, C, H, W] -> [F, C, H // 2, W // 2]."""
+
+    def __init__(self, backend: str):
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, x):
+        return FusedMaxPool.apply(x) if self.backend == "fused" else F.max_pool2d(x, 2)
+
+
+class ConvPool(nn.Conv2d):
+    """Convolution (3 x 3, padded by 1, no bias) and max pooling (2 x 2): x [F, C, H, W] -> [F, D, H // 2, W // 2]."""
+
+    def __init__(self, in_channels: int, out_channels: int, backend: str):
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
+        self.backend = backend
+
+    def forward(self, x):
+        if self.backend == "fused":
+            return FusedConvPool.apply(x, self.weight.to(x.dtype))
+        return F.max_pool2d(super().forward(x), 2)
+
 
 # ---------------------------------------------------------------------------------------------------------
 # Neurons
@@ -28,10 +334,21 @@ def memory_order(x: torch.Tensor) -> torch.Tensor:
     return x.movedim(2, -1) if x.dim() == 5 else x
 
 
+def picture_order(x: torch.Tensor) -> torch.Tensor:
+    """Undo `memory_order`."""
+    return x.movedim(-1, 2) if x.dim() == 5 else x
+
+
+def fuse_steps(cur: torch.Tensor, beta, threshold, alpha=None, rho=None, kappa=None):
+    """Run `FusedNeuron` over cur [T, B, ...]; return (spk, mem) of the same shape."""
+    ordered = memory_order(cur)
+    outputs = FusedNeuron.apply(ordered.flatten(1).contiguous(), beta, threshold, alpha, rho, kappa)
+    return tuple(picture_order(x.view(ordered.shape)) for x in outputs)
+
+
 def stack_steps(steps: list[torch.Tensor]) -> torch.Tensor:
-    """Stack steps along a new first dimension; pictures [B, H, W, C] to a view [T, B, C, H, W]."""
-    stacked = torch.stack(steps)
-    return stacked.movedim(-1, 2) if stacked.dim() == 5 else stacked
+    """Stack steps in memory order along a new first dimension: the inverse of `memory_order` over all of them."""
+    return picture_order(torch.stack(steps))
 
 
 class Leaky(snn.Leaky):
@@ -40,7 +357,13 @@ class Leaky(snn.Leaky):
     U[t] = beta U[t-1] + I[t] - S[t-1] threshold,    S[t] = (U[t] > threshold),    U = S = 0 before the start.
     """
 
+    def __init__(self, beta, threshold=1.0, backend="fused", **options):
+        super().__init__(beta, threshold, surrogate.fast_sigmoid(SURROGATE_SLOPE), **options)
+        self.backend = backend
+
     def forward(self, cur):
+        if self.backend == "fused":
+            return fuse_steps(cur, self.beta.clamp(0, 1), self.threshold)
         cur = memory_order(cur)
         mem = torch.zeros_like(cur[0])
         spks, mems = [], []
@@ -57,7 +380,14 @@ class Synaptic(snn.Synaptic):
     I_syn[t] = alpha I_syn[t-1] + I[t],    U[t] = beta U[t-1] + I_syn[t] - S[t-1] threshold.
     """
 
+    def __init__(self, alpha, beta, threshold=1.0, backend="fused", **options):
+        super().__init__(alpha, beta, threshold, surrogate.fast_sigmoid(SURROGATE_SLOPE), **options)
+        self.backend = backend
+
     def forward(self, cur):
+        if self.backend == "fused":
+            nothing = torch.zeros_like(self.beta)
+            return fuse_steps(cur, self.beta.clamp(0, 1), self.threshold, self.alpha.clamp(0, 1), nothing, nothing)
         cur = memory_order(cur)
         syn = mem = torch.zeros_like(cur[0])
         spks, mems = [], []
@@ -78,11 +408,12 @@ class ALIF(snn.SpikingNeuron):
     Source: Bellec et al. 2018, "Long short-term memory and learning-to-learn in networks of spiking neurons".
     """
 
-    def __init__(self, alpha, beta, kappa, threshold=1.0, spike_grad=None):
-        super().__init__(threshold=threshold, spike_grad=spike_grad)
+    def __init__(self, alpha, beta, kappa, threshold=1.0, backend="fused", **options):
+        super().__init__(threshold, surrogate.fast_sigmoid(SURROGATE_SLOPE), **options)
         self.register_buffer("alpha", torch.as_tensor(alpha))
         self.register_buffer("beta", torch.as_tensor(beta))
         self.register_buffer("kappa", torch.as_tensor(kappa))
+        self.backend = backend
 
     def thresholds(self, spk):
         """Return the threshold of each step [T, ...] that spikes of the same shape bring about."""
@@ -93,6 +424,8 @@ class ALIF(snn.SpikingNeuron):
         return torch.stack(thresholds)
 
     def forward(self, cur):
+        if self.backend == "fused":
+            return fuse_steps(cur, self.beta, self.threshold, torch.zeros_like(self.beta), self.alpha, self.kappa)
         cur = memory_order(cur)
         mem = spk = adaptation = torch.zeros_like(cur[0])
         threshold = self.threshold
@@ -127,13 +460,14 @@ class SpikingNetwork(nn.Module):
     `snntorch.utils.reset` looks for neurons among a network's direct children.
     """
 
-    def __init__(self, beta: float, threshold: float, dropout: float):
+    def __init__(self, beta: float, threshold: float, dropout: float, precision: str, neuron_backend: str):
         super().__init__()
         self.beta, self.threshold = beta, threshold
+        self.precision, self.neuron_backend = precision, neuron_backend
         self.dropout = nn.Dropout(dropout)
 
     def _leaky(self) -> Leaky:
-        return Leaky(beta=self.beta, threshold=self.threshold, spike_grad=surrogate.fast_sigmoid(SURROGATE_SLOPE))
+        return Leaky(self.beta, self.threshold, self.neuron_backend)
 
     def _norm(self, norm: nn.Module, scale: float = 1.0) -> nn.Module:
         # A batch holds T frames of each recording, so its statistics are sure, and may count for more than torch's
@@ -144,6 +478,15 @@ class SpikingNetwork(nn.Module):
         nn.init.constant_(norm.weight, self.threshold * scale)
         return norm
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the tensors between layers, and best of the frames."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def drop(self, spk: torch.Tensor) -> torch.Tensor:
+        """Drop neurons of spk [T, B, N] in training: each for the whole recording, as its steps are of one neuron."""
+        return spk * self.dropout(torch.ones_like(spk[0])) if self.training else spk
+
     def neuron_layers(self) -> dict[str, snn.SpikingNeuron]:
         """Return the neuron layers by name, in the order in which they run."""
         return {name: child for name, child in self.named_children() if isinstance(child, snn.SpikingNeuron)}
@@ -151,8 +494,10 @@ class SpikingNetwork(nn.Module):
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map frames [T, B, 2, 34, 34] to (spk, mem) of the output neurons, both [T, B, 10]."""
         reset(self)  # clears the states that snnTorch's neurons keep of the batch before, and its graph
-        frames = frames.movedim(2, -1).contiguous().movedim(-1, 2)  # channels_last
-        return self.lif_out(self.currents(frames))
+        frames = picture_order(memory_order(frames.to(self.dtype)).contiguous())
+        with torch.autocast(frames.device.type, self.dtype, enabled=self.precision == "bf16"):
+            spk, mem = self.lif_out(self.currents(frames))
+        return spk.float(), mem.float()
 
 
 class SpikingCNN(SpikingNetwork):
@@ -161,17 +506,26 @@ class SpikingCNN(SpikingNetwork):
     `alpha` is there for `build_model`'s sake: no neuron of this network has one.
     """
 
-    def __init__(self, beta=0.5, threshold=1.0, alpha=0.9, dropout=0.2, widths=(16, 32, 64), hidden=128):
-        super().__init__(beta, threshold, dropout)
+    def __init__(
+        self,
+        beta=0.5,
+        threshold=1.0,
+        alpha=0.9,
+        dropout=0.2,
+        precision="fp32",
+        neuron_backend="fused",
+        widths=(16, 32, 64),
+        hidden=128,
+    ):
+        super().__init__(beta, threshold, dropout, precision, neuron_backend)
         w1, w2, w3 = widths
-        self.pool = nn.MaxPool2d(2)
-        self.conv1 = nn.Conv2d(2, w1, 3, padding=1, bias=False)  # 34 x 34, pooled to 17 x 17
+        self.conv1 = ConvPool(2, w1, neuron_backend)  # 34 x 34, pooled to 17 x 17
         self.norm1 = self._norm(nn.BatchNorm2d(w1))
         self.lif1 = self._leaky()
-        self.conv2 = nn.Conv2d(w1, w2, 3, padding=1, bias=False)  # 17 x 17, pooled to 8 x 8
+        self.conv2 = ConvPool(w1, w2, neuron_backend)  # 17 x 17, pooled to 8 x 8
         self.norm2 = self._norm(nn.BatchNorm2d(w2))
         self.lif2 = self._leaky()
-        self.conv3 = nn.Conv2d(w2, w3, 3, padding=1, bias=False)  # 8 x 8, pooled to 4 x 4
+        self.conv3 = ConvPool(w2, w3, neuron_backend)  # 8 x 8, pooled to 4 x 4
         self.norm3 = self._norm(nn.BatchNorm2d(w3))
         self.lif3 = self._leaky()
         self.fc1 = nn.Linear(w3 * 4 * 4, hidden, bias=False)
@@ -183,11 +537,11 @@ class SpikingCNN(SpikingNetwork):
 
     def currents(self, frames: torch.Tensor) -> torch.Tensor:
         """Map frames [T, B, 2, 34, 34] to the currents [T, B, 10] of the output neurons."""
-        spk, _ = self.lif1(over_steps(frames, self.conv1, self.pool, self.norm1))
-        spk, _ = self.lif2(over_steps(spk, self.conv2, self.pool, self.norm2))
-        spk, _ = self.lif3(over_steps(spk, self.conv3, self.pool, self.norm3))
-        spk, _ = self.lif4(over_steps(spk.flatten(2), self.fc1, self.norm4))
-        return over_steps(self.dropout(spk), self.fc_out, self.norm_out)
+        spk, _ = self.lif1(over_steps(frames, self.conv1, self.norm1))
+        spk, _ = self.lif2(over_steps(spk, self.conv2, self.norm2))
+        spk, _ = self.lif3(over_steps(spk, self.conv3, self.norm3))
+        spk, _ = self.lif4(over_steps(memory_order(spk).flatten(2), self.fc1, self.norm4))
+        return over_steps(self.drop(spk), self.fc_out, self.norm_out)
 
 
 class SpikingResNet(SpikingNetwork):
@@ -198,52 +552,60 @@ class SpikingResNet(SpikingNetwork):
 
     ADAPTATION = 0.5  # kappa, in thresholds: how far the threshold of a neuron that always fires would rise
 
-    def __init__(self, beta=0.5, threshold=1.0, alpha=0.9, dropout=0.2, widths=(16, 32, 64), hidden=128):
-        super().__init__(beta, threshold, dropout)
+    def __init__(
+        self,
+        beta=0.5,
+        threshold=1.0,
+        alpha=0.9,
+        dropout=0.2,
+        precision="fp32",
+        neuron_backend="fused",
+        widths=(16, 32, 64),
+        hidden=128,
+    ):
+        super().__init__(beta, threshold, dropout, precision, neuron_backend)
         w1, w2, w3 = widths
-        spike_grad = surrogate.fast_sigmoid(SURROGATE_SLOPE)
-        self.pool = nn.MaxPool2d(2)
-        self.conv1 = nn.Conv2d(2, w1, 3, padding=1, bias=False)  # 34 x 34, pooled to 17 x 17
+        self.conv1 = ConvPool(2, w1, neuron_backend)  # 34 x 34, pooled to 17 x 17
         self.norm1 = self._norm(nn.BatchNorm2d(w1))
-        self.lif1 = ALIF(alpha, beta, self.ADAPTATION * threshold, threshold, spike_grad)
-        self.res1 = ResidualBlock(w1, w2, self._norm)  # 17 x 17 to 8 x 8
+        self.lif1 = ALIF(alpha, beta, self.ADAPTATION * threshold, threshold, neuron_backend)
+        self.res1 = ResidualBlock(w1, w2, neuron_backend, self._norm)  # 17 x 17 to 8 x 8
         self.res1_lif1, self.res1_lif2 = self._leaky(), self._leaky()
-        self.res2 = ResidualBlock(w2, w3, self._norm)  # 8 x 8 to 4 x 4
+        self.res2 = ResidualBlock(w2, w3, neuron_backend, self._norm)  # 8 x 8 to 4 x 4
         self.res2_lif1, self.res2_lif2 = self._leaky(), self._leaky()
         self.fc1 = nn.Linear(w3 * 4 * 4, hidden, bias=False)
         # The synapse adds up noise 1 / (1 - alpha**2)**0.5 times and a lasting current 1 / (1 - alpha) times: the
         # scale lies between the two, so that neither drowns the threshold.
         self.norm2 = self._norm(nn.BatchNorm1d(hidden), scale=max(1 - alpha, 0.01) ** 0.5)
-        self.fc_syn = Synaptic(alpha=alpha, beta=beta, threshold=threshold, spike_grad=spike_grad)
+        self.fc_syn = Synaptic(alpha, beta, threshold, neuron_backend)
         self.fc_out = nn.Linear(hidden, NUM_DIGITS, bias=False)
         self.norm_out = self._norm(nn.BatchNorm1d(NUM_DIGITS))
         self.lif_out = self._leaky()
 
     def currents(self, frames: torch.Tensor) -> torch.Tensor:
         """Map frames [T, B, 2, 34, 34] to the currents [T, B, 10] of the output neurons."""
-        spk, _ = self.lif1(over_steps(frames, self.conv1, self.pool, self.norm1))
+        spk, _ = self.lif1(over_steps(frames, self.conv1, self.norm1))
         spk = self.res1(spk, self.res1_lif1, self.res1_lif2)
         spk = self.res2(spk, self.res2_lif1, self.res2_lif2)
-        spk, _ = self.fc_syn(over_steps(spk.flatten(2), self.fc1, self.norm2))
-        return over_steps(self.dropout(spk), self.fc_out, self.norm_out)
+        spk, _ = self.fc_syn(over_steps(memory_order(spk).flatten(2), self.fc1, self.norm2))
+        return over_steps(self.drop(spk), self.fc_out, self.norm_out)
 
 
 class ResidualBlock(nn.Module):
     """The layers of a residual block. Its two neuron layers belong to the network, which hands them over."""
 
-    def __init__(self, width_in: int, width_out: int, make_norm):
+    def __init__(self, width_in: int, width_out: int, neuron_backend: str, make_norm):
         super().__init__()
-        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1, bias=False)
-        self.pool = nn.MaxPool2d(2)
+        self.conv1 = ConvPool(width_in, width_out, neuron_backend)
         self.norm1 = make_norm(nn.BatchNorm2d(width_out))
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1, bias=False)
         self.norm2 = make_norm(nn.BatchNorm2d(width_out))
+        self.pool = MaxPool(neuron_backend)
         self.shortcut = nn.Conv2d(width_in, width_out, 1, bias=False)
 
     def forward(self, spk, lif1, lif2):
         """Map spikes [T, B, width_in, H, W] to spikes [T, B, width_out, H // 2, W // 2]."""
         shortcut = over_steps(spk, self.pool, self.shortcut)
-        spk, _ = lif1(over_steps(spk, self.conv1, self.pool, self.norm1))
+        spk, _ = lif1(over_steps(spk, self.conv1, self.norm1))
         cur = over_steps(spk, self.conv2, self.norm2)
         spk, _ = lif2(cur + shortcut)
         return spk
@@ -252,9 +614,14 @@ class ResidualBlock(nn.Module):
 NETWORKS = {"cnn": SpikingCNN, "resnet": SpikingResNet}
 
 
-def build_model(model: str, beta: float, threshold: float, alpha: float, dropout: float) -> SpikingNetwork:
-    """Build the network called `model` ('cnn' or 'resnet'); weights are drawn from torch's global generator."""
-    network = NETWORKS[model](beta=beta, threshold=threshold, alpha=alpha, dropout=dropout)
+def build_model(
+    model: str, beta: float, threshold: float, alpha: float, dropout: float, precision="fp32", neuron_backend="fused"
+) -> SpikingNetwork:
+    """Build the network called `model` ('cnn' or 'resnet'); weights are drawn from torch's global generator.
+
+    `precision` is 'bf16' (bfloat16 autocast, membranes in float32) or 'fp32', `neuron_backend` 'fused' or 'step'.
+    """
+    network = NETWORKS[model](beta, threshold, alpha, dropout, precision, neuron_backend)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -290,7 +657,7 @@ def _decide(counts: torch.Tensor, potential: torch.Tensor) -> torch.Tensor:
 
 
 class LayerRecorder(dict):
-    """Records the (spk, mem) of each neuron layer, by its name, in a pass while open as a context manager.
+    """Records the (spk, mem) of each neuron layer, by its name and in float32, while open as a context manager.
 
     It does so through forward hooks, and changes nothing in the network. Of several passes, the last stays.
     """
@@ -300,10 +667,11 @@ class LayerRecorder(dict):
         self.network = network
 
     def __enter__(self):
-        self._hooks = [
-            layer.register_forward_hook(lambda _layer, _inputs, outputs, name=name: self.update({name: outputs}))
-            for name, layer in self.network.neuron_layers().items()
-        ]
+        def record(name):
+            return lambda _layer, _inputs, outputs: self.update({name: tuple(x.float() for x in outputs)})
+
+        layers = self.network.neuron_layers()
+        self._hooks = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
         return self
 
     def __exit__(self, *_):
@@ -353,7 +721,7 @@ class ActivityMeter:
         def count(_layer, _inputs, outputs):
             spk = outputs[0].detach()
             # Over time and batch first: float32 counts exactly to 2^24, a whole layer's spikes may be more.
-            self._spikes[name] += float(spk.sum((0, 1)).sum(dtype=torch.float64))
+            self._spikes[name] += float(spk.sum((0, 1), dtype=torch.float32).sum(dtype=torch.float64))
             self._neurons[name] = spk[0, 0].numel()
 
         return count
@@ -363,7 +731,7 @@ class ActivityMeter:
         if layer not in self._fan_outs:
             self._fan_outs[layer] = fan_out(layer, x.shape[1:])
             self._connections[layer] = int(self._fan_outs[layer].sum(dtype=torch.float64))
-        self._operations += float((x.sum(0) * self._fan_outs[layer]).sum(dtype=torch.float64))
+        self._operations += float((x.sum(0, dtype=torch.float32) * self._fan_outs[layer]).sum(dtype=torch.float64))
 
     def firing_rate(self) -> dict[str, float]:
         """Return the spikes per neuron and step, by neuron layer."""

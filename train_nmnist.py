@@ -23,10 +23,12 @@ from tqdm import tqdm
 import nmnist
 import utils
 from models import (
+    BACKENDS,
     NETWORKS,
     ActivityMeter,
     SpikingNetwork,
     build_model,
+    describe_backend,
     load_network,
     predict,
     predict_over_time,
@@ -40,7 +42,8 @@ LOSSES = {
     "mse": SF.mse_count_loss,  # squared error of the spike counts: T for the right digit, 0 for the others
     "count": SF.ce_count_loss,  # cross entropy of the spike counts
 }
-NETWORK_SETTINGS = ("model", "beta", "threshold", "alpha", "dropout")  # what `build_model` needs
+# What `build_model` needs.
+NETWORK_SETTINGS = ("model", "beta", "threshold", "alpha", "dropout", "precision", "neuron_backend")
 # What a checkpoint keeps of the flags: a run that goes on with others would end elsewhere.
 RUN_SETTINGS = (
     *NETWORK_SETTINGS,
@@ -104,6 +107,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="go on from this checkpoint (without PATH: from the last one of this model in save_dir)",
     )
     utils.add_device_argument(running)
+    utils.add_precision_argument(running)
+    running.add_argument(
+        "--neuron_backend",
+        choices=BACKENDS,
+        default="fused",
+        help="fused: neurons compiled over all steps; step: snnTorch's neurons, step by step (default: %(default)s)",
+    )
     running.add_argument("--test_only", action="store_true", help="test the best checkpoint, train nothing")
     running.add_argument("--visualize", action="store_true", help="write figures to log_dir")
     return parser
@@ -123,6 +133,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
     if args.test_only and args.resume is not None:
         parser.error("argument --resume: not allowed with argument --test_only")
     if not args.test_only and args.resume is None:
+        args.precision = utils.pick_precision(args.precision, utils.pick_device(args.device))
         return args, None
     path = utils.checkpoint_path(args.save_dir, args.model, "best" if args.test_only else "last")
     if args.resume not in (None, "last"):
@@ -163,21 +174,34 @@ def train_one_epoch(network, frames: Frames, indices, optimizer, loss_fn, batch_
     Both are of the network in training, while it changes and drops spikes.
     """
     network.train()
-    total_loss = correct = seen = 0
-    for x, labels in frames.batches(indices, batch_size):
+    seen = 0
+    # Summed where the work is done, and read when the bar is drawn: reading waits for the device.
+    sums = torch.zeros(3, dtype=torch.float64, device=frames.labels.device)  # loss, right decisions, broken batches
+    for x, labels in frames.batches(indices, batch_size, network.dtype):
         spk, mem = network(x)
         loss = loss_fn(spk, labels)
-        if not torch.isfinite(mem).all():  # spikes, and so the loss, stay finite even then
-            raise UserError("the membrane potentials are not finite any more: choose a smaller --lr")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        with torch.no_grad():
+            broken = ~torch.isfinite(mem).all()  # spikes, and so the loss, stay finite even then
+            sums += torch.stack([loss.sum() * len(labels), (predict(spk, mem) == labels).sum(), broken])
         seen += len(labels)
-        total_loss += loss.item() * len(labels)
-        correct += (predict(spk, mem) == labels).sum().item()
-        bar.set_postfix(loss=f"{total_loss / seen:.4f}", accuracy=f"{correct / seen:.2%}")
-        bar.update(len(labels))
-    return {"loss": total_loss / seen, "accuracy": correct / seen}
+        if bar.update(len(labels)):
+            show_progress(bar, sums, seen)
+    return show_progress(bar, sums, seen)
+
+
+def show_progress(bar: tqdm, sums: torch.Tensor, seen: int) -> dict:
+    """Write mean loss and accuracy of the `seen` recordings so far beside the bar, and return them.
+
+    Raises `UserError` where the membrane potentials were not finite in a batch.
+    """
+    loss, right, broken = sums.tolist()
+    if broken:
+        raise UserError("the membrane potentials are not finite any more: choose a smaller --lr")
+    bar.set_postfix(loss=f"{loss / seen:.4f}", accuracy=f"{right / seen:.2%}", refresh=False)
+    return {"loss": loss / seen, "accuracy": right / seen}
 
 
 @torch.no_grad()
@@ -187,25 +211,25 @@ def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, bar: tq
     Returns mean `loss`, `accuracy`, `labels` [N] and `decisions` [T, N]: the digit decided on after each step.
     """
     network.eval()
-    total_loss, labels, decisions = 0.0, [], []
-    for x, batch_labels in frames.batches(indices, batch_size):
+    total_loss, labels, decisions = 0, [], []
+    for x, batch_labels in frames.batches(indices, batch_size, network.dtype):
         spk, mem = network(x)
-        total_loss += loss_fn(spk, batch_labels).item() * len(batch_labels)
-        labels.append(batch_labels.cpu())
-        decisions.append(predict_over_time(spk, mem).cpu())
+        total_loss += loss_fn(spk, batch_labels).double() * len(batch_labels)
+        labels.append(batch_labels)
+        decisions.append(predict_over_time(spk, mem))
         bar.update(len(batch_labels))
-    labels, decisions = torch.cat(labels), torch.cat(decisions, dim=1)
+    labels, decisions = torch.cat(labels).cpu(), torch.cat(decisions, dim=1).cpu()
     accuracy = (decisions[-1] == labels).double().mean().item()
-    return {"loss": total_loss / len(labels), "accuracy": accuracy, "labels": labels, "decisions": decisions}
+    return {"loss": float(total_loss) / len(labels), "accuracy": accuracy, "labels": labels, "decisions": decisions}
 
 
 def make_optimizer(args: argparse.Namespace, network: SpikingNetwork) -> torch.optim.Optimizer:
     """Return the optimizer of `--optimizer`."""
     lr = args.lr or DEFAULT_LR[args.optimizer]
     if args.optimizer == "sgd":
-        return torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=args.weight_decay)
+        return torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     optimizer = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
-    return optimizer(network.parameters(), lr=lr, weight_decay=args.weight_decay)
+    return optimizer(network.parameters(), lr=lr, weight_decay=args.weight_decay, fused=True)
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
@@ -235,6 +259,8 @@ def run_epoch(args, epoch: int, network, optimizer, loss_fn, data: Data, train_i
         entry |= {f"{name}_loss": result["loss"], f"{name}_accuracy": result["accuracy"]}
     return entry | {
         "lr": learning_rate(args, epoch),
+        "precision": args.precision,
+        "neuron_backend": describe_backend(network),
         "seconds": time.perf_counter() - start,
         "recordings_per_second": len(order) / trained,
     }
@@ -277,10 +303,12 @@ def print_epoch(entry: dict, epochs: int) -> None:
 def save(args, network, optimizer, history: list[dict], best: dict | None, data: Data) -> dict:
     """Write the best and the last checkpoint and the history, each atomically; return the best checkpoint so far."""
     checkpoint = {
+        "format": utils.CHECKPOINT_FORMAT,
         "network_settings": {name: getattr(args, name) for name in NETWORK_SETTINGS},
         "settings": {name: getattr(args, name) for name in RUN_SETTINGS},
         "dataset": data.name,
         "num_recordings": len(data.train),
+        "neuron_backend": describe_backend(network),
         "network": {name: value.cpu().clone() for name, value in network.state_dict().items()},
         "epoch": len(history),
         # Of equal validation accuracies the smaller loss is the better; the test set has no say.
@@ -336,6 +364,8 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
         "synaptic_operations": meter.synaptic_operations(),
         "macs": meter.macs(),
         "parameters": sum(p.numel() for p in network.parameters()),
+        "precision": network.precision,
+        "neuron_backend": describe_backend(network),
         "checkpoint": str(path),
         "seed": checkpoint["settings"]["seed"],
     }
@@ -362,6 +392,7 @@ def print_metrics(metrics: dict, epoch: int) -> None:
         "synaptic operations": f"{metrics['synaptic_operations'] / 1e6:.2f} million a recording, "
         f"{share:.1%} of the {metrics['macs'] / 1e6:.1f} million MACs without spikes",
         "parameters": f"{metrics['parameters']:,}",
+        "precision, neurons": f"{metrics['precision']}, {metrics['neuron_backend']}",
         "checkpoint": f"{metrics['checkpoint']} (epoch {epoch}, seed {metrics['seed']})",
     }
     for title, value in rows.items():
@@ -498,8 +529,8 @@ def visualize(args, metrics: dict, network: SpikingNetwork, frames: Frames, deci
 
 def main(argv: list[str] | None = None) -> None:
     args, checkpoint = parse_args(argv)
-    utils.keep_freed_memory()
     device = utils.pick_device(args.device)
+    utils.prepare_device(device)
     print(f"device      {utils.describe_device(device)}")
     data = nmnist.load_data(args, device)
     if not args.test_only:

@@ -114,9 +114,40 @@ def _device(text: str) -> str:
     return text
 
 
+def prepare_device(device: torch.device) -> None:
+    """Set what makes work on `device` fast, for the whole process."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where products of matrices are float32
+        torch.backends.cudnn.benchmark = True  # tries convolution algorithms once for each shape
+    else:
+        keep_freed_memory()
+
+
 def pick_device(name: str | None) -> torch.device:
     """Return the device called `name`, or the best one of this machine when it is None."""
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def add_precision_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--precision` to a script's flags."""
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "bf16", "fp32"],
+        default="auto",
+        help="bf16: layers in bfloat16, membranes in float32; fp32: all in float32; auto: bf16 where the device is "
+        "built for it (default: %(default)s)",
+    )
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """Return 'bf16' or 'fp32' for `--precision`: of 'auto', bf16 on CUDA devices of compute capability 8 and up, and
+    on CPUs with AMX or AVX512-BF16. On others bfloat16 is slower than float32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
+    built_for_it = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if built_for_it else "fp32"
 
 
 def keep_freed_memory() -> None:
@@ -129,7 +160,7 @@ def keep_freed_memory() -> None:
         return
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
     mallopt = ctypes.CDLL(None).mallopt
-    for name, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**28)):
+    for name, value in ((m_mmap_max, 0), (m_trim_threshold, -1), (m_top_pad, 2**26)):
         mallopt(name, value)
 
 
@@ -186,6 +217,9 @@ def save_tensors(path: str | Path, content: dict) -> None:
             raise OSError(f"{path} can't be written: {str(error).splitlines()[0]}") from None
 
 
+CHECKPOINT_FORMAT = 2  # of networks whose weights mean something else, another
+
+
 def checkpoint_path(save_dir: str | Path, model: str, which: str) -> Path:
     """Return where the checkpoint of the 'last' finished epoch lies, or of the 'best' validation accuracy."""
     return Path(save_dir) / f"{model}_{which}.pt"
@@ -206,6 +240,8 @@ def load_checkpoint(path: str | Path, model: str) -> dict:
         raise UserError(f"{path} can't be read as a checkpoint ({reason}): {made_by}") from None
     if not isinstance(checkpoint, dict) or "network_settings" not in checkpoint:
         raise UserError(f"{path} is no checkpoint of this project: {made_by}")
+    if checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} was written by another version of this project: {made_by}")
     found = checkpoint["network_settings"]["model"]
     if found != model:
         raise UserError(f"{path} holds a {found}, not a {model}: choose --model {found}, or {made_by}")

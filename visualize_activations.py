@@ -237,7 +237,6 @@ def draw_layers(network, layers: dict, names: list[str], label: int, heading: st
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
-    utils.keep_freed_memory()
     checkpoint = utils.load_checkpoint(utils.checkpoint_path(args.save_dir, args.model, "best"), args.model)
     settings = {name: checkpoint["settings"][name] for name in ("time_steps", "denoise")}
     args, different = utils.parse_with_settings(parser, argv, settings)
@@ -245,6 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"settings    --{flag} {given} is ignored: the network was trained with {value}")
         setattr(args, flag, value)
     device = utils.pick_device(args.device)
+    utils.prepare_device(device)
     data = nmnist.load_data(args, device)
     if args.sample >= len(data.test):
         raise UserError(f"--sample {args.sample}: there are {len(data.test):,} test recordings, counted from 0")

@@ -1,12 +1,15 @@
 """Measurements that the README quotes, each made by a command.
 
-    python tests/benchmark.py simulator              # the simulated camera against the 800 real recordings
-    python tests/benchmark.py simulator --no_train   # the same without training a network (a minute, not twenty)
+    python tests/benchmark.py                                     # speed: training, inference, batches, binning
+    python tests/benchmark.py --model resnet --json speed.json    # of the other network, written as JSON, too
+    python tests/benchmark.py simulator                           # the simulated camera against 800 real recordings
+    python tests/benchmark.py simulator --no_train                # without training a network: a minute, not twenty
 
-Needs `nmnist-small` and `mnist.npz`, by default from the folder `../shared` beside the project.
+`simulator` needs `nmnist-small` and `mnist.npz`, by default from the folder `../shared` beside the project.
 """
 
 import argparse
+import copy
 import platform
 import sys
 import tempfile
@@ -14,13 +17,267 @@ import time
 from pathlib import Path
 
 import numpy as np
+import snntorch
+import snntorch.functional as SF
+import tonic
+import torch
+from torch import nn
+from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import models  # noqa: E402
 import nmnist  # noqa: E402
 import train_nmnist  # noqa: E402
 import utils  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------
+# Speed
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Loop(nn.Module):
+    """The loop of snnTorch's N-MNIST tutorial over the layers of one of our networks: every layer, step by step.
+
+    The same topology and weights, float32, in torch's usual memory layout, with snnTorch's own neurons; only the
+    ALIF of the ResNet, which snnTorch does not have, is ours, stepped.
+    """
+
+    def __init__(self, network: models.SpikingNetwork):
+        super().__init__()
+        self.network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+        self.residual = isinstance(network, models.SpikingResNet)
+        for name, ours in network.neuron_layers().items():
+            options = {"threshold": float(ours.threshold), "spike_grad": ours.spike_grad}
+            if isinstance(ours, models.Leaky):
+                neuron = snntorch.Leaky(beta=float(ours.beta), **options)
+            elif isinstance(ours, models.Synaptic):
+                neuron = snntorch.Synaptic(alpha=float(ours.alpha), beta=float(ours.beta), **options)
+            else:
+                neuron = SteppedALIF(ours)
+            setattr(self.network, name, neuron)
+
+    def forward(self, frames):
+        state = {}
+        outputs = [(self.step_resnet if self.residual else self.step_cnn)(x, state) for x in frames]
+        return tuple(torch.stack(x) for x in zip(*outputs, strict=True))
+
+    def fire(self, name: str, cur, state: dict):
+        """Advance the neurons called `name` by a step; return their spikes."""
+        neuron = getattr(self.network, name)
+        before = state.get(name) or tuple(torch.zeros_like(cur) for _ in range(neuron_states(neuron)))
+        spk, *state[name] = neuron(cur, *before)
+        return spk
+
+    def pooled(self, conv: nn.Conv2d, x):
+        return F.max_pool2d(F.conv2d(x, conv.weight, padding=1), 2)
+
+    def step_cnn(self, x, state):
+        net = self.network
+        for i in (1, 2, 3):
+            cur = getattr(net, f"norm{i}")(self.pooled(getattr(net, f"conv{i}"), x))
+            x = self.fire(f"lif{i}", cur, state)
+        x = self.fire("lif4", net.norm4(net.fc1(x.movedim(1, -1).flatten(1))), state)
+        spk = self.fire("lif_out", net.norm_out(net.fc_out(net.dropout(x))), state)
+        return spk, state["lif_out"][-1]
+
+    def step_resnet(self, x, state):
+        net = self.network
+        x = self.fire("lif1", net.norm1(self.pooled(net.conv1, x)), state)
+        for i, block in ((1, net.res1), (2, net.res2)):
+            spk = self.fire(f"res{i}_lif1", block.norm1(self.pooled(block.conv1, x)), state)
+            cur = block.norm2(block.conv2(spk)) + block.shortcut(F.max_pool2d(x, 2))
+            x = self.fire(f"res{i}_lif2", cur, state)
+        x = self.fire("fc_syn", net.norm2(net.fc1(x.movedim(1, -1).flatten(1))), state)
+        spk = self.fire("lif_out", net.norm_out(net.fc_out(net.dropout(x))), state)
+        return spk, state["lif_out"][-1]
+
+
+def neuron_states(neuron: nn.Module) -> int:
+    """Return the number of tensors that a neuron hands on from step to step."""
+    return {snntorch.Leaky: 1, snntorch.Synaptic: 2}.get(type(neuron), 3)
+
+
+class SteppedALIF(nn.Module):
+    """Our ALIF, a step at a time: (cur, spk, adaptation, mem) -> (spk, spk, adaptation, mem)."""
+
+    def __init__(self, neuron: models.ALIF):
+        super().__init__()
+        self.alpha, self.beta, self.kappa = (float(x) for x in (neuron.alpha, neuron.beta, neuron.kappa))
+        self.threshold, self.spike_grad = float(neuron.threshold), neuron.spike_grad
+
+    def forward(self, cur, spk, adaptation, mem):
+        mem = self.beta * mem + cur - spk.detach() * (self.threshold + self.kappa * adaptation)
+        adaptation = self.alpha * adaptation + (1 - self.alpha) * spk
+        spk = self.spike_grad(mem - self.threshold - self.kappa * adaptation)
+        return spk, spk, adaptation, mem
+
+
+class ReLU(nn.Module):
+    """What stands in place of neurons in the network without spikes: cur -> (output, cur)."""
+
+    def forward(self, cur):
+        return torch.relu(cur), cur
+
+
+def without_spikes(network: models.SpikingNetwork) -> models.SpikingNetwork:
+    """Return the same network, its precision, layout and weights, with ReLU in place of neurons."""
+    network = copy.deepcopy(network)
+    for name in network.neuron_layers():
+        setattr(network, name, ReLU())
+    return network
+
+
+def training_step(network, frames, labels):
+    """Return a function that makes a training step of `network` on a batch."""
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
+    loss_fn = SF.ce_rate_loss()
+
+    def step():
+        network.train()
+        spk, _ = network(frames)
+        loss = loss_fn(spk, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def inference(network, frames):
+    """Return a function that runs `network` on a batch without learning."""
+
+    @torch.no_grad()
+    def run():
+        network.eval()
+        network(frames)
+
+    return run
+
+
+def measure(competitors: dict, rounds: int, turns: int, device: torch.device) -> dict[str, float]:
+    """Return the median seconds of each competitor: a round gives each so many turns in a row, one after the other."""
+    seconds = {name: [] for name in competitors}
+    for _ in range(rounds + 1):
+        for name, run in competitors.items():
+            for _ in range(turns):
+                start = time.perf_counter()
+                run()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(values[turns:])) for name, values in seconds.items()}  # the first round warms up
+
+
+def make_recordings(folder: Path, number: int) -> None:
+    """Record `number` of scikit-learn's digits as training and as many as test recordings into `folder`."""
+    images, labels = nmnist.sklearn_images()
+    part = nmnist.Images(images[:number], labels[:number], np.arange(1, number + 1))
+    nmnist.record_data_set(folder / "NMNIST", {"Train": part, "Test": part}, nmnist.describe_simulator("benchmark", 0))
+
+
+def bin_with_tonic(recordings: nmnist.NMNIST, time_steps: int) -> None:
+    """Read and bin recordings with tonic alone, one after the other, as its data set and transform do."""
+    to_frame = tonic.transforms.ToFrame(sensor_size=nmnist.SENSOR_SIZE, n_time_bins=time_steps)
+    for index in range(len(recordings)):
+        to_frame(tonic.datasets.NMNIST.__getitem__(recordings, index)[0])
+
+
+def benchmark_speed(args: argparse.Namespace) -> None:
+    """Print how long training, inference, batches and binning take, against snnTorch's loop and tonic alone."""
+    device = utils.pick_device(args.device)
+    utils.prepare_device(device)
+    precision = utils.pick_precision(args.precision, device)
+    torch.manual_seed(args.seed)
+    network = models.build_model(args.model, 0.5, 1.0, 0.9, 0.2, precision).to(device)
+    batch_size = args.batch_size
+    with tempfile.TemporaryDirectory() as folder:
+        make_recordings(Path(folder), 1_000)
+        recordings = nmnist.NMNIST(folder, "train")
+        cached = nmnist.bin_recordings(recordings, args.time_steps).to(device)
+        order = torch.randperm(len(cached))[:batch_size]
+        frames, labels = cached.batch(order, network.dtype)
+        plain = frames.float().contiguous()
+        loop, floor = Loop(network).to(device), without_spikes(network)
+        start = time.perf_counter()
+        ours = training_step(network, frames, labels)
+        ours()
+        first_step = time.perf_counter() - start
+        speed = measure(
+            {
+                "our training step": ours,
+                "the same without spikes (ReLU)": training_step(floor, frames, labels),
+                "snnTorch's loop, training step": training_step(loop, plain, labels),
+                "our inference": inference(network, frames),
+                "without spikes, inference": inference(floor, frames),
+                "snnTorch's loop, inference": inference(loop, plain),
+                "a batch from the cache": lambda: cached.batch(order, network.dtype),
+            },
+            args.rounds,
+            turns=3,
+            device=device,
+        )
+        binning = measure(
+            {
+                "binning, ours": lambda: nmnist.bin_recordings(recordings, args.time_steps),
+                "binning, tonic alone": lambda: bin_with_tonic(recordings, args.time_steps),
+            },
+            args.rounds,
+            turns=1,
+            device=torch.device("cpu"),
+        )
+    report_speed(args, device, precision, first_step, speed, binning, len(recordings))
+
+
+def report_speed(args, device, precision, first_step, speed, binning, recordings: int) -> None:
+    """Print the table of `benchmark_speed`, and write it to `--json`."""
+    head = {
+        "machine": f"{processor_name()}, {utils.num_cores()} cores",
+        "device": utils.describe_device(device),
+        "versions": f"torch {torch.__version__}, snnTorch {snntorch.__version__}, tonic {tonic.__version__}",
+        "model": args.model,
+        "time steps": args.time_steps,
+        "batch size": args.batch_size,
+        "precision": f"{precision}, the loop fp32",
+        "neurons": "uncompiled" if models.Kernel.compiler_error else "compiled",
+        "rounds": args.rounds,
+    }
+    rates = {name: args.batch_size / seconds for name, seconds in speed.items()}
+    rates |= {name: recordings / seconds for name, seconds in binning.items()}
+    ratios = {
+        "training, times snnTorch's loop": rates["our training step"] / rates["snnTorch's loop, training step"],
+        "training, of the speed without spikes": rates["our training step"] / rates["the same without spikes (ReLU)"],
+        "inference, times snnTorch's loop": rates["our inference"] / rates["snnTorch's loop, inference"],
+        "making a batch, of a training step": speed["a batch from the cache"] / speed["our training step"],
+        "binning, times tonic alone": rates["binning, ours"] / rates["binning, tonic alone"],
+    }
+    print()
+    for name, value in head.items():
+        print(f"{name:38} {value}")
+    print(f"{'first training step':38} {first_step:.1f} s")
+    print(f"\n{'medians':38} {'ms a batch':>12} {'recordings/s':>14}")
+    for name, rate in rates.items():
+        milliseconds = f"{1000 * speed[name]:12.1f}" if name in speed else " " * 12
+        print(f"{name:38} {milliseconds} {rate:14,.0f}")
+    print()
+    for name, ratio in ratios.items():
+        print(f"{name:38} {ratio:12.2f}")
+    if args.json:
+        content = {**head, "first_step_seconds": first_step, "recordings_per_second": rates, "ratios": ratios}
+        utils.write_json(args.json, content)
+        print(f"\nwritten to {args.json}")
+
+
+def processor_name() -> str:
+    """Return what the processor calls itself, where Linux tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
 
 BLUR = 0.7  # pixels, of the event maps that are compared
 
@@ -160,11 +417,23 @@ def benchmark_simulator(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=["simulator"], help="what to measure")
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder of the reference data")
+    parser.add_argument("benchmark", choices=["speed", "simulator"], nargs="?", default="speed", help="what to measure")
     parser.add_argument("--seed", type=int, default=0, help="seed of the simulation (default: %(default)s)")
-    parser.add_argument("--no_train", action="store_true", help="train no network")
+    speed = parser.add_argument_group("speed")
+    utils.add_device_argument(speed)
+    utils.add_precision_argument(speed)
+    speed.add_argument("--model", choices=list(models.NETWORKS), default="cnn", help="network (default: %(default)s)")
+    speed.add_argument("--time_steps", type=utils.number(int, 1), default=25, help="T (default: %(default)s)")
+    speed.add_argument("--batch_size", type=utils.number(int, 1, 1000), default=128, help="(default: %(default)s)")
+    speed.add_argument("--rounds", type=utils.number(int, 1), default=5, help="rounds (default: %(default)s)")
+    speed.add_argument("--json", metavar="FILE", help="write the table as JSON, too")
+    simulator = parser.add_argument_group("simulator")
+    simulator.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder of the reference data")
+    simulator.add_argument("--no_train", action="store_true", help="train no network")
     args = parser.parse_args()
+    if args.benchmark == "speed":
+        benchmark_speed(args)
+        return
     if not (args.shared / "nmnist-small").is_dir():
         raise utils.UserError(f"--shared {args.shared}: there is no nmnist-small in it")
     benchmark_simulator(args)
