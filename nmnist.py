@@ -620,11 +620,11 @@ class Frames:
         """Return the same frames on `device`."""
         return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
-    def batch(self, indices: torch.Tensor, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, indices: torch.Tensor, dtype=torch.float32, augment=False) -> tuple[torch.Tensor, torch.Tensor]:
         """Return frames [T, B, 2, 34, 34] of type `dtype` and labels int64 [B] of the recordings `indices` [B].
 
         `indices` lie on the CPU: so the batch's size is known without waiting for the device. The frames' memory is
-        [T, B, 34, 34, 2], as convolutions want it.
+        [T, B, 34, 34, 2], as convolutions want it. `augment` moves and drops events at random (`augment_events`).
         """
         device = self.position.device
         size = int(self._length_on_cpu[indices].sum())
@@ -636,15 +636,67 @@ class Frames:
         shift = self._start[indices] - (length.cumsum(0) - length)
         entry = torch.arange(size, device=device) + shift.repeat_interleave(length, output_size=size)
         frame = torch.arange(time_steps, device=device) * batch_size + torch.arange(batch_size, device=device)[:, None]
-        first = (frame * BINS_PER_FRAME).flatten().repeat_interleave(filled.flatten(), output_size=size)
+        frame = frame.flatten().repeat_interleave(filled.flatten(), output_size=size)
+        position, count = self.position[entry], self.count[entry].to(dtype)
+        if augment:
+            frame, position, count = augment_events(frame, position, count, batch_size, time_steps)
         frames = torch.zeros(time_steps * batch_size * BINS_PER_FRAME, dtype=dtype, device=device)
-        frames[first + self.position[entry]] = self.count[entry].to(dtype)
+        # Events that moved to the same bin add up.
+        frames.index_put_((frame * BINS_PER_FRAME + position,), count, accumulate=augment)
         return frames.view(time_steps, batch_size, 34, 34, 2).movedim(-1, 2), self.labels[indices].long()
 
-    def batches(self, indices: torch.Tensor, batch_size: int, dtype=torch.float32) -> Iterator:
+    def batches(self, indices: torch.Tensor, batch_size: int, dtype=torch.float32, augment=False) -> Iterator:
         """Yield `batch` of `indices`, `batch_size` at a time; the last may be smaller."""
         for chunk in indices.split(batch_size):
-            yield self.batch(chunk, dtype)
+            yield self.batch(chunk, dtype, augment)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How far `augment_events` changes a recording: each limit is that of a uniform distribution around no change."""
+
+    shift: float = 2.0  # pixels, along each axis
+    rotation: float = 10.0  # degrees, around the middle of the sensor
+    scale: float = 0.1  # relative, of each axis
+    shear: float = 0.1  # pixels along x for one along y
+    time_shift: float = 0.04  # of a recording's duration
+    drop: float = 0.1  # share of the bins whose events are dropped
+
+
+AUGMENTATION = Augmentation()
+
+
+def augment_events(frame, position, count, batch_size: int, time_steps: int):
+    """Move each recording's events by a random affine map and in time, and drop some; return what is left.
+
+    `frame` (t * batch_size + b), `position` and `count` [entries] are a batch's non-zero bins. What is random is drawn
+    on the CPU from torch's generator for each recording, and on the device for each bin.
+    """
+    a, device = AUGMENTATION, frame.device
+    # Matrices that map (x, y) around the middle, [B, 2, 3]: shear, scale, rotation, then the shift.
+    angle, scale_x, scale_y, shear, shift_x, shift_y, later = 2 * torch.rand(7, batch_size) - 1
+    cos, sin = torch.cos(torch.deg2rad(a.rotation * angle)), torch.sin(torch.deg2rad(a.rotation * angle))
+    scale_x, scale_y, shear = 1 + a.scale * scale_x, 1 + a.scale * scale_y, a.shear * shear
+    x_row = torch.stack([cos * scale_x, cos * scale_x * shear - sin * scale_y, a.shift * shift_x])
+    y_row = torch.stack([sin * scale_x, sin * scale_x * shear + cos * scale_y, a.shift * shift_y])
+    later = (a.time_shift * time_steps * later).round()
+    parameters = torch.cat([x_row, y_row, later[None]]).to(device, non_blocking=True)
+    x_x, x_y, x_1, y_x, y_y, y_1, steps = parameters.index_select(1, frame % batch_size)
+    middle = (SENSOR_SIZE[0] - 1) / 2
+    pixel = position >> 1
+    polarity, row = position - 2 * pixel, pixel // 34
+    x, y = pixel - 34 * row - middle, row - middle
+    new_x = (x_x * x + x_y * y + (x_1 + middle)).round().long()
+    new_y = (y_x * x + y_y * y + (y_1 + middle)).round().long()
+    frame = frame + steps.long() * batch_size
+    kept = (new_x >= 0) & (new_x < 34) & (new_y >= 0) & (new_y < 34)
+    kept &= (frame >= 0) & (frame < time_steps * batch_size) & (torch.rand(len(frame), device=device) >= a.drop)
+    # What is dropped counts for nothing where it was: so no size depends on chance, and nothing waits for the device.
+    return (
+        torch.where(kept, frame, 0),
+        torch.where(kept, (new_y * 34 + new_x) * 2 + polarity, 0),
+        count * kept,
+    )
 
 
 def load_frames(recordings: NMNIST, time_steps: int, denoise: int | None = None) -> Frames:

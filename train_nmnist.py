@@ -10,6 +10,8 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -37,8 +39,9 @@ from nmnist import Data, Frames
 from utils import UserError, number
 
 DEFAULT_LR = {"adam": 5e-3, "adamw": 5e-3, "sgd": 0.1}
+AVERAGED_STEPS = 100  # over which the weights are averaged, in effect
 LOSSES = {
-    "ce": SF.ce_rate_loss,  # cross entropy of the spikes at every step, averaged over steps
+    "ce": SF.ce_rate_loss,  # cross entropy of the membrane potentials at every step, averaged over steps
     "mse": SF.mse_count_loss,  # squared error of the spike counts: T for the right digit, 0 for the others
     "count": SF.ce_count_loss,  # cross entropy of the spike counts
 }
@@ -48,7 +51,7 @@ NETWORK_SETTINGS = ("model", "beta", "threshold", "alpha", "dropout", "precision
 RUN_SETTINGS = (
     *NETWORK_SETTINGS,
     *("time_steps", "denoise", "batch_size", "lr", "weight_decay", "optimizer", "loss", "scheduler"),
-    *("seed", "val_split", "epochs"),
+    *("no_augment", "seed", "val_split", "epochs"),
 )
 
 
@@ -70,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
         0.9,
         "decay per step of ALIF's adaptation and of the synaptic current; resnet only",
     )
-    add(network, "--dropout", number(float, 0, 1, open_high=True), 0.2, "share of last hidden spikes dropped")
+    add(network, "--dropout", number(float, 0, 1, open_high=True), 0.0, "share of last hidden neurons dropped")
 
     training = parser.add_argument_group("training")
     add(training, "--epochs", number(int, 1), 10, "passes over the training recordings")
@@ -88,10 +91,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--loss",
         choices=list(LOSSES),
         default="ce",
-        help="ce: cross entropy of the spikes at every step; mse: squared error of the spike counts; "
+        help="ce: cross entropy of the membrane potentials at every step; mse: squared error of the spike counts; "
         "count: cross entropy of the spike counts (default: %(default)s)",
     )
     training.add_argument("--scheduler", action="store_true", help="lower the learning rate to 0 along a cosine")
+    training.add_argument(
+        "--no_augment", action="store_true", help="train on the recordings as they are: no random shift, rotation, ..."
+    )
     add(training, "--val_split", number(float, 0, 1, True, True), 0.1, "share of training recordings for validation")
     add(training, "--seed", number(int, 0, 2**32 - 1), 0, "seed of weights, validation split, order and dropout")
 
@@ -168,24 +174,68 @@ def check_resumable(args: argparse.Namespace, checkpoint: dict, path: Path) -> N
 # ---------------------------------------------------------------------------------------------------------
 
 
-def train_one_epoch(network, frames: Frames, indices, optimizer, loss_fn, batch_size: int, bar: tqdm) -> dict:
-    """Train on the recordings `indices` in that order; return the epoch's mean loss and accuracy.
+@dataclass
+class Learner:
+    """What changes in training: the network, its average, its optimizer; and the loss that it lowers."""
 
-    Both are of the network in training, while it changes and drops spikes.
+    network: SpikingNetwork
+    average: torch.optim.swa_utils.AveragedModel
+    optimizer: torch.optim.Optimizer
+    loss_fn: Callable
+
+
+def make_average(network: SpikingNetwork) -> torch.optim.swa_utils.AveragedModel:
+    """Return the exponential average of the network's weights over its steps, which is what is validated and tested.
+
+    It does for a learning rate that stays what lowering it does: the noise of the last steps averages out.
     """
-    network.train()
+
+    def follow(averaged, current, steps):
+        if not current.is_floating_point():  # the norms' count of batches
+            return current
+        # Over a tenth of the steps so far, since the first weights say nothing, up to AVERAGED_STEPS.
+        return averaged.lerp(current, max(1 / AVERAGED_STEPS, 9 / (10 + steps)))
+
+    return torch.optim.swa_utils.AveragedModel(network, avg_fn=follow, use_buffers=True)
+
+
+def make_optimizer(args: argparse.Namespace, network: SpikingNetwork) -> torch.optim.Optimizer:
+    """Return the optimizer of `--optimizer`."""
+    lr = args.lr or DEFAULT_LR[args.optimizer]
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
+    return optimizer(network.parameters(), lr=lr, weight_decay=args.weight_decay, fused=True)
+
+
+def make_loss(name: str) -> Callable:
+    """Return the loss of `--loss` as a function of the output neurons' spk and mem [T, B, 10] and the labels [B]."""
+    loss_fn = LOSSES[name]()
+    if name == "ce":  # a membrane tells how far from firing a neuron is; its spikes at a step are only 0 or 1
+        return lambda spk, mem, labels: loss_fn(mem, labels).sum()
+    return lambda spk, mem, labels: loss_fn(spk, labels).sum()  # of one element, which snnTorch shapes in two ways
+
+
+def train_one_epoch(learner: Learner, batches: Iterable, bar: tqdm) -> dict:
+    """Train on `batches` of (frames, labels); return the epoch's mean loss and accuracy.
+
+    Both are of the network in training, while it changes and drops spikes, on recordings that may be augmented.
+    """
+    network, optimizer = learner.network.train(), learner.optimizer
     seen = 0
     # Summed where the work is done, and read when the bar is drawn: reading waits for the device.
-    sums = torch.zeros(3, dtype=torch.float64, device=frames.labels.device)  # loss, right decisions, broken batches
-    for x, labels in frames.batches(indices, batch_size, network.dtype):
+    sums = 0  # of loss, right decisions, broken batches
+    for x, labels in batches:
         spk, mem = network(x)
-        loss = loss_fn(spk, labels)
+        loss = learner.loss_fn(spk, mem, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        learner.average.update_parameters(network)
         with torch.no_grad():
             broken = ~torch.isfinite(mem).all()  # spikes, and so the loss, stay finite even then
-            sums += torch.stack([loss.sum() * len(labels), (predict(spk, mem) == labels).sum(), broken])
+            right = (predict(spk, mem) == labels).sum()
+            sums = sums + torch.stack([loss.double() * len(labels), right, broken])
         seen += len(labels)
         if bar.update(len(labels)):
             show_progress(bar, sums, seen)
@@ -214,7 +264,7 @@ def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, bar: tq
     total_loss, labels, decisions = 0, [], []
     for x, batch_labels in frames.batches(indices, batch_size, network.dtype):
         spk, mem = network(x)
-        total_loss += loss_fn(spk, batch_labels).double() * len(batch_labels)
+        total_loss += loss_fn(spk, mem, batch_labels).double() * len(batch_labels)
         labels.append(batch_labels)
         decisions.append(predict_over_time(spk, mem))
         bar.update(len(batch_labels))
@@ -223,44 +273,36 @@ def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, bar: tq
     return {"loss": float(total_loss) / len(labels), "accuracy": accuracy, "labels": labels, "decisions": decisions}
 
 
-def make_optimizer(args: argparse.Namespace, network: SpikingNetwork) -> torch.optim.Optimizer:
-    """Return the optimizer of `--optimizer`."""
-    lr = args.lr or DEFAULT_LR[args.optimizer]
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    optimizer = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
-    return optimizer(network.parameters(), lr=lr, weight_decay=args.weight_decay, fused=True)
-
-
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
     """Return the learning rate of an epoch, counted from 1: constant, or falling along a cosine to near 0."""
     lr = args.lr or DEFAULT_LR[args.optimizer]
     return lr * (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2 if args.scheduler else lr
 
 
-def run_epoch(args, epoch: int, network, optimizer, loss_fn, data: Data, train_indices, val_indices) -> dict:
+def run_epoch(args, epoch: int, learner: Learner, data: Data, train_indices, val_indices) -> dict:
     """Train for an epoch and evaluate on validation and test recordings; return its entry of the history."""
     start = time.perf_counter()
     # Seeded anew for each epoch, so that a resumed run draws what an unbroken one does.
     utils.set_seed(args.seed, epoch)
-    for group in optimizer.param_groups:
+    for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate(args, epoch)
     order = train_indices[torch.randperm(len(train_indices))]
     if args.time_steps == 1 and len(order) % args.batch_size == 1:
         order = order[:-1]  # a batch of a single frame has no variance to normalise by
     with tqdm(desc=f"epoch {epoch}/{args.epochs}", total=len(order), unit="recording", leave=False) as bar:
-        results = {"train": train_one_epoch(network, data.train, order, optimizer, loss_fn, args.batch_size, bar)}
+        batches = data.train.batches(order, args.batch_size, learner.network.dtype, augment=not args.no_augment)
+        results = {"train": train_one_epoch(learner, batches, bar)}
     trained = time.perf_counter() - start
     for name, frames, indices in (("val", data.train, val_indices), ("test", data.test, torch.arange(len(data.test)))):
         with tqdm(desc=name, total=len(indices), unit="recording", leave=False) as bar:
-            results[name] = evaluate(network, frames, indices, loss_fn, args.batch_size, bar)
+            results[name] = evaluate(learner.average.module, frames, indices, learner.loss_fn, args.batch_size, bar)
     entry = {"epoch": epoch}
     for name, result in results.items():
         entry |= {f"{name}_loss": result["loss"], f"{name}_accuracy": result["accuracy"]}
     return entry | {
         "lr": learning_rate(args, epoch),
         "precision": args.precision,
-        "neuron_backend": describe_backend(network),
+        "neuron_backend": describe_backend(learner.network),
         "seconds": time.perf_counter() - start,
         "recordings_per_second": len(order) / trained,
     }
@@ -269,7 +311,7 @@ def run_epoch(args, epoch: int, network, optimizer, loss_fn, data: Data, train_i
 def train(args, network, checkpoint: dict | None, data: Data) -> None:
     """Train for the epochs that are left; after each, print its figures and write checkpoints and history."""
     train_indices, val_indices = nmnist.split_validation(data.train.labels.cpu(), args.val_split, args.seed)
-    optimizer, loss_fn = make_optimizer(args, network), LOSSES[args.loss]()
+    learner = Learner(network, make_average(network), make_optimizer(args, network), make_loss(args.loss))
     history, best = [], None
     if checkpoint:
         trained_on = (checkpoint["dataset"], checkpoint["num_recordings"])
@@ -279,17 +321,17 @@ def train(args, network, checkpoint: dict | None, data: Data) -> None:
                     *trained_on, data.name, len(data.train)
                 )
             )
-        network.load_state_dict(checkpoint["network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for name in ("network", "average", "optimizer"):
+            getattr(learner, name).load_state_dict(checkpoint[name])
         history, best = checkpoint["history"], checkpoint["best"]
         write_best_and_history(args, best, history)  # save_dir or log_dir may be others than before
         print(f"resume      after epoch {len(history)} of {args.epochs}")
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}, test {len(data.test):,}")
     for epoch in range(len(history) + 1, args.epochs + 1):
-        entry = run_epoch(args, epoch, network, optimizer, loss_fn, data, train_indices, val_indices)
+        entry = run_epoch(args, epoch, learner, data, train_indices, val_indices)
         print_epoch(entry, args.epochs)
         history.append(entry)
-        best = save(args, network, optimizer, history, best, data)
+        best = save(args, learner, history, best, data)
 
 
 def print_epoch(entry: dict, epochs: int) -> None:
@@ -300,7 +342,7 @@ def print_epoch(entry: dict, epochs: int) -> None:
     print("   ".join(parts), flush=True)
 
 
-def save(args, network, optimizer, history: list[dict], best: dict | None, data: Data) -> dict:
+def save(args, learner: Learner, history: list[dict], best: dict | None, data: Data) -> dict:
     """Write the best and the last checkpoint and the history, each atomically; return the best checkpoint so far."""
     checkpoint = {
         "format": utils.CHECKPOINT_FORMAT,
@@ -308,8 +350,8 @@ def save(args, network, optimizer, history: list[dict], best: dict | None, data:
         "settings": {name: getattr(args, name) for name in RUN_SETTINGS},
         "dataset": data.name,
         "num_recordings": len(data.train),
-        "neuron_backend": describe_backend(network),
-        "network": {name: value.cpu().clone() for name, value in network.state_dict().items()},
+        "neuron_backend": describe_backend(learner.network),
+        "network": {name: value.cpu().clone() for name, value in learner.average.module.state_dict().items()},
         "epoch": len(history),
         # Of equal validation accuracies the smaller loss is the better; the test set has no say.
         "score": [history[-1]["val_accuracy"], -history[-1]["val_loss"]],
@@ -320,7 +362,9 @@ def save(args, network, optimizer, history: list[dict], best: dict | None, data:
     # Last: a run killed before this repeats the epoch, and writes the same files again.
     utils.save_tensors(
         utils.checkpoint_path(args.save_dir, args.model, "last"),
-        checkpoint | {"optimizer": optimizer.state_dict(), "history": history, "best": best},
+        checkpoint
+        | {name: getattr(learner, name).state_dict() for name in ("network", "average", "optimizer")}
+        | {"history": history, "best": best},
     )
     return best
 
@@ -343,7 +387,7 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
     network = load_network(checkpoint, device)
     if checkpoint["dataset"] != data.name:
         print(f"WARNING: trained on {checkpoint['dataset']}, tested on {data.name}")
-    loss_fn = LOSSES[checkpoint["settings"]["loss"]]()
+    loss_fn = make_loss(checkpoint["settings"]["loss"])
     everything = torch.arange(len(data.test))
     with (
         tqdm(desc="test", total=len(everything), unit="recording", leave=False) as bar,

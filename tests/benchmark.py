@@ -136,8 +136,8 @@ def training_step(network, frames, labels):
 
     def step():
         network.train()
-        spk, _ = network(frames)
-        loss = loss_fn(spk, labels)
+        _, mem = network(frames)
+        loss = loss_fn(mem, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

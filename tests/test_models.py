@@ -10,6 +10,9 @@ import models
 from models import ALIF, ActivityMeter, Leaky, Synaptic, build_model, fan_out, predict, predict_over_time
 
 MODELS = ["cnn", "resnet"]
+SPIKE_GRAD = surrogate.fast_sigmoid(models.SURROGATE_SLOPE)
+# Steps in whole blocks of the fused neurons, in single ones, and in both.
+TIME_STEPS = [3, 10, 27]
 
 
 def make_current(time_steps=30, batch=4, neurons=50):
@@ -18,8 +21,11 @@ def make_current(time_steps=30, batch=4, neurons=50):
     return (torch.randn(time_steps, batch, neurons, generator=generator) * 0.8).requires_grad_()
 
 
-def compare_with_steps(layer, steps, cur):
-    """Check spikes, membranes and gradients of a layer against those of `steps(cur)`, snnTorch stepped by hand."""
+def compare_with_steps(layer, reference, steps, cur):
+    """Check spikes, membranes and gradients of a layer against `reference`, a neuron that `steps(cur)` steps by hand.
+
+    The gradients are those of the current and of whatever both learn.
+    """
     expected_cur = cur.detach().clone().requires_grad_()
     expected_spk, expected_mem = steps(expected_cur)
     spk, mem = layer(cur)
@@ -30,45 +36,53 @@ def compare_with_steps(layer, steps, cur):
     (spk * weights + mem * weights.flip(0)).sum().backward()
     (expected_spk * weights + expected_mem * weights.flip(0)).sum().backward()
     torch.testing.assert_close(cur.grad, expected_cur.grad)
+    learned = dict(reference.named_parameters())
+    assert learned.keys() == dict(layer.named_parameters()).keys()
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.grad, learned[name].grad, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 0.95])
-@pytest.mark.parametrize("threshold", [0.3, 1.0])
-def test_leaky_equals_snntorch_stepped_by_hand(beta, threshold):
-    spike_grad = surrogate.fast_sigmoid(5)
-    reference = snn.Leaky(beta=beta, threshold=threshold, spike_grad=spike_grad)
+def step_by_hand(reference, states):
+    """Return the loop of snnTorch's tutorials over `reference`, whose neurons hand on so many states."""
 
     def steps(cur):
-        mem, spks, mems = reference.reset_mem(), [], []
-        for t in range(len(cur)):
-            spk, mem = reference(cur[t], mem)
+        state, spks, mems = [torch.zeros_like(cur[0])] * states, [], []
+        for step_cur in cur:
+            spk, *state = reference(step_cur, *state)
             spks.append(spk)
-            mems.append(mem)
+            mems.append(state[-1])
         return torch.stack(spks), torch.stack(mems)
 
-    compare_with_steps(Leaky(beta=beta, threshold=threshold, spike_grad=spike_grad), steps, make_current())
+    return steps
 
 
+@pytest.mark.parametrize("backend", models.BACKENDS)
+@pytest.mark.parametrize("time_steps", TIME_STEPS)
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize(("beta", "threshold"), [(0.0, 1.0), (0.5, 0.3), (0.95, 1.0)])
+def test_leaky_equals_snntorch_stepped_by_hand(backend, time_steps, learn, beta, threshold):
+    options = {"learn_beta": learn, "learn_threshold": learn}
+    reference = snn.Leaky(beta=beta, threshold=threshold, spike_grad=SPIKE_GRAD, **options)
+    layer = Leaky(beta, threshold, backend, **options)
+    compare_with_steps(layer, reference, step_by_hand(reference, 1), make_current(time_steps))
+
+
+@pytest.mark.parametrize("backend", models.BACKENDS)
+@pytest.mark.parametrize("time_steps", TIME_STEPS)
+@pytest.mark.parametrize("learn", [False, True])
 @pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.5), (0.5, 0.5), (0.9, 0.7)])
-def test_synaptic_equals_snntorch_stepped_by_hand(alpha, beta):
-    spike_grad = surrogate.fast_sigmoid(5)
-    reference = snn.Synaptic(alpha=alpha, beta=beta, spike_grad=spike_grad)
-
-    def steps(cur):
-        (syn, mem), spks, mems = reference.reset_mem(), [], []
-        for t in range(len(cur)):
-            spk, syn, mem = reference(cur[t], syn, mem)
-            spks.append(spk)
-            mems.append(mem)
-        return torch.stack(spks), torch.stack(mems)
-
-    compare_with_steps(Synaptic(alpha=alpha, beta=beta, spike_grad=spike_grad), steps, make_current())
+def test_synaptic_equals_snntorch_stepped_by_hand(backend, time_steps, learn, alpha, beta):
+    options = {"learn_beta": learn, "learn_threshold": learn}
+    reference = snn.Synaptic(alpha=alpha, beta=beta, spike_grad=SPIKE_GRAD, **options)
+    layer = Synaptic(alpha, beta, 1.0, backend, **options)
+    compare_with_steps(layer, reference, step_by_hand(reference, 2), make_current(time_steps))
 
 
-def test_alif_follows_its_equation_worked_in_numpy():
+@pytest.mark.parametrize("backend", models.BACKENDS)
+def test_alif_follows_its_equation_worked_in_numpy(backend):
     alpha, beta, kappa, base = 0.9, 0.6, 0.7, 0.4
     cur = make_current().detach()
-    spk, mem = ALIF(alpha, beta, kappa, base, surrogate.fast_sigmoid(5))(cur)
+    spk, mem = ALIF(alpha, beta, kappa, base, backend)(cur)
     i = cur.double().numpy()
     u, s, a, threshold = (np.zeros(i.shape[1:]) for _ in range(4))
     threshold = threshold + base
@@ -83,10 +97,118 @@ def test_alif_follows_its_equation_worked_in_numpy():
     assert a.max() > 0.1, "no threshold moved"
 
 
+@pytest.mark.parametrize("time_steps", TIME_STEPS)
+@pytest.mark.parametrize("learn", [False, True])
+def test_the_fused_alif_equals_the_stepped_one(time_steps, learn):
+    fused, stepped = (ALIF(0.9, 0.6, 0.7, 0.4, backend, learn_threshold=learn) for backend in models.BACKENDS)
+    compare_with_steps(fused, stepped, stepped, make_current(time_steps))
+
+
 def test_alif_without_adaptation_is_leaky():
-    spike_grad = surrogate.fast_sigmoid(5)
-    alif = ALIF(alpha=0.9, beta=0.5, kappa=0.0, threshold=0.6, spike_grad=spike_grad)
-    compare_with_steps(alif, Leaky(beta=0.5, threshold=0.6, spike_grad=spike_grad), make_current())
+    leaky = Leaky(0.5, 0.6, "step")
+    compare_with_steps(ALIF(0.9, 0.5, 0.0, 0.6), leaky, leaky, make_current())
+
+
+def test_membranes_are_float32_inside_bfloat16():
+    """A membrane that keeps 0.95 of itself and gets 0.001 a step stands still in bfloat16, long before 0.02."""
+    cur = torch.full((200, 1, 1), 0.001, dtype=torch.bfloat16)
+    for layer in (Leaky(0.95), Synaptic(0.0, 0.95), ALIF(0.9, 0.95, 0.5)):
+        spk, mem = layer(cur)
+        assert spk.dtype == mem.dtype == torch.bfloat16
+        expected = float(cur[0]) / (1 - 0.95)
+        assert float(mem[-1]) == pytest.approx(expected, rel=0.005)
+
+
+@pytest.mark.parametrize("size", [8, 17, 34])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_pooling_equals_torchs(size, dtype):
+    """Spikes, of which windows hold many equals, and numbers; odd sizes, whose last row and column no window holds."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(6, 5, size, size, generator=generator)
+    for x in (numbers, (numbers > 0.8).float()):
+        x = x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+        pooled, expected = models.MaxPool("fused")(x), torch.nn.functional.max_pool2d(x, 2)
+        assert torch.equal(pooled, expected)
+        grad = torch.randn(expected.shape, generator=generator).to(dtype)
+        assert torch.equal(*(torch.autograd.grad(y, x, grad)[0] for y in (pooled, expected)))
+
+
+@pytest.mark.parametrize("size", [8, 17])
+def test_a_fused_convolution_with_pooling_equals_torchs(size, monkeypatch):
+    monkeypatch.setattr(models.FusedConvPool, "CACHED", 3 * size * size * 6 * 4)  # three frames a part
+    torch.manual_seed(0)
+    layer = models.ConvPool(4, 6, "fused")
+    x = torch.randn(7, 4, size, size).contiguous(memory_format=torch.channels_last).requires_grad_()
+    expected = torch.nn.functional.max_pool2d(torch.nn.functional.conv2d(x, layer.weight, padding=1), 2)
+    pooled = layer(x)
+    torch.testing.assert_close(pooled, expected)
+    grad = torch.randn(expected.shape)
+    for ours, torchs in zip(
+        *(torch.autograd.grad(y, (x, layer.weight), grad) for y in (pooled, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_other_shapes_compile_nothing_anew(model):
+    """Once a training and a test pass have run; T that is no multiple of the block has its own functions, once."""
+    network = build_model(model, 0.5, 1.0, 0.9, 0.2)
+
+    def run(time_steps, batch):
+        network.train()
+        network(torch.rand(time_steps, batch, 2, 34, 34))[0].sum().backward()
+        network.eval()
+        with torch.no_grad():
+            network(torch.rand(time_steps, batch, 2, 34, 34))
+
+    run(5, 3)
+    run(11, 7)
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    assert before > 0
+    for time_steps, batch in ((5, 2), (10, 9), (25, 4), (7, 5), (10, 21)):
+        run(time_steps, batch)
+    assert counters["unique_graphs"] == before
+
+
+def test_without_a_compiler_the_same_runs_uncompiled_and_says_so(monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("no working C++ compiler\nand a long story")
+
+    cur, layer = make_current(7), Leaky(0.5)
+    expected = layer(cur)
+    monkeypatch.setattr(models.Kernel, "compiler_error", None)
+    monkeypatch.setattr(models.run_forward, "compiled", broken)
+    for _ in range(2):
+        assert all(torch.equal(*pair) for pair in zip(layer(cur), expected, strict=True))
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "uncompiled" in message
+    assert "no working C++ compiler" in message
+    network = build_model("cnn", 0.5, 1.0, 0.9, 0.2)
+    assert models.describe_backend(network) == "fused, uncompiled"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_precisions_and_backends_agree(model):
+    """Backends to float32's rounding; bfloat16 in what the first layer fires, and in how much the others do: which
+    spike of an untrained network falls where is chaos."""
+    torch.manual_seed(0)
+    first = build_model(model, 0.5, 1.0, 0.9, 0.0)
+    frames = torch.poisson(torch.full((10, 8, 2, 34, 34), 0.2))
+    mems, spikes, rates = {}, {}, {}
+    for key in (("fp32", "fused"), ("fp32", "step"), ("bf16", "fused")):
+        network = build_model(model, 0.5, 1.0, 0.9, 0.0, *key)
+        network.load_state_dict(first.state_dict())
+        with ActivityMeter(network) as meter, models.LayerRecorder(network) as layers:
+            spk, mems[key] = network(frames)
+        assert spk.dtype == mems[key].dtype == torch.float32
+        spikes[key], rates[key] = layers["lif1"][0], meter.firing_rate()
+    fused, step, bf16 = mems
+    torch.testing.assert_close(mems[fused], mems[step], rtol=1e-3, atol=1e-3)
+    assert (spikes[fused] != spikes[bf16]).float().mean() < 0.005
+    for name, rate in rates[fused].items():
+        assert rates[bf16][name] == pytest.approx(rate, rel=0.1), name
 
 
 def test_alif_fires_less_the_more_it_adapts():
@@ -100,7 +222,7 @@ def test_alif_learns_through_its_adaptation():
     cur = torch.tensor([1.5, 0.0, 0.0, 0.7]).view(4, 1, 1).requires_grad_()
     gradients = []
     for kappa in (0.0, 2.0):
-        spk, _ = ALIF(0.9, 0.0, kappa, 1.0, surrogate.fast_sigmoid(5))(cur)
+        spk, _ = ALIF(0.9, 0.0, kappa, 1.0)(cur)
         gradients.append(torch.autograd.grad(spk[3].sum(), cur)[0][0].item())
     assert gradients[0] == 0  # with beta = 0, only the adaptation remembers
     assert gradients[1] < 0
@@ -219,10 +341,10 @@ def test_activity_of_the_cnn_counted_by_hand():
     with ActivityMeter(network) as meter:
         out, _ = network(frames)
         network(frames)
-    spk1, _ = network.lif1(models.over_steps(frames, network.conv1, network.pool, network.norm1))
-    spk2, _ = network.lif2(models.over_steps(spk1, network.conv2, network.pool, network.norm2))
-    spk3, _ = network.lif3(models.over_steps(spk2, network.conv3, network.pool, network.norm3))
-    spk4, _ = network.lif4(models.over_steps(spk3.flatten(2), network.fc1, network.norm4))
+    spk1, _ = network.lif1(models.over_steps(frames, network.conv1, network.norm1))
+    spk2, _ = network.lif2(models.over_steps(spk1, network.conv2, network.norm2))
+    spk3, _ = network.lif3(models.over_steps(spk2, network.conv3, network.norm3))
+    spk4, _ = network.lif4(models.over_steps(models.memory_order(spk3).flatten(2), network.fc1, network.norm4))
     rates = meter.firing_rate()
     for name, spk in {"lif1": spk1, "lif2": spk2, "lif3": spk3, "lif4": spk4, "lif_out": out}.items():
         assert rates[name] == pytest.approx(spk.mean().item(), rel=1e-5)

@@ -515,6 +515,62 @@ def test_batches_are_tonics_frames(made_data_dir, time_steps, denoise):
     assert labels.tolist() == recordings.targets
 
 
+def test_batches_of_another_type_hold_the_same_and_lie_as_convolutions_want_them(made_data_dir):
+    frames = nmnist.load_frames(nmnist.NMNIST(made_data_dir, "test"), 10)
+    indices = torch.tensor([4, 0, 29])
+    x, _ = frames.batch(indices, torch.bfloat16)
+    assert x.dtype == torch.bfloat16
+    assert torch.equal(x.float(), frames.batch(indices)[0])
+    assert x.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+
+
+def augmented(frames, monkeypatch, draws=None, **limits):
+    """Return all frames, plain and augmented with these limits; `draws` says where between them all chance falls."""
+    nothing = {"shift": 0, "rotation": 0, "scale": 0, "shear": 0, "time_shift": 0, "drop": 0}
+    monkeypatch.setattr(nmnist, "AUGMENTATION", nmnist.Augmentation(**(nothing | limits)))
+    with monkeypatch.context() as patch:
+        if draws is not None:
+            patch.setattr(torch, "rand", lambda *size, **options: torch.full(size, draws))
+        everything = torch.arange(len(frames))
+        return frames.batch(everything)[0], frames.batch(everything, augment=True)[0]
+
+
+def test_augmentation_of_nothing_changes_nothing(made_data_dir, monkeypatch):
+    plain, moved = augmented(nmnist.load_frames(nmnist.NMNIST(made_data_dir, "test"), 10), monkeypatch)
+    assert torch.equal(plain, moved)
+
+
+def test_augmentation_turns_shifts_and_stretches_as_pictures_do(made_data_dir, monkeypatch):
+    frames = nmnist.load_frames(nmnist.NMNIST(made_data_dir, "test"), 10)
+    plain, turned = augmented(frames, monkeypatch, draws=1.0, rotation=90)
+    assert torch.equal(turned, plain.rot90(-1, (3, 4)))  # y points down: from x to y is clockwise
+    plain, shifted = augmented(frames, monkeypatch, draws=1.0, shift=3)
+    assert torch.equal(shifted[..., 3:, 3:], plain[..., :-3, :-3])
+    assert shifted[..., :3, :].sum() + shifted[..., :3].sum() == 0
+    plain, later = augmented(frames, monkeypatch, draws=0.0, time_shift=0.2)
+    assert torch.equal(later[:-2], plain[2:])  # two of ten frames earlier
+    assert later[-2:].sum() == 0
+    plain, halved = augmented(frames, monkeypatch, draws=0.0, scale=0.5)
+    assert halved.sum() == plain.sum()  # events that meet add up
+    where = halved.sum((0, 1, 2)).nonzero()
+    assert (where.min(), where.max()) >= (8, 8)
+    assert where.max() <= 25
+
+
+def test_augmentation_differs_between_recordings_and_follows_the_seed(made_data_dir, monkeypatch):
+    frames = nmnist.load_frames(nmnist.NMNIST(made_data_dir, "test"), 10)
+    torch.manual_seed(0)
+    plain, first = augmented(frames, monkeypatch, shift=5, drop=0.3)
+    torch.manual_seed(0)
+    assert torch.equal(augmented(frames, monkeypatch, shift=5, drop=0.3)[1], first)
+    assert not torch.equal(augmented(frames, monkeypatch, shift=5, drop=0.3)[1], first)
+    assert 0.6 < first.sum() / plain.sum() < 0.75
+    centre = [(x.sum((0, 2, 3)) * torch.arange(34)).sum(-1) / x.sum((0, 2, 3, 4)) for x in (plain, first)]
+    moves = (centre[1] - centre[0]).round()
+    assert len(moves.unique()) > 4
+    assert moves.abs().max() <= 6
+
+
 def test_counts_above_255_are_kept(tmp_path):
     events = make_events(0, np.random.default_rng(0), 1000)
     events["x"], events["y"] = 5, 6
