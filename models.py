@@ -100,14 +100,28 @@ def run_forward(cur, spks, mems, adaptations, state, beta, threshold, alpha, rho
 
 @Kernel
 def run_backward(
-    grad_cur, grad_spks, grad_mems, spks, mems, adaptations, before, state, sums, beta, threshold, alpha, rho, kappa
+    grad_cur,
+    grad_spks,
+    grad_mems,
+    mem_share,
+    spks,
+    mems,
+    adaptations,
+    before,
+    state,
+    sums,
+    beta,
+    threshold,
+    alpha,
+    rho,
+    kappa,
 ):
     """Run the gradients back over a few steps, and fill the list `grad_cur` of rows [N], in the order of time.
 
-    `grad_mems` is None where no gradient reaches the membranes. `spks`, `mems` and `adaptations` [steps, N] are those
-    of the forward pass, `before` the membranes a step earlier: there where `sums` are wanted, the gradients [N] of
-    (beta, threshold) so far. `state` holds those of (mem, syn, adaptation) a step later. Returns new state and sums.
-    The spikes of the reset carry no gradient; the thresholds that it subtracts do, as in snnTorch.
+    `grad_mems` count `mem_share` times: 0 where no gradient reaches the membranes. `spks`, `mems` and `adaptations`
+    [steps, N] are those of the forward pass, `before` the membranes a step earlier: there where `sums` are wanted, the
+    gradients [N] of (beta, threshold) so far. `state` holds those of (mem, syn, adaptation) a step later. Returns new
+    state and sums. The spikes of the reset carry no gradient; the thresholds that it subtracts do, as in snnTorch.
     """
     grad_mem, grad_syn, grad_adaptation = state
     for t in reversed(range(len(grad_cur))):
@@ -119,8 +133,7 @@ def run_backward(
         grad_fire = grad_spk / (1 + SURROGATE_SLOPE * (mems[t].float() - limit).abs()) ** 2  # snnTorch's fast_sigmoid
         grad_limit = -grad_fire - spks[t].float() * grad_mem
         grad_mem = beta * grad_mem + grad_fire
-        if grad_mems is not None:
-            grad_mem = grad_mem + grad_mems[t].float()
+        grad_mem = grad_mem + mem_share * grad_mems[t].float()
         if sums is not None:
             sums = (sums[0] + grad_mem * before[t].float(), sums[1] + grad_limit)
         if kappa is None:
@@ -176,14 +189,17 @@ class FusedNeuron(torch.autograd.Function):
     def backward(ctx, grad_spk, grad_mem):
         spk, mem, adaptation, *constants = ctx.saved_tensors
         grad_spk = torch.zeros_like(spk) if grad_spk is None else grad_spk.contiguous()
-        grad_mem = None if grad_mem is None else grad_mem.contiguous()
+        # Any numbers in place of gradients that are none, and a share of 0: not another function to compile.
+        mem_share = torch.tensor(0.0 if grad_mem is None else 1.0, device=spk.device)
+        grad_mem = grad_spk if grad_mem is None else grad_mem.contiguous()
         grad_cur = torch.empty_like(spk)
         state = (rest(spk),) + ((None, None) if adaptation is None else (rest(spk), rest(spk)))
         sums = (rest(spk), rest(spk)) if any(ctx.needs_input_grad[1:3]) else None
         before = None if sums is None else torch.cat([torch.zeros_like(mem[:1]), mem[:-1]])
         for block in reversed(blocks(len(spk))):
-            given = (None if x is None else bare(x[block]) for x in (grad_spk, grad_mem, spk, mem, adaptation, before))
-            state, sums = run_backward(rows(grad_cur[block]), *given, state, sums, *constants)
+            grads = bare(grad_spk[block]), bare(grad_mem[block]), bare(mem_share)
+            given = (None if x is None else bare(x[block]) for x in (spk, mem, adaptation, before))
+            state, sums = run_backward(rows(grad_cur[block]), *grads, *given, state, sums, *constants)
         grad_beta, grad_threshold = (None, None) if sums is None else (x.sum() for x in sums)
         return grad_cur, grad_beta, grad_threshold, None, None, None
 

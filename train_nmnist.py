@@ -7,6 +7,7 @@ python train_nmnist.py --model cnn --test_only --visualize   # test the best che
 """
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -174,29 +175,45 @@ def check_resumable(args: argparse.Namespace, checkpoint: dict, path: Path) -> N
 # ---------------------------------------------------------------------------------------------------------
 
 
+class Average:
+    """The exponential average of a network's weights over its steps, which is what is validated and tested.
+
+    It does for a learning rate that stays what lowering it does: the noise of the last steps averages out. It takes in
+    what the norms measured, too, but not the neurons' states, which torch's own `AveragedModel` trips over.
+    """
+
+    def __init__(self, network: torch.nn.Module):
+        self.network = copy.deepcopy(network)
+        self.steps = 0
+
+    @torch.no_grad()
+    def update(self, network: torch.nn.Module) -> None:
+        """Follow `network` by a step."""
+        # Over a tenth of the steps so far, since the first weights say nothing, up to AVERAGED_STEPS.
+        share = max(1 / AVERAGED_STEPS, 9 / (9 + self.steps))
+        for averaged, current in zip(self.network.state_dict().values(), network.state_dict().values(), strict=True):
+            if averaged.is_floating_point():
+                averaged.lerp_(current, share)
+            else:  # the norms' count of batches
+                averaged.copy_(current)
+        self.steps += 1
+
+    def state_dict(self) -> dict:
+        return {"network": self.network.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.network.load_state_dict(state["network"])
+        self.steps = state["steps"]
+
+
 @dataclass
 class Learner:
     """What changes in training: the network, its average, its optimizer; and the loss that it lowers."""
 
     network: SpikingNetwork
-    average: torch.optim.swa_utils.AveragedModel
+    average: Average
     optimizer: torch.optim.Optimizer
     loss_fn: Callable
-
-
-def make_average(network: SpikingNetwork) -> torch.optim.swa_utils.AveragedModel:
-    """Return the exponential average of the network's weights over its steps, which is what is validated and tested.
-
-    It does for a learning rate that stays what lowering it does: the noise of the last steps averages out.
-    """
-
-    def follow(averaged, current, steps):
-        if not current.is_floating_point():  # the norms' count of batches
-            return current
-        # Over a tenth of the steps so far, since the first weights say nothing, up to AVERAGED_STEPS.
-        return averaged.lerp(current, max(1 / AVERAGED_STEPS, 9 / (10 + steps)))
-
-    return torch.optim.swa_utils.AveragedModel(network, avg_fn=follow, use_buffers=True)
 
 
 def make_optimizer(args: argparse.Namespace, network: SpikingNetwork) -> torch.optim.Optimizer:
@@ -231,7 +248,7 @@ def train_one_epoch(learner: Learner, batches: Iterable, bar: tqdm) -> dict:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        learner.average.update_parameters(network)
+        learner.average.update(network)
         with torch.no_grad():
             broken = ~torch.isfinite(mem).all()  # spikes, and so the loss, stay finite even then
             right = (predict(spk, mem) == labels).sum()
@@ -295,7 +312,7 @@ def run_epoch(args, epoch: int, learner: Learner, data: Data, train_indices, val
     trained = time.perf_counter() - start
     for name, frames, indices in (("val", data.train, val_indices), ("test", data.test, torch.arange(len(data.test)))):
         with tqdm(desc=name, total=len(indices), unit="recording", leave=False) as bar:
-            results[name] = evaluate(learner.average.module, frames, indices, learner.loss_fn, args.batch_size, bar)
+            results[name] = evaluate(learner.average.network, frames, indices, learner.loss_fn, args.batch_size, bar)
     entry = {"epoch": epoch}
     for name, result in results.items():
         entry |= {f"{name}_loss": result["loss"], f"{name}_accuracy": result["accuracy"]}
@@ -311,7 +328,7 @@ def run_epoch(args, epoch: int, learner: Learner, data: Data, train_indices, val
 def train(args, network, checkpoint: dict | None, data: Data) -> None:
     """Train for the epochs that are left; after each, print its figures and write checkpoints and history."""
     train_indices, val_indices = nmnist.split_validation(data.train.labels.cpu(), args.val_split, args.seed)
-    learner = Learner(network, make_average(network), make_optimizer(args, network), make_loss(args.loss))
+    learner = Learner(network, Average(network), make_optimizer(args, network), make_loss(args.loss))
     history, best = [], None
     if checkpoint:
         trained_on = (checkpoint["dataset"], checkpoint["num_recordings"])
@@ -351,7 +368,7 @@ def save(args, learner: Learner, history: list[dict], best: dict | None, data: D
         "dataset": data.name,
         "num_recordings": len(data.train),
         "neuron_backend": describe_backend(learner.network),
-        "network": {name: value.cpu().clone() for name, value in learner.average.module.state_dict().items()},
+        "network": {name: value.cpu().clone() for name, value in learner.average.network.state_dict().items()},
         "epoch": len(history),
         # Of equal validation accuracies the smaller loss is the better; the test set has no say.
         "score": [history[-1]["val_accuracy"], -history[-1]["val_loss"]],

@@ -1,5 +1,6 @@
 """The neurons against snnTorch's own stepped by hand and against their equations; the networks; the activity."""
 
+import benchmark
 import numpy as np
 import pytest
 import snntorch as snn
@@ -209,6 +210,22 @@ def test_precisions_and_backends_agree(model):
     assert (spikes[fused] != spikes[bf16]).float().mean() < 0.005
     for name, rate in rates[fused].items():
         assert rates[bf16][name] == pytest.approx(rate, rel=0.1), name
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_networks_equal_snntorchs_loop_over_the_same_layers(model):
+    """The benchmark's competitor: every layer step by step, with snnTorch's own neurons."""
+    torch.manual_seed(0)
+    network = build_model(model, 0.5, 1.0, 0.9, 0.0)
+    frames = torch.poisson(torch.full((11, 4, 2, 34, 34), 0.2))
+    with torch.no_grad():
+        for _ in range(40):  # the norms learn what to expect: without, all is silent
+            network(frames)
+        spk, mem = network.eval()(frames)
+        expected_spk, expected_mem = benchmark.Loop(network)(frames)
+    assert expected_spk.sum() > 0
+    assert torch.equal(spk, expected_spk)
+    torch.testing.assert_close(mem, expected_mem, rtol=1e-3, atol=1e-3)
 
 
 def test_alif_fires_less_the_more_it_adapts():

@@ -58,8 +58,9 @@ def trained(request, tmp_path_factory, made_data_dir):
 def test_training_learns_and_says_so(trained):
     model, folder, result = trained
     entries = json.loads((folder / "logs" / f"{model}_history.json").read_text())
-    names = "epoch train_loss train_accuracy val_loss val_accuracy test_loss test_accuracy lr seconds"
-    assert list(entries[0]) == [*names.split(), "recordings_per_second"]
+    names = "epoch train_loss train_accuracy val_loss val_accuracy test_loss test_accuracy lr precision neuron_backend"
+    assert list(entries[0]) == [*names.split(), "seconds", "recordings_per_second"]
+    assert entries[0]["neuron_backend"] == "fused"
     assert [entry["epoch"] for entry in entries] == list(range(1, 9))
     assert entries[-1]["train_loss"] < entries[0]["train_loss"]
     assert max(entry["val_accuracy"] for entry in entries) > 0.8  # the made-up digits are easy
@@ -89,6 +90,8 @@ def test_metrics_hang_together(trained, made_data_dir):
     assert metrics["parameters"] == sum(p.numel() for p in build_model(model, 0.5, 1, 0.9, 0).parameters())
     assert f"test accuracy        {metrics['accuracy']:.2%}\n" in result.stdout
     assert "data set             NMNIST, 30 test recordings\n" in result.stdout
+    assert metrics["precision"] == utils.pick_precision("auto", torch.device("cpu"))
+    assert f"precision, neurons   {metrics['precision']}, fused\n" in result.stdout
     assert metrics["checkpoint"] == str(folder / "checkpoints" / f"{model}_best.pt")
 
 
@@ -201,6 +204,60 @@ def test_a_resumed_run_refuses_other_settings(tmp_path, made_data_dir):
     shutil.copy(tmp_path / "checkpoints" / "cnn_last.pt", other)
     with pytest.raises(utils.UserError, match=r"other\.pt holds a cnn, not a resnet"):
         train_here(tmp_path, made_data_dir, "--resume", other, "--model", "resnet")
+
+
+def test_only_training_recordings_are_augmented(tmp_path, made_data_dir, monkeypatch):
+    calls = []
+
+    def augment(frame, *rest, augment_events=nmnist.augment_events):
+        calls.append(len(frame))
+        return augment_events(frame, *rest)
+
+    def evaluate(*args, evaluate=train_nmnist.evaluate):
+        before = len(calls)
+        result = evaluate(*args)
+        assert len(calls) == before
+        return result
+
+    monkeypatch.setattr(nmnist, "augment_events", augment)
+    monkeypatch.setattr(train_nmnist, "evaluate", evaluate)
+    train_here(tmp_path / "augmented", made_data_dir, "--epochs", 1)
+    assert len(calls) == 3  # 96 training recordings in batches of 32
+    train_here(tmp_path / "plain", made_data_dir, "--epochs", 1, "--no_augment")
+    assert len(calls) == 3
+    assert not equal(weights(tmp_path / "augmented"), weights(tmp_path / "plain"))
+
+
+def test_the_average_follows_the_weights():
+    """The first weights count wholly, the next nine tenths, nine elevenths, ... and at last a hundredth."""
+    layer = torch.nn.Linear(1, 1, bias=False)
+    average = train_nmnist.Average(layer)
+    expected = 0.0
+    for step in range(1000):
+        value = float(np.sin(step / 10))
+        layer.weight.data.fill_(value)
+        average.update(layer)
+        share = max(0.01, 9 / (9 + step))
+        expected = (1 - share) * expected + share * value
+    assert average.network.weight.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_best_checkpoint_holds_the_average(tmp_path, made_data_dir):
+    train_here(tmp_path, made_data_dir, "--epochs", 1)
+    last = torch.load(tmp_path / "checkpoints" / "cnn_last.pt", weights_only=True)
+    assert equal(weights(tmp_path, which="best"), last["average"]["network"])
+    assert not equal(last["network"], last["average"]["network"])
+    assert last["average"]["steps"] == 3
+
+
+def test_backends_train_alike(tmp_path, made_data_dir):
+    for backend in ("fused", "step"):
+        train_here(tmp_path / backend, made_data_dir, "--epochs", 2, "--precision", "fp32", "--neuron_backend", backend)
+    fused, step = history(tmp_path / "fused"), history(tmp_path / "step")
+    assert [entry["neuron_backend"] for entry in fused + step] == ["fused"] * 2 + ["step"] * 2
+    for a, b in zip(fused, step, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=0.03)
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=0.05)
 
 
 def test_a_run_resumed_elsewhere_brings_its_best_network_along(tmp_path, made_data_dir):

@@ -54,6 +54,19 @@ def test_seeds_give_streams_of_their_own():
     assert len(set(draws.values())) == len(draws)
 
 
+@pytest.mark.parametrize(("amx", "avx512_bf16", "expected"), [(0, 0, "fp32"), (0, 1, "bf16"), (1, 0, "bf16")])
+def test_precision_is_what_the_processor_is_built_for(monkeypatch, amx, avx512_bf16, expected):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512_bf16))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert utils.pick_precision("auto", cpu) == expected
+    for name in ("bf16", "fp32"):
+        assert utils.pick_precision(name, cpu) == name
+    for capability, precision in (((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, c=capability: c)
+        assert utils.pick_precision("auto", cuda) == precision
+
+
 class Exploit:
     """A pickle that would make a file when it is loaded."""
 
@@ -77,6 +90,9 @@ def test_checkpoints_that_are_none_are_refused_and_never_run(tmp_path):
     for name in ("other", "evil2"):
         with pytest.raises(utils.UserError, match=f"{name}.pt"):
             utils.load_checkpoint(tmp_path / f"{name}.pt", "cnn")
+    torch.save({"network_settings": {"model": "cnn"}}, tmp_path / "old.pt")
+    with pytest.raises(utils.UserError, match=r"old\.pt was written by another version of this project"):
+        utils.load_checkpoint(tmp_path / "old.pt", "cnn")
     with pytest.raises(utils.UserError, match=r"missing\.pt.*python train_nmnist.py --model cnn"):
         utils.load_checkpoint(tmp_path / "missing.pt", "cnn")
     assert not marker.exists()
