@@ -254,8 +254,8 @@ class FusedMaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad = unpool(grad.movedim(1, -1).contiguous(), *ctx.saved_tensors)
-        rows, columns = (full - size for full, size in zip(ctx.size, grad.shape[1:3], strict=True))
-        return (F.pad(grad, (0, 0, 0, columns, 0, rows)) if rows or columns else grad).movedim(-1, 1)
+        bottom, right = (full - size for full, size in zip(ctx.size, grad.shape[1:3], strict=True))
+        return (F.pad(grad, (0, 0, 0, right, 0, bottom)) if bottom or right else grad).movedim(-1, 1)
 
 
 class FusedConvPool(torch.autograd.Function):

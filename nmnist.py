@@ -655,12 +655,12 @@ class Frames:
 class Augmentation:
     """How far `augment_events` changes a recording: each limit is that of a uniform distribution around no change."""
 
-    shift: float = 2.0  # pixels, along each axis
-    rotation: float = 10.0  # degrees, around the middle of the sensor
-    scale: float = 0.1  # relative, of each axis
-    shear: float = 0.1  # pixels along x for one along y
-    time_shift: float = 0.04  # of a recording's duration
-    drop: float = 0.1  # share of the bins whose events are dropped
+    shift: float = 1.0  # pixels, along each axis
+    rotation: float = 5.0  # degrees, around the middle of the sensor
+    scale: float = 0.05  # relative, of each axis
+    shear: float = 0.05  # pixels along x for one along y
+    time_shift: float = 0.02  # of a recording's duration
+    drop: float = 0.05  # share of the bins whose events are dropped
 
 
 AUGMENTATION = Augmentation()
