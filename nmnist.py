@@ -659,7 +659,7 @@ class Augmentation:
     rotation: float = 5.0  # degrees, around the middle of the sensor
     scale: float = 0.05  # relative, of each axis
     shear: float = 0.05  # pixels along x for one along y
-    time_shift: float = 0.02  # of a recording's duration
+    time_shift: float = 0.03  # of a recording's duration
     drop: float = 0.05  # share of the bins whose events are dropped
 
 
