@@ -11,6 +11,7 @@ import sys
 
 import snntorch as snn
 import torch
+import torch._dynamo
 import torch._inductor.config
 import torch.nn.functional as F
 from snntorch import surrogate
@@ -30,6 +31,8 @@ BACKENDS = ("fused", "step")
 if torch._inductor.config.cpp.vec_isa_ok is None:
     # What the processor says it can do is enough: trying each instruction set takes a first start seven seconds.
     torch._inductor.config.cpp.vec_isa_ok = True
+# A function has a few variants: float32 and bfloat16, a block and a step, with synapse and adaptation or without.
+torch._dynamo.config.recompile_limit = 64
 
 
 class Kernel:

@@ -22,11 +22,14 @@ LAYERS = {
 
 @pytest.fixture(scope="module", params=["cnn", "resnet"])
 def network_dir(request, tmp_path_factory, made_data_dir):
-    """A folder with a network of either kind, trained for two epochs with 8 time steps: (model, folder)."""
+    """A folder with a network of either kind, trained for two epochs with 8 time steps: (model, folder).
+
+    In float32, where what is drawn can be compared with thresholds exactly.
+    """
     folder = tmp_path_factory.mktemp(f"activations_{request.param}")
     places = ["--data_dir", made_data_dir, "--save_dir", folder, "--log_dir", folder / "logs"]
     flags = ["--model", request.param, "--epochs", 2, "--time_steps", 8, "--batch_size", 32, "--val_split", 0.2]
-    train_nmnist.main([str(part) for part in (*places, *flags, "--device", "cpu")])
+    train_nmnist.main([str(part) for part in (*places, *flags, "--device", "cpu", "--precision", "fp32")])
     return request.param, folder
 
 
