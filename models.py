@@ -154,9 +154,9 @@ def blocks(time_steps: int) -> list[slice]:
     return [slice(t, t + BLOCK) for t in range(0, whole, BLOCK)] + [slice(t, t + 1) for t in range(whole, time_steps)]
 
 
-def rows(x: torch.Tensor | None) -> list[torch.Tensor] | None:
+def rows(x: torch.Tensor) -> list[torch.Tensor]:
     """Return the steps of x [steps, N] as a list of rows [N], which compiled functions write straight into."""
-    return None if x is None else [bare(row) for row in x]
+    return [bare(row) for row in x]
 
 
 def rest(x: torch.Tensor) -> torch.Tensor:
