@@ -104,7 +104,9 @@ def plot_events_3d(sample: Sample, title: str, path: Path) -> None:
     for polarity, colour in ((1, ON_COLOUR), (0, OFF_COLOUR)):
         chosen = events[events["p"] == polarity]
         # y points down on the sensor: the axis is turned, so that the digit stands upright.
-        axis.scatter(chosen["t"] / 1000, chosen["x"], chosen["y"], s=5, c=colour, alpha=0.8, lw=0, depthshade=False)
+        style = {"s": 5, "c": colour, "alpha": 0.8, "lw": 0, "depthshade": False}
+        # The box is wider than the axes that hold it, which would cut off its ends.
+        axis.scatter(chosen["t"] / 1000, chosen["x"], chosen["y"], clip_on=False, **style)
     axis.set_box_aspect((2.6, 1, 1), zoom=1.5)
     axis.set(xlabel="time (ms)", ylabel="x (pixels)", zlabel="y (pixels)", ylim=(0, 33), zlim=(33, 0))
     axis.set(yticks=(0, 15, 30), zticks=(0, 15, 30))  # 33 of both would meet in a corner

@@ -84,6 +84,7 @@ def test_the_cloud_holds_every_event_by_polarity(made_data_dir, figures):
     events, digit = nmnist.NMNIST(made_data_dir, "test")[place]
     on, off = (len(cloud._offsets3d[0]) for cloud in axis.collections)
     assert (on, off) == (int(events["p"].sum()), int((1 - events["p"]).sum()))
+    assert not any(cloud.get_clip_on() for cloud in axis.collections)  # the box is wider than its axes
     assert f"digit {digit}, recording {place}, 400 events" in figures["events_3d.png"].get_suptitle()
     assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_zlabel()) == ("time (ms)", "x (pixels)", "y (pixels)")
 
