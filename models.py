@@ -214,14 +214,23 @@ class FusedNeuron(torch.autograd.Function):
 
 @Kernel
 def run_pool(x, pooled, places):
-    """Put into `pooled` the largest of each 2 x 2 window of x [F, H, W, C], into `places` its place there, 0 to 3."""
+    """Put into `pooled` the largest of each 2 x 2 window of x [N, 2, w, 2, C], into `places` its place there, 0 to 3.
+
+    N pairs of rows, not frames: so no index is divided, which takes longer than the maximum.
+    """
     # In float32, since bfloat16 of fewer than 32 channels is not vectorized.
-    first, second, third, fourth = (x[:, i::2, j::2].float() for i in (0, 1) for j in (0, 1))
+    first, second, third, fourth = (x[:, i, :, j].float() for i in (0, 1) for j in (0, 1))
     largest = torch.maximum(torch.maximum(first, second), torch.maximum(third, fourth))
     # Of equals the first, as in torch's pooling.
     place = torch.where(second == largest, 1.0, torch.where(third == largest, 2.0, 3.0))
     pooled.copy_(largest)
     places.copy_(torch.where(first == largest, 0.0, place))
+
+
+def pool(x: torch.Tensor, pooled: torch.Tensor, place: torch.Tensor) -> None:
+    """Run `run_pool` over x [F, 2h, 2w, C] into `pooled` and `place` [F, h, w, C], all contiguous."""
+    windows = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).flatten(0, 1)
+    run_pool(bare(windows), bare(pooled.flatten(0, 1)), bare(place.flatten(0, 1)))
 
 
 @Kernel
@@ -231,34 +240,54 @@ def run_unpool(grad, place, places):
     return torch.where(here, grad[:, :, None, :, None].float(), 0.0).to(grad.dtype)
 
 
+@Kernel
+def run_add_unpooled(x, grad, place, places):
+    """Add `grad` [F, h, w, C] to the windows x [F, h, 2, w, 2, C], at its place there."""
+    here = place[:, :, None, :, None].float() == places
+    x.copy_(x.float() + torch.where(here, grad[:, :, None, :, None].float(), 0.0))
+
+
 def unpool(grad: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """Return the gradients [F, 2h, 2w, C] of what was pooled, from those of the largest [F, h, w, C] at `place`."""
-    places = torch.arange(4.0, device=grad.device).view(2, 1, 2, 1)
-    return run_unpool(bare(grad), bare(place), bare(places)).flatten(3, 4).flatten(1, 2)
+    return run_unpool(bare(grad), bare(place), places_of(place)).flatten(3, 4).flatten(1, 2)
+
+
+def places_of(place: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of the places in a window as [2, 1, 2, 1], on the device of `place`."""
+    return bare(torch.arange(4.0, device=place.device).view(2, 1, 2, 1))
 
 
 class FusedMaxPool(torch.autograd.Function):
-    """The largest of each 2 x 2 window: x [F, C, H, W] -> [F, C, H // 2, W // 2], all channels_last.
+    """The largest of each 2 x 2 window: x [F, C, H, W] -> x, [F, C, H // 2, W // 2], all channels_last.
 
-    Equal to torch's, values and gradients, but torch's takes a CPU longer than the convolution before it.
+    Equal to torch's, values and gradients, but torch's takes a CPU longer than the convolution before it. What else
+    reads x is to read the x that is returned: so both gradients meet here, and the one is added into the other.
     """
 
     @staticmethod
     def forward(ctx, x):
-        ctx.size = x.shape[2:]
-        x = x[:, :, : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2]  # an odd last row or column is in no window
-        x = x.movedim(1, -1).contiguous()
-        pooled = x.new_empty((len(x), x.shape[1] // 2, x.shape[2] // 2, x.shape[3]))
+        ctx.set_materialize_grads(False)
+        even = x.movedim(1, -1)[:, : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2]  # an odd last row is in no window
+        even = even.contiguous()
+        pooled = x.new_empty((len(x), x.shape[2] // 2, x.shape[3] // 2, x.shape[1]))
         place = torch.empty_like(pooled, dtype=torch.uint8)
-        run_pool(bare(x), bare(pooled), bare(place))
+        pool(even, pooled, place)
         ctx.save_for_backward(place)
-        return pooled.movedim(-1, 1)
+        ctx.shape = x.movedim(1, -1).shape
+        return x.view_as(x), pooled.movedim(-1, 1)
 
     @staticmethod
-    def backward(ctx, grad):
-        grad = unpool(grad.movedim(1, -1).contiguous(), *ctx.saved_tensors)
-        bottom, right = (full - size for full, size in zip(ctx.size, grad.shape[1:3], strict=True))
-        return (F.pad(grad, (0, 0, 0, right, 0, bottom)) if bottom or right else grad).movedim(-1, 1)
+    def backward(ctx, grad_x, grad):
+        (place,) = ctx.saved_tensors
+        grad_x = (
+            torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device)
+            if grad_x is None
+            else grad_x.movedim(1, -1).contiguous()
+        )
+        h, w = place.shape[1:3]
+        windows = grad_x[:, : 2 * h, : 2 * w].unflatten(2, (w, 2)).unflatten(1, (h, 2))
+        run_add_unpooled(bare(windows), bare(grad.movedim(1, -1).contiguous()), bare(place), places_of(place))
+        return grad_x.movedim(-1, 1)
 
 
 class FusedConvPool(torch.autograd.Function):
@@ -292,7 +321,7 @@ class FusedConvPool(torch.autograd.Function):
         for part in FusedConvPool.parts(x, weight):
             seen, padding = FusedConvPool.frame(x[part])
             conv = F.conv2d(seen, weight, padding=padding)
-            run_pool(bare(conv.movedim(1, -1)), bare(pooled[part]), bare(place[part]))
+            pool(conv.movedim(1, -1), pooled[part], place[part])
         ctx.save_for_backward(x, weight, place)
         return pooled.movedim(-1, 1)
 
@@ -316,14 +345,17 @@ class FusedConvPool(torch.autograd.Function):
 
 
 class MaxPool(nn.Module):
-    """Max pooling over windows of 2 x 2: x [F, C, H, W] -> [F, C, H // 2, W // 2]."""
+    """Max pooling over windows of 2 x 2: x [F, C, H, W] -> x, [F, C, H // 2, W // 2].
+
+    x comes back for what reads it, too: it costs less than to add up its gradients afterwards.
+    """
 
     def __init__(self, backend: str):
         super().__init__()
         self.backend = backend
 
     def forward(self, x):
-        return FusedMaxPool.apply(x) if self.backend == "fused" else F.max_pool2d(x, 2)
+        return FusedMaxPool.apply(x) if self.backend == "fused" else (x, F.max_pool2d(x, 2))
 
 
 class ConvPool(nn.Conv2d):
@@ -623,7 +655,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, spk, lif1, lif2):
         """Map spikes [T, B, width_in, H, W] to spikes [T, B, width_out, H // 2, W // 2]."""
-        shortcut = over_steps(spk, self.pool, self.shortcut)
+        spk, pooled = (x.unflatten(0, spk.shape[:2]) for x in self.pool(spk.flatten(0, 1)))
+        shortcut = over_steps(pooled, self.shortcut)
         spk, _ = lif1(over_steps(spk, self.conv1, self.norm1))
         cur = over_steps(spk, self.conv2, self.norm2)
         spk, _ = lif2(cur + shortcut)

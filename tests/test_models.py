@@ -128,10 +128,17 @@ def test_fused_pooling_equals_torchs(size, dtype):
     numbers = torch.randn(6, 5, size, size, generator=generator)
     for x in (numbers, (numbers > 0.8).float()):
         x = x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-        pooled, expected = models.MaxPool("fused")(x), torch.nn.functional.max_pool2d(x, 2)
+        (same, pooled), expected = models.MaxPool("fused")(x), torch.nn.functional.max_pool2d(x, 2)
+        assert torch.equal(same, x)
         assert torch.equal(pooled, expected)
-        grad = torch.randn(expected.shape, generator=generator).to(dtype)
-        assert torch.equal(*(torch.autograd.grad(y, x, grad)[0] for y in (pooled, expected)))
+        grad, grad_x = (torch.randn(y.shape, generator=generator).to(dtype) for y in (expected, x))
+        assert torch.equal(*(torch.autograd.grad(y, x, grad, retain_graph=True)[0] for y in (pooled, expected)))
+        # Both outputs in use: their gradients add up.
+        ours, torchs = (
+            torch.autograd.grad(outputs, x, (grad_x.clone(), grad))[0]
+            for outputs in ((same, pooled), (x * 1, expected))
+        )
+        assert torch.equal(ours, torchs)
 
 
 @pytest.mark.parametrize("size", [8, 17])
