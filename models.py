@@ -684,23 +684,18 @@ def load_network(checkpoint: dict, device: torch.device) -> SpikingNetwork:
     return network.to(device)
 
 
-def predict(spk: torch.Tensor, mem: torch.Tensor) -> torch.Tensor:
-    """Return the digit [B] of the output neuron that spiked most: spk and mem are [T, B, 10].
+def predict(mem: torch.Tensor) -> torch.Tensor:
+    """Return the digit [B] whose output neuron has the largest membrane potential, summed over time: mem [T, B, 10].
 
-    Of neurons that spiked equally often, the one with the larger membrane potential summed over time wins;
-    an argmax over counts alone would always prefer the lower digit.
+    In the mean over time, U (1 - beta) = I - rate * threshold: where two neurons fire at the same rate, or neither does,
+    potentials still tell which has the larger current. Spike counts alone tie often, and decide worse.
     """
-    return _decide(spk.sum(0), mem.sum(0))
+    return mem.sum(0).argmax(-1)
 
 
-def predict_over_time(spk: torch.Tensor, mem: torch.Tensor) -> torch.Tensor:
+def predict_over_time(mem: torch.Tensor) -> torch.Tensor:
     """Return the decisions [T, B] after each of the T steps, each made as `predict` makes the last."""
-    return _decide(spk.cumsum(0), mem.cumsum(0))
-
-
-def _decide(counts: torch.Tensor, potential: torch.Tensor) -> torch.Tensor:
-    tied = counts == counts.max(-1, keepdim=True).values
-    return potential.masked_fill(~tied, -torch.inf).argmax(-1)
+    return mem.cumsum(0).argmax(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -251,7 +251,7 @@ def train_one_epoch(learner: Learner, batches: Iterable, bar: tqdm) -> dict:
         learner.average.update(network)
         with torch.no_grad():
             broken = ~torch.isfinite(mem).all()  # spikes, and so the loss, stay finite even then
-            right = (predict(spk, mem) == labels).sum()
+            right = (predict(mem) == labels).sum()
             sums = sums + torch.stack([loss.double() * len(labels), right, broken])
         seen += len(labels)
         if bar.update(len(labels)):
@@ -283,7 +283,7 @@ def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, bar: tq
         spk, mem = network(x)
         total_loss += loss_fn(spk, mem, batch_labels).double() * len(batch_labels)
         labels.append(batch_labels)
-        decisions.append(predict_over_time(spk, mem))
+        decisions.append(predict_over_time(mem))
         bar.update(len(batch_labels))
     labels, decisions = torch.cat(labels).cpu(), torch.cat(decisions, dim=1).cpu()
     accuracy = (decisions[-1] == labels).double().mean().item()

@@ -201,14 +201,14 @@ def run_test_set(network: SpikingNetwork, frames: nmnist.Frames, number_of_recor
     with tqdm(desc="test", total=len(order), unit="recording", leave=False) as bar:
         for x, batch_labels in frames.batches(order, BATCH_SIZE):
             with LayerRecorder(network) as layers:
-                spk, mem = network(x)
+                _, mem = network(x)
             for name, (layer_spk, _) in layers.items():
                 rate = layer_spk.flatten(2).mean(2).sum(1).cpu()
                 totals[name] = totals.get(name, 0) + rate
             last_hidden = list(layers)[-2]
             features.append(layers[last_hidden][0].sum(0).flatten(1).cpu())
             labels.append(batch_labels.cpu())
-            decisions.append(predict(spk, mem).cpu())
+            decisions.append(predict(mem).cpu())
             bar.update(len(batch_labels))
     return {
         "features": torch.cat(features),
@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     network = load_network(checkpoint, device).eval()
     x, labels = data.test.batch(torch.tensor([args.sample]))
     with torch.no_grad(), LayerRecorder(network) as layers:
-        decision = int(predict(*network(x)))
+        decision = int(predict(network(x)[1]))
     label = int(labels)
     name = f"{type(network).__name__} on {data.name}"
     if checkpoint["dataset"] != data.name:

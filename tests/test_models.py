@@ -323,18 +323,14 @@ def test_the_past_does_not_know_the_future(model):
     torch.testing.assert_close(network(frames)[1][:5], network(frames[:5])[1], rtol=1e-3, atol=1e-4)
 
 
-def test_ties_are_broken_by_the_summed_membrane_potential():
-    spk, mem = torch.zeros(2, 3, 10), torch.zeros(2, 3, 10)
-    spk[0, 0, [4, 7]] = 1  # 4 and 7 fire once each, 7 has the larger potential
-    mem[:, 0, 7] = 0.4
-    mem[:, 0, 9] = 5.0  # a silent neuron is no candidate
-    spk[:, 1, 8], spk[0, 1, 2] = 1, 1
-    mem[0, 1, 2] = 9.0  # a potential outweighs no spike
-    mem[0, 2] = -1.0  # nobody fires
-    mem[0, 2, 3] = -0.5
-    assert predict(spk, mem).tolist() == [7, 8, 3]
-    # After the first step, 8 and 2 have one spike each, and 2 has the larger potential.
-    assert predict_over_time(spk, mem)[:, 1].tolist() == [2, 8]
+def test_the_largest_summed_membrane_potential_decides():
+    mem = torch.zeros(2, 3, 10)
+    mem[0, 0, 4], mem[1, 0, 4], mem[:, 0, 7] = 2.0, -1.5, 0.4  # 0.5 and 0.8 in all
+    mem[0, 1, 2], mem[1, 1, 8] = 0.3, 0.9
+    mem[:, 2] = -1.0
+    mem[:, 2, 3] = -0.5  # the least negative
+    assert predict(mem).tolist() == [7, 8, 3]
+    assert predict_over_time(mem).tolist() == [[4, 2, 3], [7, 8, 3]]
 
 
 def count_connections(in_channels, out_channels, size, kernel, stride, padding):
