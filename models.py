@@ -7,6 +7,7 @@ Neurons and pooling have two backends, equal in what they compute: `step` calls 
 torch's pooling, `fused` runs functions compiled by `torch.compile`, for any number of steps and recordings.
 """
 
+import functools
 import sys
 
 import snntorch as snn
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from snntorch import surrogate
 from snntorch.utils import reset
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 from torch.utils.dlpack import to_dlpack
 
 NUM_DIGITS = 10
@@ -48,7 +50,8 @@ class Kernel:
         self.compiled = torch.compile(function, dynamic=True, fullgraph=True)
 
     def __call__(self, *args):
-        if Kernel.compiler_error is None:
+        empty = any(isinstance(x, torch.Tensor) and x.numel() == 0 for x in args)  # not worth a variant of its own
+        if Kernel.compiler_error is None and not empty:
             try:
                 return self.compiled(*args)
             except Exception as error:  # compilers fail in many ways; an error of the function itself comes again below
@@ -684,10 +687,42 @@ def load_network(checkpoint: dict, device: torch.device) -> SpikingNetwork:
     return network.to(device)
 
 
+def synchronize_norms(network: SpikingNetwork) -> None:
+    """Let the norms of `network` measure the batch of all processes in training, as those of a single process would.
+
+    torch's own `SyncBatchNorm` is for CUDA alone.
+    """
+    for norm in network.modules():
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            norm.forward = functools.partial(normalise_over_processes, norm)
+
+
+def normalise_over_processes(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    """Normalise x [F, C, ...] as `norm` does, in training by mean and variance over the frames of all processes."""
+    if not norm.training:
+        return type(norm).forward(norm, x)
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    count = torch.full((1,), x.numel() / x.shape[1], dtype=torch.float64, device=x.device)
+    values = x.float()
+    sums = [values.sum(dims, dtype=torch.float64), (values * values).sum(dims, dtype=torch.float64), count]
+    sums = all_reduce(torch.cat(sums))  # with gradients, which add up over processes, too
+    count = sums[-1].detach()
+    mean, square = (sums[:-1] / count).chunk(2)
+    variance = square - mean**2
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean.float(), norm.momentum)
+        norm.running_var.lerp_((variance * count / (count - 1)).float(), norm.momentum)
+        norm.num_batches_tracked += 1
+    scale = norm.weight * torch.rsqrt(variance + norm.eps).float()
+    shift = norm.bias - mean.float() * scale
+    along_channels = (1, -1) + (1,) * (x.dim() - 2)
+    return (values * scale.view(along_channels) + shift.view(along_channels)).to(x.dtype)
+
+
 def predict(mem: torch.Tensor) -> torch.Tensor:
     """Return the digit [B] whose output neuron has the largest membrane potential, summed over time: mem [T, B, 10].
 
-    In the mean over time, U (1 - beta) = I - rate * threshold: where two neurons fire at the same rate, or neither does,
+    In the mean over time, U (1 - beta) = I - rate * threshold: where two neurons fire at the same rate, or none does,
     potentials still tell which has the larger current. Spike counts alone tie often, and decide worse.
     """
     return mem.sum(0).argmax(-1)

@@ -18,10 +18,10 @@ import os
 import queue
 import shutil
 import sys
-import tempfile
 import threading
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -34,7 +34,19 @@ from sklearn.model_selection import train_test_split
 from tonic.download_utils import check_md5
 from tqdm import tqdm
 
-from utils import UserError, atomic_path, number, run_script, save_tensors, work_in_parallel, write_json
+from utils import (
+    UserError,
+    atomic_path,
+    describe_error,
+    first_of_machine_first,
+    number,
+    remove_left_over,
+    run_script,
+    save_tensors,
+    temporary_beside,
+    work_in_parallel,
+    write_json,
+)
 
 SENSOR_SIZE = (34, 34, 2)  # x, y, polarities, as tonic orders them
 BINS_PER_FRAME = 2 * 34 * 34
@@ -87,6 +99,8 @@ class NMNIST(tonic.datasets.NMNIST):
             images = json.loads((self.root / SIMULATOR_FILE).read_text())["images"]
         except FileNotFoundError:
             return "NMNIST"
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.root / SIMULATOR_FILE} is damaged: record the data set again") from None
         return "SimulatedNMNIST" if images == BUILT_IN_IMAGES else f"SimulatedNMNIST ({images})"
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
@@ -140,6 +154,8 @@ class NMNIST(tonic.datasets.NMNIST):
         archive = self.root / self.filename
         if (self.root / SIMULATOR_FILE).is_file():  # real recordings have no place beside simulated ones
             raise UserError(f"no {self.folder_name} in {self.root}: it was simulated from images without a test part")
+        for folder in (self.root, *(self.root / self.folder_name).glob("*/")):
+            remove_left_over(folder)
         if not archive.is_file():
             fetch(self.url, self.file_md5, archive, self.connect_seconds)
         with zipfile.ZipFile(archive) as zip_file:
@@ -155,12 +171,16 @@ class NMNIST(tonic.datasets.NMNIST):
         """Refuse recordings that don't lie in a digit's folder: tonic would give them a wrong label."""
         folder = self.root / self.folder_name
         digits = {str(digit) for digit in range(NUM_DIGITS)}
-        for path in folder.rglob("*.bin"):
-            if path.parent.parent != folder or path.parent.name not in digits:
-                raise UserError(f"{path} does not belong here: {folder} holds a folder for each digit 0 to 9")
-        for path in folder.iterdir():
-            if path.is_dir() and path.name not in digits:
-                raise UserError(f"{path} does not belong here: {folder} holds a folder for each digit 0 to 9")
+        for entry in os.scandir(folder):
+            if entry.is_dir() and entry.name in digits:
+                misplaced = [inner.path for inner in os.scandir(entry) if inner.is_dir()]
+            else:
+                misplaced = [entry.path] if entry.is_dir() or entry.name.endswith(".bin") else []
+            if misplaced:
+                raise UserError(
+                    f"{min(misplaced)} does not belong here: {folder} holds a folder for each digit 0 to 9, "
+                    "and those hold recordings alone"
+                )
 
     def describe(self) -> str:
         """Return the number of recordings in a line, beside the published number where some are missing."""
@@ -444,7 +464,8 @@ def write_recording(path: Path, events: np.ndarray) -> None:
     content[:, 0], content[:, 1] = events["x"], events["y"]
     content[:, 2] = events["p"] << 7 | events["t"] >> 16
     content[:, 3], content[:, 4] = events["t"] >> 8 & 255, events["t"] & 255
-    content.tofile(path)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.tobytes())
 
 
 @dataclass
@@ -462,14 +483,14 @@ def record_data_set(root: Path, splits: dict[str, Images], simulator: dict) -> N
     `simulator` says what they were made of, and goes into SIMULATOR_FILE; its "seed" draws the noise. Where another
     process has put the same recordings there first, they stay.
     """
-    root.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".tmp", dir=root.parent))
+    temporary = temporary_beside(root)
+    remove_left_over(root.parent)
+    temporary.mkdir(parents=True)
     try:
         for folder, part in splits.items():
             seed = (simulator["seed"], ("Train", "Test").index(folder))
             record_images(part, temporary / folder, seed)
         write_json(temporary / SIMULATOR_FILE, simulator)
-        temporary.chmod(0o755)
         try:
             temporary.rename(root)
         except OSError:
@@ -520,8 +541,8 @@ class SimulatedNMNIST(NMNIST):
     def download(self) -> None:
         """Record the digits: a fixed, stratified split."""
         if self.root.exists():  # recordings of another camera: out of the way, in one step
-            old = Path(tempfile.mkdtemp(prefix=f".{self.root.name}.", suffix=".old", dir=self.root.parent))
-            self.root.rename(old / self.root.name)
+            old = temporary_beside(self.root)
+            self.root.rename(old)
             shutil.rmtree(old)
         images, labels = sklearn_images()
         chosen = train_test_split(np.arange(len(labels)), test_size=TEST_DIGITS, stratify=labels, random_state=0)
@@ -589,7 +610,7 @@ def _check_images(path: str | Path, arrays: dict[str, np.ndarray], prefix: str) 
 # Frames
 # ---------------------------------------------------------------------------------------------------------
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 
 @dataclass
@@ -620,15 +641,25 @@ class Frames:
         """Return the same frames on `device`."""
         return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
-    def batch(self, indices: torch.Tensor, dtype=torch.float32, augment=False) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(
+        self, indices: torch.Tensor, dtype=torch.float32, augment=False, share: slice | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return frames [T, B, 2, 34, 34] of type `dtype` and labels int64 [B] of the recordings `indices` [B].
 
         `indices` lie on the CPU: so the batch's size is known without waiting for the device. The frames' memory is
-        [T, B, 34, 34, 2], as convolutions want it. `augment` moves and drops events at random (`augment_events`).
+        [T, B, 34, 34, 2], as convolutions want it. `augment` moves and drops events at random (`augment_events`). Of a
+        batch that several processes make, `share` is this one's: its recordings are what they are in the whole batch.
         """
         device = self.position.device
-        size = int(self._length_on_cpu[indices].sum())
-        indices = indices.to(device, non_blocking=True)
+        share = share or slice(0, len(indices))
+        before, size, after = (
+            int(self._length_on_cpu[indices[part]].sum())
+            for part in (slice(share.start), share, slice(share.stop, None))
+        )
+        if augment:  # what is random is drawn for the whole batch: so it is the same in any number of processes
+            movement = draw_movement(len(indices), len(self.filled[0]))[:, share].to(device, non_blocking=True)
+            luck = torch.rand(before + size + after, device=device)[before : before + size]
+        indices = indices[share].to(device, non_blocking=True)
         filled = self.filled[indices].long()  # [B, T]
         batch_size, time_steps = filled.shape
         # Entry i of the batch is entry i + (start of its recording in the cache - start in the batch) of the cache.
@@ -639,7 +670,7 @@ class Frames:
         frame = frame.flatten().repeat_interleave(filled.flatten(), output_size=size)
         position, count = self.position[entry], self.count[entry].to(dtype)
         if augment:
-            frame, position, count = augment_events(frame, position, count, batch_size, time_steps)
+            frame, position, count = augment_events(frame, position, count, movement, luck, time_steps)
         frames = torch.zeros(time_steps * batch_size * BINS_PER_FRAME, dtype=dtype, device=device)
         # Events that moved to the same bin add up.
         frames.index_put_((frame * BINS_PER_FRAME + position,), count, accumulate=augment)
@@ -666,22 +697,29 @@ class Augmentation:
 AUGMENTATION = Augmentation()
 
 
-def augment_events(frame, position, count, batch_size: int, time_steps: int):
-    """Move each recording's events by a random affine map and in time, and drop some; return what is left.
+def draw_movement(batch_size: int, time_steps: int) -> torch.Tensor:
+    """Draw how each recording of a batch moves, [7, B]: an affine map of its events' (x, y), and steps in time.
 
-    `frame` (t * batch_size + b), `position` and `count` [entries] are a batch's non-zero bins. What is random is drawn
-    on the CPU from torch's generator for each recording, and on the device for each bin.
+    The first six rows are the matrix that maps (x, y, 1), around the middle: shear, scale, rotation, then the shift.
+    Drawn on the CPU, from torch's generator.
     """
-    a, device = AUGMENTATION, frame.device
-    # Matrices that map (x, y) around the middle, [B, 2, 3]: shear, scale, rotation, then the shift.
+    a = AUGMENTATION
     angle, scale_x, scale_y, shear, shift_x, shift_y, later = 2 * torch.rand(7, batch_size) - 1
     cos, sin = torch.cos(torch.deg2rad(a.rotation * angle)), torch.sin(torch.deg2rad(a.rotation * angle))
     scale_x, scale_y, shear = 1 + a.scale * scale_x, 1 + a.scale * scale_y, a.shear * shear
     x_row = torch.stack([cos * scale_x, cos * scale_x * shear - sin * scale_y, a.shift * shift_x])
     y_row = torch.stack([sin * scale_x, sin * scale_x * shear + cos * scale_y, a.shift * shift_y])
-    later = (a.time_shift * time_steps * later).round()
-    parameters = torch.cat([x_row, y_row, later[None]]).to(device, non_blocking=True)
-    x_x, x_y, x_1, y_x, y_y, y_1, steps = parameters.index_select(1, frame % batch_size)
+    return torch.cat([x_row, y_row, (a.time_shift * time_steps * later).round()[None]])
+
+
+def augment_events(frame, position, count, movement, luck, time_steps: int):
+    """Move each recording's events as `movement` [7, B] of `draw_movement` says, and drop some; return what is left.
+
+    `frame` (t * B + b), `position` and `count` [entries] are a batch's non-zero bins; those whose `luck` [entries],
+    from 0 to 1, is below the share to drop are dropped.
+    """
+    batch_size = movement.shape[1]
+    x_x, x_y, x_1, y_x, y_y, y_1, steps = movement.index_select(1, frame % max(batch_size, 1))
     middle = (SENSOR_SIZE[0] - 1) / 2
     pixel = position >> 1
     polarity, row = position - 2 * pixel, pixel // 34
@@ -690,7 +728,7 @@ def augment_events(frame, position, count, batch_size: int, time_steps: int):
     new_y = (y_x * x + y_y * y + (y_1 + middle)).round().long()
     frame = frame + steps.long() * batch_size
     kept = (new_x >= 0) & (new_x < 34) & (new_y >= 0) & (new_y < 34)
-    kept &= (frame >= 0) & (frame < time_steps * batch_size) & (torch.rand(len(frame), device=device) >= a.drop)
+    kept &= (frame >= 0) & (frame < time_steps * batch_size) & (luck >= AUGMENTATION.drop)
     # What is dropped counts for nothing where it was: so no size depends on chance, and nothing waits for the device.
     return (
         torch.where(kept, frame, 0),
@@ -710,21 +748,40 @@ def load_frames(recordings: NMNIST, time_steps: int, denoise: int | None = None)
     path = recordings.root.parent / "cache" / f"{prefix}{_fingerprint(recordings)}.pt"
     if path.is_file():
         try:
-            return Frames(**torch.load(path, mmap=True, weights_only=True))
+            return _read_cache(path)
         except Exception as error:  # torch raises many types on a damaged file
-            print(f"cache       {path} is damaged ({type(error).__name__}): binning anew", file=sys.stderr)
+            reason = describe_error(error).splitlines()[0] if str(error) else type(error).__name__
+            print(f"WARNING: cache {path} is damaged ({reason}): binning anew", file=sys.stderr)
     frames = bin_recordings(recordings, time_steps, denoise)
     try:
-        save_tensors(path, {field.name: getattr(frames, field.name) for field in fields(frames)})
+        remove_left_over(path.parent)
+        tensors = {field.name: getattr(frames, field.name) for field in fields(frames)}
+        save_tensors(path, tensors | {"checksum": _checksum(tensors)})
     except OSError as error:
-        reason = error.strerror or error
-        print(f"cache       {path.parent} can't be written ({reason}): frames stay in memory", file=sys.stderr)
+        reason = str(error.strerror).removeprefix("can't be written: ")
+        print(f"WARNING: cache {path} can't be written ({reason}): frames stay in memory", file=sys.stderr)
         return frames
     for old in path.parent.glob(f"{prefix}*.pt"):  # of recordings that have changed since
         if old != path:
             old.unlink(missing_ok=True)
     print(f"cache       {path} ({path.stat().st_size / len(frames) / 1000:.1f} KB a recording)")
-    return Frames(**torch.load(path, mmap=True, weights_only=True))
+    return _read_cache(path)
+
+
+def _read_cache(path: Path) -> Frames:
+    tensors = torch.load(path, mmap=True, weights_only=True)
+    if tensors.pop("checksum") != _checksum(tensors):
+        raise ValueError("its checksum differs")
+    return Frames(**tensors)
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> int:
+    """Return the CRC-32 of tensors, their names, types and shapes: no flip of a bit leaves it as it is."""
+    checksum = 0
+    for name, tensor in tensors.items():
+        checksum = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
+        checksum = zlib.crc32(tensor.contiguous().numpy(), checksum)
+    return checksum
 
 
 def _fingerprint(recordings: NMNIST) -> str:
@@ -875,9 +932,10 @@ class Data:
 
 def load_data(args: argparse.Namespace, device: torch.device) -> Data:
     """Open, bin and move to `device` the recordings that the flags of `add_data_arguments` name."""
-    train, test = open_recordings(args.data_dir, args.dataset)
-    frames = (load_frames(recordings, args.time_steps, args.denoise).to(device) for recordings in (train, test))
-    return Data(train.name, *frames)
+    with first_of_machine_first():
+        train, test = open_recordings(args.data_dir, args.dataset)
+        frames = (load_frames(recordings, args.time_steps, args.denoise).to(device) for recordings in (train, test))
+        return Data(train.name, *frames)
 
 
 def _announce(recordings: list[NMNIST]) -> list[NMNIST]:

@@ -4,14 +4,16 @@ python train_nmnist.py --model cnn                           # train, then test 
 python train_nmnist.py --model resnet --epochs 15 --batch_size 64 --scheduler
 python train_nmnist.py --model cnn --resume                  # go on where the last run stopped
 python train_nmnist.py --model cnn --test_only --visualize   # test the best checkpoint, with pictures
+torchrun --nproc_per_node=2 train_nmnist.py --model cnn      # train in two processes, on two GPUs where there are
 """
 
 import argparse
 import copy
 import json
 import math
+import shlex
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import seaborn as sns
 import snntorch.functional as SF
 import torch
 from sklearn.metrics import confusion_matrix
+from torch import distributed
 from tqdm import tqdm
 
 import nmnist
@@ -35,6 +38,7 @@ from models import (
     load_network,
     predict,
     predict_over_time,
+    synchronize_norms,
 )
 from nmnist import Data, Frames
 from utils import UserError, number
@@ -143,6 +147,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
         args.precision = utils.pick_precision(args.precision, utils.pick_device(args.device))
         return args, None
     path = utils.checkpoint_path(args.save_dir, args.model, "best" if args.test_only else "last")
+    if args.resume == "last" and not path.exists():  # killed before its first epoch ended, perhaps
+        print(f"resume      no checkpoint at {path} yet: training starts anew, with the flags as given")
+        args.precision = utils.pick_precision(args.precision, utils.pick_device(args.device))
+        return args, None
     if args.resume not in (None, "last"):
         path = Path(args.resume)
     checkpoint = utils.load_checkpoint(path, args.model)
@@ -211,9 +219,19 @@ class Learner:
     """What changes in training: the network, its average, its optimizer; and the loss that it lowers."""
 
     network: SpikingNetwork
+    parallel: torch.nn.Module  # the network, whose gradients are those of all processes
     average: Average
     optimizer: torch.optim.Optimizer
     loss_fn: Callable
+
+
+def make_learner(args: argparse.Namespace, network: SpikingNetwork) -> Learner:
+    """Return what is trained, in this process or in several."""
+    average, parallel = Average(network), network
+    if distributed.is_initialized():
+        synchronize_norms(network)
+        parallel = torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+    return Learner(network, parallel, average, make_optimizer(args, network), make_loss(args.loss))
 
 
 def make_optimizer(args: argparse.Namespace, network: SpikingNetwork) -> torch.optim.Optimizer:
@@ -234,66 +252,78 @@ def make_loss(name: str) -> Callable:
 
 
 def train_one_epoch(learner: Learner, batches: Iterable, bar: tqdm) -> dict:
-    """Train on `batches` of (frames, labels); return the epoch's mean loss and accuracy.
+    """Train on `batches` of (frames, labels, recordings in the whole batch); return the epoch's mean loss and accuracy.
 
-    Both are of the network in training, while it changes and drops spikes, on recordings that may be augmented.
+    Both are of the network in training, while it changes and drops spikes, on recordings that may be augmented. Of a
+    whole batch, each process has a share.
     """
-    network, optimizer = learner.network.train(), learner.optimizer
-    seen = 0
+    learner.network.train()
     # Summed where the work is done, and read when the bar is drawn: reading waits for the device.
-    sums = 0  # of loss, right decisions, broken batches
-    for x, labels in batches:
-        spk, mem = network(x)
-        loss = learner.loss_fn(spk, mem, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        learner.average.update(network)
+    sums = 0  # of loss, right decisions, recordings, broken batches
+    for x, labels, whole in batches:
+        spk, mem = learner.parallel(x)
+        # Without a recording in its share of a last batch, a process takes part with gradients of 0.
+        loss = learner.loss_fn(spk, mem, labels) if len(labels) else mem.sum()
+        learner.optimizer.zero_grad()
+        (loss * (len(labels) * utils.num_processes() / whole)).backward()  # processes' gradients are averaged
+        learner.optimizer.step()
+        learner.average.update(learner.network)
         with torch.no_grad():
-            broken = ~torch.isfinite(mem).all()  # spikes, and so the loss, stay finite even then
+            broken = ~torch.isfinite(mem).all()  # spikes, and so a loss of spikes, stay finite even then
             right = (predict(mem) == labels).sum()
-            sums = sums + torch.stack([loss.double() * len(labels), right, broken])
-        seen += len(labels)
-        if bar.update(len(labels)):
-            show_progress(bar, sums, seen)
-    return show_progress(bar, sums, seen)
+            seen = torch.full_like(right, len(labels))
+            sums = sums + torch.stack([loss.double() * len(labels), right, seen, broken])
+        if bar.update(whole):
+            show_progress(bar, sums)
+    return show_progress(bar, utils.add_up(sums))
 
 
-def show_progress(bar: tqdm, sums: torch.Tensor, seen: int) -> dict:
-    """Write mean loss and accuracy of the `seen` recordings so far beside the bar, and return them.
+def show_progress(bar: tqdm, sums: torch.Tensor) -> dict:
+    """Write mean loss and accuracy so far beside the bar, and return them.
 
-    Raises `UserError` where the membrane potentials were not finite in a batch.
+    Raises `FloatingPointError` where the loss or the membrane potentials were not finite in a batch.
     """
-    loss, right, broken = sums.tolist()
-    if broken:
-        raise UserError("the membrane potentials are not finite any more: choose a smaller --lr")
+    loss, right, seen, broken = sums.tolist()
+    if broken or not math.isfinite(loss):
+        raise FloatingPointError(f"within {bar.n:,} of {bar.total:,} recordings")
     bar.set_postfix(loss=f"{loss / seen:.4f}", accuracy=f"{right / seen:.2%}", refresh=False)
     return {"loss": loss / seen, "accuracy": right / seen}
 
 
 @torch.no_grad()
 def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, bar: tqdm) -> dict:
-    """Run the network over the recordings `indices`, without learning.
+    """Run the network over the recordings `indices`, without learning, each process over its share.
 
     Returns mean `loss`, `accuracy`, `labels` [N] and `decisions` [T, N]: the digit decided on after each step.
     """
     network.eval()
-    total_loss, labels, decisions = 0, [], []
-    for x, batch_labels in frames.batches(indices, batch_size, network.dtype):
+    own = indices[utils.own_share(len(indices))]
+    total_loss, labels = torch.zeros((), dtype=torch.float64), [torch.zeros(0, dtype=torch.int64)]
+    decisions = [torch.zeros((frames.filled.shape[1], 0), dtype=torch.int64)]
+    for x, batch_labels in frames.batches(own, batch_size, network.dtype):
         spk, mem = network(x)
-        total_loss += loss_fn(spk, mem, batch_labels).double() * len(batch_labels)
+        total_loss = total_loss.to(x.device) + loss_fn(spk, mem, batch_labels).double() * len(batch_labels)
         labels.append(batch_labels)
         decisions.append(predict_over_time(mem))
-        bar.update(len(batch_labels))
-    labels, decisions = torch.cat(labels).cpu(), torch.cat(decisions, dim=1).cpu()
+        bar.update(len(batch_labels) * utils.num_processes())
+    results = torch.cat([x.cpu() for x in labels]), torch.cat([x.cpu() for x in decisions], dim=1)
+    losses, labels, decisions = zip(*utils.gather((float(total_loss), *results)), strict=True)
+    labels, decisions = torch.cat(labels), torch.cat(decisions, dim=1)
     accuracy = (decisions[-1] == labels).double().mean().item()
-    return {"loss": float(total_loss) / len(labels), "accuracy": accuracy, "labels": labels, "decisions": decisions}
+    return {"loss": sum(losses) / len(labels), "accuracy": accuracy, "labels": labels, "decisions": decisions}
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
     """Return the learning rate of an epoch, counted from 1: constant, or falling along a cosine to near 0."""
     lr = args.lr or DEFAULT_LR[args.optimizer]
     return lr * (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2 if args.scheduler else lr
+
+
+def training_batches(args, order: torch.Tensor, data: Data, dtype: torch.dtype) -> Iterator:
+    """Yield this process's share of each batch of the recordings `order`: frames, labels, size of the whole batch."""
+    for chunk in order.split(args.batch_size):
+        share = utils.own_share(len(chunk))
+        yield *data.train.batch(chunk, dtype, augment=not args.no_augment, share=share), len(chunk)
 
 
 def run_epoch(args, epoch: int, learner: Learner, data: Data, train_indices, val_indices) -> dict:
@@ -307,12 +337,13 @@ def run_epoch(args, epoch: int, learner: Learner, data: Data, train_indices, val
     if args.time_steps == 1 and len(order) % args.batch_size == 1:
         order = order[:-1]  # a batch of a single frame has no variance to normalise by
     with tqdm(desc=f"epoch {epoch}/{args.epochs}", total=len(order), unit="recording", leave=False) as bar:
-        batches = data.train.batches(order, args.batch_size, learner.network.dtype, augment=not args.no_augment)
-        results = {"train": train_one_epoch(learner, batches, bar)}
+        results = {"train": train_one_epoch(learner, training_batches(args, order, data, learner.network.dtype), bar)}
     trained = time.perf_counter() - start
     for name, frames, indices in (("val", data.train, val_indices), ("test", data.test, torch.arange(len(data.test)))):
         with tqdm(desc=name, total=len(indices), unit="recording", leave=False) as bar:
             results[name] = evaluate(learner.average.network, frames, indices, learner.loss_fn, args.batch_size, bar)
+    if not math.isfinite(results["val"]["loss"]):
+        raise FloatingPointError("in validation")
     entry = {"epoch": epoch}
     for name, result in results.items():
         entry |= {f"{name}_loss": result["loss"], f"{name}_accuracy": result["accuracy"]}
@@ -328,7 +359,8 @@ def run_epoch(args, epoch: int, learner: Learner, data: Data, train_indices, val
 def train(args, network, checkpoint: dict | None, data: Data) -> None:
     """Train for the epochs that are left; after each, print its figures and write checkpoints and history."""
     train_indices, val_indices = nmnist.split_validation(data.train.labels.cpu(), args.val_split, args.seed)
-    learner = Learner(network, Average(network), make_optimizer(args, network), make_loss(args.loss))
+    learner = make_learner(args, network)
+    last = utils.checkpoint_path(args.save_dir, args.model, "last")
     history, best = [], None
     if checkpoint:
         trained_on = (checkpoint["dataset"], checkpoint["num_recordings"])
@@ -341,14 +373,34 @@ def train(args, network, checkpoint: dict | None, data: Data) -> None:
         for name in ("network", "average", "optimizer"):
             getattr(learner, name).load_state_dict(checkpoint[name])
         history, best = checkpoint["history"], checkpoint["best"]
-        write_best_and_history(args, best, history)  # save_dir or log_dir may be others than before
+        if utils.process_number() == 0:
+            write_best_and_history(args, best, history)  # save_dir or log_dir may be others than before
         print(f"resume      after epoch {len(history)} of {args.epochs}")
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}, test {len(data.test):,}")
-    for epoch in range(len(history) + 1, args.epochs + 1):
-        entry = run_epoch(args, epoch, learner, data, train_indices, val_indices)
-        print_epoch(entry, args.epochs)
-        history.append(entry)
-        best = save(args, learner, history, best, data)
+    saved = len(history)
+    try:
+        for epoch in range(saved + 1, args.epochs + 1):
+            entry = run_epoch(args, epoch, learner, data, train_indices, val_indices)
+            print_epoch(entry, args.epochs)
+            history.append(entry)
+            if utils.process_number() == 0:
+                best = save(args, learner, history, best, data)
+            saved = epoch
+    except FloatingPointError as error:
+        kept = f"{last} keeps epoch {saved}" if saved else "no epoch was finished, so there is no checkpoint"
+        raise UserError(f"loss not finite in epoch {saved + 1}, {error}: choose a smaller --lr; {kept}") from None
+    except KeyboardInterrupt as stop:
+        stop.args = (f"{last} keeps epoch {saved}; go on with: {how_to_resume(args)}",) if saved else ()
+        raise
+
+
+def how_to_resume(args: argparse.Namespace) -> str:
+    """Return the command that goes on with the run of `args`; what is not named is in the checkpoint."""
+    command = ["python", "train_nmnist.py", "--model", args.model, "--resume"]
+    for name in ("save_dir", "log_dir", "data_dir", "dataset", "device"):
+        if getattr(args, name) != make_parser().get_default(name):
+            command += [f"--{name}", getattr(args, name)]
+    return shlex.join(command)
 
 
 def print_epoch(entry: dict, epochs: int) -> None:
@@ -592,16 +644,26 @@ def main(argv: list[str] | None = None) -> None:
     args, checkpoint = parse_args(argv)
     device = utils.pick_device(args.device)
     utils.prepare_device(device)
-    print(f"device      {utils.describe_device(device)}")
-    data = nmnist.load_data(args, device)
+    utils.check_writable("--log_dir", args.log_dir)
     if not args.test_only:
-        utils.set_seed(args.seed)
-        network = build_model(**{name: getattr(args, name) for name in NETWORK_SETTINGS}).to(device)
-        print(f"network     {type(network).__name__}, {sum(p.numel() for p in network.parameters()):,} parameters")
-        train(args, network, checkpoint, data)
-    metrics, network, decisions = test(args, data, device)
-    if args.visualize:
-        visualize(args, metrics, network, data.test, decisions)
+        utils.check_writable("--save_dir", args.save_dir)
+    utils.join_processes(device)
+    processes = f", {utils.num_processes()} processes" if utils.num_processes() > 1 else ""
+    print(f"device      {utils.describe_device(device)}{processes}")
+    data = nmnist.load_data(args, device)
+    first = utils.process_number() == 0
+    folders = {"--save_dir": args.save_dir, "--log_dir": args.log_dir} if first and not args.test_only else {}
+    with utils.locked(folders, args.model):
+        if not args.test_only:
+            utils.set_seed(args.seed)
+            network = build_model(**{name: getattr(args, name) for name in NETWORK_SETTINGS}).to(device)
+            print(f"network     {type(network).__name__}, {sum(p.numel() for p in network.parameters()):,} parameters")
+            train(args, network, checkpoint, data)
+        utils.leave_processes()
+        if first:
+            metrics, network, decisions = test(args, data, device)
+            if args.visualize:
+                visualize(args, metrics, network, data.test, decisions)
 
 
 if __name__ == "__main__":

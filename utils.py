@@ -1,13 +1,21 @@
-"""What every script needs and no domain: user errors, flag types, seeds, device, atomic files, figures."""
+"""What every script needs and no domain: errors, flag types, seeds, device, processes, atomic files, figures."""
 
 import argparse
 import contextlib
 import ctypes
+import datetime
+import errno
 import json
+import multiprocessing
 import os
 import platform
+import re
+import shutil
+import signal
 import sys
-import tempfile
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -15,7 +23,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from torch import distributed
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows has no locks of this kind
+    fcntl = None
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
@@ -31,15 +45,55 @@ class UserError(Exception):
     """Something the user can put right. The message is one line: what is wrong with what, and what to do."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: it ends a script as Ctrl-C does, with another exit status."""
+
+
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`. A `UserError` or a file error becomes one line on stderr and exit status 1."""
+    """Run a script's `main`. A `UserError` or a file error becomes one line on stderr and exit status 1.
+
+    Ctrl-C and SIGTERM become a line, too, and exit status 130 and 143. Of several processes (`torchrun`) the first
+    prints, and of each machine's the first tells of errors.
+    """
+    first = int(os.environ.get("RANK", 0)) == 0
+    signal.signal(signal.SIGTERM, _terminate if first else signal.SIG_DFL)
+    stderr = sys.stderr
+    if not first:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         main()
     except (UserError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        text = f"{Path(sys.argv[0]).name}: error: {describe_error(error)}"
+        if first:
+            sys.exit(text)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(text, file=stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # a second one must not end the ending
+        how = str(stop) or "what is written is whole; start the command again"
+        print(f"\n{Path(sys.argv[0]).name}: interrupted: {how}", file=sys.stderr)
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
+    except Exception:
+        if first:
+            raise
+        traceback.print_exc(file=stderr)
+        sys.exit(1)
+    finally:
+        leave_processes()
+
+
+def _terminate(_signal, _frame):
+    raise Terminated
+
+
+def describe_error(error: Exception) -> str:
+    """Return an error as a line for the user: of the operating system's, file and reason without its number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False, open_high: bool = False):
@@ -81,10 +135,12 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def work_in_parallel(function, jobs: list[tuple], sizes: list[int], description: str, **pool_options) -> Iterator:
+def work_in_parallel(
+    function, jobs: list[tuple], sizes: list[int], description: str, initializer=None, initargs=()
+) -> Iterator:
     """Yield `function(*job)` for each job in order, computed by a process a core, with a bar of recordings done."""
     with (
-        ProcessPoolExecutor(num_cores(), **pool_options) as pool,
+        ProcessPoolExecutor(num_cores(), initializer=_start_worker, initargs=(initializer, initargs)) as pool,
         tqdm(desc=description, total=sum(sizes), unit="recording") as bar,
     ):
         try:
@@ -94,6 +150,20 @@ def work_in_parallel(function, jobs: list[tuple], sizes: list[int], description:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _start_worker(initializer, initargs) -> None:
+    """Begin a worker process: the script alone answers to Ctrl-C, and a script that was killed takes it along."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if initializer:
+        initializer(*initargs)
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
@@ -124,8 +194,10 @@ def prepare_device(device: torch.device) -> None:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the device called `name`, or the best one of this machine when it is None."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Return the device called `name`, or the best one of this machine when it is None; of several processes' GPUs,
+    this one's."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
 def add_precision_argument(parser: argparse.ArgumentParser) -> None:
@@ -172,34 +244,165 @@ def describe_device(device: torch.device) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------
+
+
+def join_processes(device: torch.device) -> None:
+    """Join the processes that `torchrun` started; without it, do nothing."""
+    if "RANK" not in os.environ:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # The others wait while the first downloads and bins.
+    distributed.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+
+
+def leave_processes() -> None:
+    """Leave the other processes: from here on, this one works alone."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def num_processes() -> int:
+    """Return the number of processes that share the work."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def process_number() -> int:
+    """Return this process's number among them, from 0: the first prints and writes."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+@contextlib.contextmanager
+def first_of_machine_first() -> Iterator[None]:
+    """Let the first process of each machine do what is inside, and the others then, who find its files."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if num_processes() > 1 and not first:
+        distributed.barrier()
+    yield
+    if num_processes() > 1 and first:
+        distributed.barrier()
+
+
+def own_share(size: int) -> slice:
+    """Return which of `size` things are this process's: as even as can be, in the order of the processes."""
+    number, processes = process_number(), num_processes()
+    return slice(size * number // processes, size * (number + 1) // processes)
+
+
+def add_up(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of `values` over all processes."""
+    if num_processes() > 1:
+        distributed.all_reduce(values)
+    return values
+
+
+def gather(value) -> list:
+    """Return what each process holds as `value`, in the order of the processes."""
+    gathered = [value]
+    if num_processes() > 1:
+        gathered *= num_processes()
+        distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a hidden name beside `path` that tells which process of which machine writes there."""
+    # The suffix stays at the end: matplotlib chooses the format by it.
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp{path.suffix}")
+
+
+def remove_left_over(folder: str | Path) -> None:
+    """Remove the temporary files and folders in `folder` whose process was killed before it could."""
+    if os.name != "posix" or not Path(folder).is_dir():
+        return
+    for path in Path(folder).iterdir():
+        found = re.fullmatch(rf"\..+\.{re.escape(platform.node())}\.(\d+)\.tmp.*", path.name)
+        if not found:
+            continue
+        try:
+            os.kill(int(found[1]), 0)  # asks whether there is such a process
+        except ProcessLookupError:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        except PermissionError:
+            pass  # somebody else's, and alive
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which replaces `path` on success and vanishes on failure.
 
-    A reader sees the old file or the new one, never a part of it. Makes the folder where it is missing.
+    A reader sees the old file or the new one, never a part of it. Makes the folder where it is missing. An `OSError`
+    names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays at the end: matplotlib chooses the format by it.
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = temporary_beside(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)) and error.errno:
+            raise OSError(error.errno, f"can't be written: {error.strerror}", str(path)) from None
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def check_writable(flag: str, folder: str | Path) -> None:
+    """Raise `UserError` naming `flag` where files can't be written into `folder`, which need not be there yet."""
+    place = Path(folder).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{flag} {folder}: {place} is no folder; choose another")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {folder}: {place} can't be written to; choose another folder")
+
+
+@contextlib.contextmanager
+def locked(folders: dict[str, str], name: str, seconds: float = 3) -> Iterator[None]:
+    """Hold folders, by their flags, for what is called `name`: only one process at a time can.
+
+    Raises `UserError` where another process still holds one after `seconds`. A process that is killed holds nothing.
+    """
+    with contextlib.ExitStack() as files:
+        for folder, flag in {Path(folder).resolve(): flag for flag, folder in folders.items()}.items():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = files.enter_context(open(folder / f".{name}.lock", "a"))
+            except OSError as error:
+                raise UserError(f"{flag} {folder} can't be written to: {error.strerror}; choose another") from None
+            if fcntl and not _lock(file, seconds):
+                raise UserError(f"{flag} {folder}: another run of {name} writes there; choose another folder, or wait")
+            remove_left_over(folder)
+        yield
+
+
+def _lock(file, seconds: float) -> bool:
+    """Lock `file` within `seconds`, for which workers of a killed process may hold it; say whether it is locked."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+        except OSError:  # a file system without locks
+            return True
+        time.sleep(0.1)
 
 
 def write_json(path: str | Path, value) -> None:
@@ -214,7 +417,8 @@ def save_tensors(path: str | Path, content: dict) -> None:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # torch's own writer tells a full disk so
-            raise OSError(f"{path} can't be written: {str(error).splitlines()[0]}") from None
+            reason = str(error).splitlines()[0]
+            raise OSError(errno.ENOSPC, f"can't be written, the disk may be full ({reason})", str(path)) from None
 
 
 CHECKPOINT_FORMAT = 2  # of networks whose weights mean something else, another

@@ -237,6 +237,7 @@ def draw_layers(network, layers: dict, names: list[str], label: int, heading: st
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
+    utils.check_writable("--output_dir", args.output_dir)
     checkpoint = utils.load_checkpoint(utils.checkpoint_path(args.save_dir, args.model, "best"), args.model)
     settings = {name: checkpoint["settings"][name] for name in ("time_steps", "denoise")}
     args, different = utils.parse_with_settings(parser, argv, settings)

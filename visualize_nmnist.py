@@ -201,6 +201,7 @@ def animate(sample: Sample, title: str, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
+    utils.check_writable("--output_dir", args.output_dir)
     (recordings,) = nmnist.open_recordings(args.data_dir, args.dataset, [args.split])
     samples = choose_samples(recordings, args.num_samples, args.digit, args.seed, args.denoise)
     output_dir = Path(args.output_dir)

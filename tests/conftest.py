@@ -17,6 +17,17 @@ import nmnist  # noqa: E402
 import utils  # noqa: E402
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: the long form of a test, run by `python -m pytest tests -m slow` alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.getoption("-m"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
 @pytest.fixture(scope="session")
 def real_data_dir(tmp_path_factory):
     """A folder that holds the 800 real recordings, linked, so that caches stay out of ../shared."""
@@ -72,6 +83,11 @@ def run(*command, cwd=ROOT, **options) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [str(part) for part in command]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=280, **options)
+
+
+def files_in(folder: Path) -> set[Path]:
+    """Return all files in a folder, temporary ones of writes that failed included, locks left out."""
+    return {path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
 
 
 def assert_refused(result: subprocess.CompletedProcess, *words: str, status: int = 1) -> None:

@@ -1,11 +1,14 @@
 """The neurons against snnTorch's own stepped by hand and against their equations; the networks; the activity."""
 
+import copy
+
 import benchmark
 import numpy as np
 import pytest
 import snntorch as snn
 import torch
 from snntorch import surrogate
+from torch import distributed
 
 import models
 from models import ALIF, ActivityMeter, Leaky, Synaptic, build_model, fan_out, predict, predict_over_time
@@ -321,6 +324,29 @@ def test_the_past_does_not_know_the_future(model):
     network = build_model(model, 0.5, 1.0, 0.9, 0.2).eval()
     frames = torch.poisson(torch.full((12, 2, 2, 34, 34), 0.2))
     torch.testing.assert_close(network(frames)[1][:5], network(frames[:5])[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(12, 3, 4, 4), (12, 3)])
+def test_norms_over_processes_are_torchs_where_there_is_one(shape):
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        ours = (torch.nn.BatchNorm2d if len(shape) == 4 else torch.nn.BatchNorm1d)(3, momentum=0.2)
+        torch.nn.init.uniform_(ours.weight)
+        torch.nn.init.uniform_(ours.bias)
+        torchs = copy.deepcopy(ours)
+        models.synchronize_norms(ours)
+        for training in (True, True, False):
+            x = (3 + 2 * torch.randn(shape)).requires_grad_()
+            results = []
+            for norm in (ours, torchs):
+                out = norm.train(training)(x)
+                grads = torch.autograd.grad(out.square().mul(x.detach()).sum(), (x, norm.weight, norm.bias))
+                results.append((out, *grads, *norm.buffers()))
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_the_largest_summed_membrane_potential_decides():

@@ -1,14 +1,22 @@
 """Training, resuming and testing, as a user runs them, on recordings made here and on real ones."""
 
 import json
+import os
+import random
+import resource
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, assert_refused, run
+from conftest import ROOT, SHARED, assert_refused, files_in, run
+from torch import distributed
 
 import nmnist
 import train_nmnist
@@ -267,9 +275,181 @@ def test_a_run_resumed_elsewhere_brings_its_best_network_along(tmp_path, made_da
     assert history(tmp_path / "here") == history(tmp_path / "there")
 
 
-def test_a_diverging_run_stops_and_says_so(tmp_path, made_data_dir):
-    with pytest.raises(utils.UserError, match="not finite any more: choose a smaller --lr"):
+# ---------------------------------------------------------------------------------------------------------
+# Faults
+# ---------------------------------------------------------------------------------------------------------
+
+
+def start(folder, data_dir, *flags, launcher=()):
+    """Start train_nmnist.py as a user does, and return the process while it runs."""
+    places = ["--data_dir", data_dir, "--save_dir", folder / "checkpoints", "--log_dir", folder / "logs"]
+    command = [sys.executable, *launcher, "train_nmnist.py", *places, *SHORT, *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def wait_for(path, seconds=120):
+    """Wait until a file is there."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path, made_data_dir, kills):
+    """Binning, each epoch and every save are among the moments: all in about a second after three of start-up."""
+    flags = ["--epochs", 12, "--neuron_backend", "step", "--time_steps", 2, "--resume"]
+    shutil.copytree(made_data_dir / "NMNIST", tmp_path / "NMNIST")
+    begin = time.monotonic()
+    train(tmp_path / "whole", tmp_path, *flags)
+    whole = time.monotonic() - begin
+    rng = random.Random(0)
+    for i in range(kills):
+        broken = tmp_path / f"broken{i}"
+        shutil.rmtree(tmp_path / "cache")
+        process = start(broken, tmp_path, *flags)
+        time.sleep(rng.uniform(0.3, 1) * whole)
+        process.kill()
+        process.communicate()
+        result = train(broken, tmp_path, *flags)
+        for which in ("last", "best"):
+            assert equal(weights(tmp_path / "whole", which=which), weights(broken, which=which)), result.stdout
+        assert history(tmp_path / "whole") == history(broken)
+        assert not [path for path in files_in(tmp_path) if ".tmp" in path.name]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_says_how_to_go_on(tmp_path, made_data_dir, number, status):
+    last = tmp_path / "checkpoints" / "cnn_last.pt"
+    process = start(tmp_path, made_data_dir, "--epochs", 10_000, "--neuron_backend", "step", "--time_steps", 2)
+    wait_for(last)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == status
+    assert "Traceback" not in stderr
+    saved = torch.load(last, weights_only=True)["epoch"]
+    message = stderr.strip().splitlines()[-1]
+    assert f"{last} keeps epoch {saved}; go on with: python train_nmnist.py --model cnn --resume --save_dir" in message
+    assert not [path for path in files_in(tmp_path) if ".tmp" in path.name]
+
+
+def limit_files(size):
+    """Return what makes a started process unable to write files of more than `size` bytes, as on a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, made_data_dir):
+    flags = ["--neuron_backend", "step", "--time_steps", 2]
+    train_here(tmp_path, made_data_dir, "--epochs", 1, *flags)
+    before = {path: path.read_bytes() for path in files_in(tmp_path) if path.name != "cnn_best.pt"}
+    places = ["--data_dir", made_data_dir, "--save_dir", tmp_path / "checkpoints", "--log_dir", tmp_path / "logs"]
+    command = [sys.executable, "train_nmnist.py", *places, "--resume", "--epochs", 2]
+    result = run(*command, preexec_fn=limit_files(1_000_000))  # enough for the best, not for the last
+    assert_refused(result, str(tmp_path / "checkpoints" / "cnn_last.pt"), "can't be written")
+    assert (tmp_path / "checkpoints" / "cnn_last.pt").read_bytes() == before[tmp_path / "checkpoints" / "cnn_last.pt"]
+    assert files_in(tmp_path) == {*before, tmp_path / "checkpoints" / "cnn_best.pt"}
+    # Figures: the metrics, which are small, are written; the first figure is not.
+    command = [sys.executable, "train_nmnist.py", *places, "--test_only", "--visualize"]
+    result = run(*command, preexec_fn=limit_files(10_000))
+    assert_refused(result, str(tmp_path / "logs" / "training_results.png"), "can't be written: File too large")
+    assert files_in(tmp_path) == {*before, tmp_path / "checkpoints" / "cnn_best.pt"}
+
+
+def test_a_diverging_run_stops_and_keeps_its_checkpoint(tmp_path, made_data_dir, monkeypatch):
+    with pytest.raises(utils.UserError, match=r"not finite in epoch 1, within .* of 96 .*: choose a smaller --lr; no"):
         train_here(tmp_path, made_data_dir, "--epochs", 3, "--optimizer", "sgd", "--lr", 1e38)
+    assert not files_in(tmp_path)
+    monkeypatch.setattr(train_nmnist, "learning_rate", lambda _args, epoch: 1e38 if epoch == 3 else 0.01)
+    last = tmp_path / "checkpoints" / "cnn_last.pt"
+    with pytest.raises(utils.UserError, match=rf"not finite in epoch 3, .*; {last} keeps epoch 2"):
+        train_here(tmp_path, made_data_dir, "--epochs", 5, "--optimizer", "sgd")
+    assert torch.load(last, weights_only=True)["epoch"] == 2
+    assert all(torch.isfinite(values).all() for values in weights(tmp_path).values())
+
+
+def test_two_runs_of_a_model_into_the_same_folder_are_refused(tmp_path, made_data_dir):
+    for flag in ("--save_dir", "--log_dir"):
+        folder = tmp_path / ("checkpoints" if flag == "--save_dir" else "logs")
+        with (
+            utils.locked({flag: folder}, "cnn"),
+            pytest.raises(utils.UserError, match=f"{flag} {folder}: another run of cnn writes there"),
+        ):
+            train_here(tmp_path, made_data_dir, "--epochs", 1)
+        with utils.locked({flag: folder}, "cnn"):  # of another model is welcome
+            train_here(tmp_path, made_data_dir, "--epochs", 1, "--model", "resnet")
+    train_here(tmp_path, made_data_dir, "--epochs", 1)
+
+
+@pytest.mark.parametrize("flag", ["--save_dir", "--log_dir"])
+def test_folders_that_cannot_be_written_to_are_found_before_training(tmp_path, made_data_dir, monkeypatch, flag):
+    monkeypatch.setattr(train_nmnist, "train", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(utils.UserError, match=f"{flag} {tmp_path / 'file' / 'folder'}: .*file is no folder"):
+        train_here(tmp_path, made_data_dir, flag, tmp_path / "file" / "folder")
+    assert files_in(tmp_path) == {tmp_path / "file"}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Several processes
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """Make this process the only one of a group, as `torchrun --nproc_per_node=1` does, for each call of `train`."""
+
+    def join(_device):
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+
+    monkeypatch.setattr(utils, "join_processes", join)
+    yield
+    utils.leave_processes()
+
+
+def test_two_processes_train_as_one_does(tmp_path, made_data_dir, alone):
+    """The last batch holds a single recording: one of the two has none of it. A small rate: rounding stays rounding."""
+    flags = ["--batch_size", 19, "--lr", 1e-4, "--precision", "fp32"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    both = start(tmp_path / "two", made_data_dir, *flags, "--epochs", 1, launcher=torchrun)
+    train_here(tmp_path / "one", made_data_dir, *flags, "--epochs", 2)
+    stdout, stderr = both.communicate(timeout=120)
+    assert both.returncode == 0, stderr
+    assert stdout.count("data set    NMNIST") == 1  # only the first prints
+    assert "2 processes" in stdout
+    # What two began, one goes on with.
+    train_here(tmp_path / "two", made_data_dir, "--resume", "--epochs", 2)
+    for one, two in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
+        for name in ("train_loss", "val_loss", "test_loss"):
+            assert one[name] == pytest.approx(two[name], rel=1e-5), name
+        for name in ("train_accuracy", "val_accuracy", "test_accuracy"):
+            assert one[name] == two[name]
+
+
+def test_a_process_that_dies_ends_them_all(tmp_path, made_data_dir):
+    flags = ["--epochs", 10_000, "--neuron_backend", "step", "--time_steps", 2]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    both = start(tmp_path, made_data_dir, *flags, launcher=torchrun)
+    wait_for(tmp_path / "checkpoints" / "cnn_last.pt")
+    listed = Path(f"/proc/{both.pid}/task/{both.pid}/children").read_text()
+    children = [int(pid) for pid in listed.split()]
+    assert len(children) == 2
+    os.kill(children[1], signal.SIGKILL)
+    both.communicate(timeout=30)
+    assert both.returncode != 0
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in children)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Figures, flags and devices
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_figures_draw_what_was_measured(trained, figures):
