@@ -17,8 +17,7 @@ import torch._inductor.config
 import torch.nn.functional as F
 from snntorch import surrogate
 from snntorch.utils import reset
-from torch import nn
-from torch.distributed.nn.functional import all_reduce
+from torch import distributed, nn
 from torch.utils.dlpack import to_dlpack
 
 NUM_DIGITS = 10
@@ -304,7 +303,7 @@ class FusedConvPool(torch.autograd.Function):
     @staticmethod
     def parts(x: torch.Tensor, weight: torch.Tensor) -> list[slice]:
         """Cut the frames of x into parts whose convolution fits into a CPU's cache."""
-        size = x[0, 0].numel() * len(weight) * x.element_size()
+        size = x.shape[2] * x.shape[3] * len(weight) * x.element_size()
         frames = max(1, FusedConvPool.CACHED // size) if x.device.type == "cpu" else len(x)
         return [slice(first, first + frames) for first in range(0, len(x), frames)]
 
@@ -697,6 +696,22 @@ def synchronize_norms(network: SpikingNetwork) -> None:
             norm.forward = functools.partial(normalise_over_processes, norm)
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over processes; its gradient is that of all processes' losses, added up."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        distributed.all_reduce(grad)
+        return grad
+
+
 def normalise_over_processes(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
     """Normalise x [F, C, ...] as `norm` does, in training by mean and variance over the frames of all processes."""
     if not norm.training:
@@ -705,7 +720,7 @@ def normalise_over_processes(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: torch.Ten
     count = torch.full((1,), x.numel() / x.shape[1], dtype=torch.float64, device=x.device)
     values = x.float()
     sums = [values.sum(dims, dtype=torch.float64), (values * values).sum(dims, dtype=torch.float64), count]
-    sums = all_reduce(torch.cat(sums))  # with gradients, which add up over processes, too
+    sums = SumOverProcesses.apply(torch.cat(sums))
     count = sums[-1].detach()
     mean, square = (sums[:-1] / count).chunk(2)
     variance = square - mean**2

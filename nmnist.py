@@ -21,7 +21,6 @@ import sys
 import threading
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -40,6 +39,7 @@ from utils import (
     describe_error,
     first_of_machine_first,
     number,
+    read_tensors,
     remove_left_over,
     run_script,
     save_tensors,
@@ -748,15 +748,14 @@ def load_frames(recordings: NMNIST, time_steps: int, denoise: int | None = None)
     path = recordings.root.parent / "cache" / f"{prefix}{_fingerprint(recordings)}.pt"
     if path.is_file():
         try:
-            return _read_cache(path)
+            return Frames(**read_tensors(path, mmap=True))
         except Exception as error:  # torch raises many types on a damaged file
             reason = describe_error(error).splitlines()[0] if str(error) else type(error).__name__
             print(f"WARNING: cache {path} is damaged ({reason}): binning anew", file=sys.stderr)
     frames = bin_recordings(recordings, time_steps, denoise)
     try:
         remove_left_over(path.parent)
-        tensors = {field.name: getattr(frames, field.name) for field in fields(frames)}
-        save_tensors(path, tensors | {"checksum": _checksum(tensors)})
+        save_tensors(path, {field.name: getattr(frames, field.name) for field in fields(frames)})
     except OSError as error:
         reason = str(error.strerror).removeprefix("can't be written: ")
         print(f"WARNING: cache {path} can't be written ({reason}): frames stay in memory", file=sys.stderr)
@@ -765,23 +764,7 @@ def load_frames(recordings: NMNIST, time_steps: int, denoise: int | None = None)
         if old != path:
             old.unlink(missing_ok=True)
     print(f"cache       {path} ({path.stat().st_size / len(frames) / 1000:.1f} KB a recording)")
-    return _read_cache(path)
-
-
-def _read_cache(path: Path) -> Frames:
-    tensors = torch.load(path, mmap=True, weights_only=True)
-    if tensors.pop("checksum") != _checksum(tensors):
-        raise ValueError("its checksum differs")
-    return Frames(**tensors)
-
-
-def _checksum(tensors: dict[str, torch.Tensor]) -> int:
-    """Return the CRC-32 of tensors, their names, types and shapes: no flip of a bit leaves it as it is."""
-    checksum = 0
-    for name, tensor in tensors.items():
-        checksum = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
-        checksum = zlib.crc32(tensor.contiguous().numpy(), checksum)
-    return checksum
+    return Frames(**read_tensors(path, mmap=True))
 
 
 def _fingerprint(recordings: NMNIST) -> str:

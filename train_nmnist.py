@@ -230,7 +230,7 @@ def make_learner(args: argparse.Namespace, network: SpikingNetwork) -> Learner:
     average, parallel = Average(network), network
     if distributed.is_initialized():
         synchronize_norms(network)
-        parallel = torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+        parallel = torch.nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False)
     return Learner(network, parallel, average, make_optimizer(args, network), make_loss(args.loss))
 
 

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -76,7 +77,9 @@ def run_script(main: Callable[[], None]) -> None:
         how = str(stop) or "what is written is whole; start the command again"
         print(f"\n{Path(sys.argv[0]).name}: interrupted: {how}", file=sys.stderr)
         sys.exit(143 if isinstance(stop, Terminated) else 130)
-    except Exception:
+    except Exception as error:
+        if num_processes() > 1 and "closed by peer" in str(error):
+            sys.exit(f"{Path(sys.argv[0]).name}: error: another process has ended, and with it this one")
         if first:
             raise
         traceback.print_exc(file=stderr)
@@ -148,7 +151,7 @@ def work_in_parallel(
                 bar.update(size)
                 yield result
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             raise
 
 
@@ -421,7 +424,20 @@ def save_tensors(path: str | Path, content: dict) -> None:
             raise OSError(errno.ENOSPC, f"can't be written, the disk may be full ({reason})", str(path)) from None
 
 
+def read_tensors(path: str | Path, mmap: bool = False) -> dict:
+    """Read what `save_tensors` wrote onto the CPU, or map its tensors into memory; nothing in the file is run.
+
+    Raises errors of many types where the file is damaged. torch itself does not look at the checksums it writes.
+    """
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"checksum of {damaged} is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
 CHECKPOINT_FORMAT = 2  # of networks whose weights mean something else, another
+CHECKPOINT_KEYS = ("network_settings", "settings", "dataset", "num_recordings", "network", "epoch", "score")
 
 
 def checkpoint_path(save_dir: str | Path, model: str, which: str) -> Path:
@@ -435,18 +451,23 @@ def load_checkpoint(path: str | Path, model: str) -> dict:
     Raises `UserError` where the file is missing, or holds something else.
     """
     made_by = f"make one with `python train_nmnist.py --model {model}`"
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder, no checkpoint: {made_by}")
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}: {made_by}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_tensors(path)
     except Exception as error:  # torch raises many types on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} can't be read as a checkpoint ({reason}): {made_by}") from None
-    if not isinstance(checkpoint, dict) or "network_settings" not in checkpoint:
+    settings = checkpoint.get("network_settings") if isinstance(checkpoint, dict) else None
+    if not isinstance(settings, dict) or "model" not in settings:
         raise UserError(f"{path} is no checkpoint of this project: {made_by}")
     if checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} was written by another version of this project: {made_by}")
-    found = checkpoint["network_settings"]["model"]
+    found = settings["model"]
+    if any(name not in checkpoint for name in CHECKPOINT_KEYS):
+        raise UserError(f"{path} lacks parts of a checkpoint: {made_by}")
     if found != model:
         raise UserError(f"{path} holds a {found}, not a {model}: choose --model {found}, or {made_by}")
     return checkpoint

@@ -8,12 +8,14 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 import zipfile
+from pathlib import Path
 
 import benchmark
 import numpy as np
@@ -21,6 +23,8 @@ import pytest
 import tonic
 import torch
 from conftest import ROOT, assert_refused, make_events, make_recordings, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tonic.io import read_mnist_file
 
 import nmnist
@@ -30,13 +34,13 @@ from utils import UserError
 NOWHERE = "http://127.0.0.1:9/"  # the discard port, where nothing listens
 
 
-def run_offline(*arguments, url=NOWHERE):
+def run_offline(*arguments, url=NOWHERE, **options):
     """Run nmnist.py in a process of its own, where N-MNIST's zips are looked for at `url`."""
     code = (
         "import sys, nmnist, utils; N = nmnist.NMNIST; "
         f"N.train_url, N.test_url = {url + 'train.zip'!r}, {url + 'test.zip'!r}; utils.run_script(nmnist.main)"
     )
-    return run(sys.executable, "-c", code, *arguments)
+    return run(sys.executable, "-c", code, *arguments, **options)
 
 
 # --- files on disk ---------------------------------------------------------------------------------------
@@ -106,6 +110,87 @@ def test_bad_recordings_are_refused_by_name(tmp_path, content, words):
     result = run_offline("--data_dir", tmp_path, "--time_steps", "5")
     assert_refused(result, str(bad), words)
     assert not list(tmp_path.glob("cache/*train*"))
+
+
+def of_one_file(folder: Path, content: bytes):
+    """Return a data set of one recording of this content, and its path."""
+    path = folder / "recording.bin"
+    path.write_bytes(content)
+    recordings = object.__new__(nmnist.NMNIST)  # without looking for folders
+    recordings.data, recordings.targets = [str(path)], [0]
+    recordings.first_saccade_only = recordings.stabilize = False
+    recordings.transform = recordings.target_transform = recordings.transforms = None
+    return recordings, path
+
+
+def check_any_content(folder: Path, content: bytes) -> None:
+    """Check that content is refused by name, or that all its events are a recording's."""
+    recordings, path = of_one_file(folder, content)
+    try:
+        events, _ = recordings[0]
+    except UserError as error:
+        assert str(path) in str(error)  # noqa: PT017
+        return
+    assert len(content) % 5 == 0
+    assert len(events) > 0
+    assert events["x"].max() < 34
+    assert events["y"].max() < 34
+    assert (np.diff(events["t"]) >= 0).all()
+    assert nmnist.bin_events(events, 5)[2].sum() <= len(events)
+
+
+def fuzz(folder: Path, examples: int) -> None:
+    """Check random bytes, and random bytes that look like events, as recordings."""
+    event = st.tuples(
+        st.integers(0, 40), st.integers(0, 40), st.integers(0, 255), st.integers(0, 255), st.integers(0, 9)
+    )
+    events = st.lists(event, max_size=8).map(lambda rows: bytes(value for row in rows for value in row))
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @given(st.one_of(st.binary(max_size=60), events))
+    def check(content):
+        check_any_content(folder, content)
+
+    check()
+
+
+def test_random_bytes_are_refused_or_are_recordings(tmp_path):
+    fuzz(tmp_path, 500)
+
+
+@pytest.mark.slow
+def test_ten_thousand_random_byte_strings_are_refused_or_are_recordings(tmp_path):
+    fuzz(tmp_path, 10_000)
+
+
+def test_a_recording_cut_anywhere_is_refused_unless_between_events(tmp_path):
+    """A cut between two events leaves a shorter recording, which its zip alone can tell from a whole one."""
+    nmnist.write_recording(tmp_path / "whole.bin", make_events(3, np.random.default_rng(0)))
+    content = (tmp_path / "whole.bin").read_bytes()
+    cuts = [*range(41), *np.random.default_rng(1).integers(0, len(content), 1_000)]
+    for cut in cuts:
+        recordings, path = of_one_file(tmp_path, content[:cut])
+        if cut % 5 or cut == 0:
+            with pytest.raises(UserError, match=f"{path.name} is damaged"):
+                recordings[0]
+        else:
+            assert len(recordings[0][0]) == cut // 5
+
+
+def test_folders_and_unreadable_files_in_place_of_recordings_are_refused(tmp_path):
+    train = make_recordings(tmp_path, 2, 1) / "NMNIST" / "Train"
+    bad = train / "4" / "00005.bin"
+    bad.unlink()
+    bad.mkdir()
+    assert_refused(run_offline("--data_dir", tmp_path), str(bad), "does not belong here")
+    bad.rmdir()
+    bad.symlink_to(tmp_path / "nowhere")
+    assert_refused(run_offline("--data_dir", tmp_path), str(bad), "No such file")
+    bad.unlink()
+    bad.touch(mode=0)
+    if not os.access(bad, os.R_OK):  # root may read everything
+        assert_refused(run_offline("--data_dir", tmp_path), str(bad), "Permission denied")
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("place", ["x/00001.bin", "12/00001.bin", "0/1/00001.bin", "00001.bin"])
@@ -608,6 +693,57 @@ def test_a_damaged_cache_is_made_anew_and_said(tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:1000])
     assert torch.equal(nmnist.load_frames(recordings, 5).batch(torch.arange(20))[0], expected)
     assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_cache_with_a_flipped_bit_is_made_anew(tmp_path, capsys):
+    recordings = nmnist.NMNIST(make_recordings(tmp_path, 2, 1), "train")
+    expected = nmnist.load_frames(recordings, 5)
+    expected = {name: value.clone() for name, value in vars(expected).items() if isinstance(value, torch.Tensor)}
+    (path,) = (tmp_path / "cache").iterdir()
+    content = path.read_bytes()
+    rebuilt = 0
+    for place in np.random.default_rng(0).integers(0, len(content), 60):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << int(place) % 8
+        path.write_bytes(flipped)
+        frames = nmnist.load_frames(recordings, 5)
+        rebuilt += "is damaged" in capsys.readouterr().err
+        for name, value in expected.items():  # a bit between the tensors of a file is of no consequence
+            assert torch.equal(getattr(frames, name), value), name
+    assert rebuilt > 5
+
+
+def test_a_cache_of_another_version_is_not_used(tmp_path, monkeypatch):
+    recordings = nmnist.NMNIST(make_recordings(tmp_path, 2, 1), "train")
+    nmnist.load_frames(recordings, 5)
+    (old,) = (tmp_path / "cache").iterdir()
+    monkeypatch.setattr(nmnist, "CACHE_VERSION", nmnist.CACHE_VERSION + 1)
+    nmnist.load_frames(recordings, 5)
+    (new,) = (tmp_path / "cache").iterdir()
+    assert new != old
+
+
+def test_a_full_disk_keeps_frames_in_memory_and_leaves_no_half_simulated_data(tmp_path):
+    def limit(size):
+        return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    made = make_recordings(tmp_path / "made", 2, 1)
+    result = run_offline("--data_dir", made, "--time_steps", 5, preexec_fn=limit(3_000))
+    assert result.returncode == 0, result.stderr
+    assert "can't be written" in result.stderr
+    assert "frames stay in memory" in result.stderr
+    assert not list((made / "cache").iterdir())
+    result = run_offline("--data_dir", tmp_path / "new", "--dataset", "simulated", preexec_fn=limit(3_000))
+    assert_refused(result, "can't be written: File too large")
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_damaged_simulator_file_is_named(tmp_path):
+    made = make_recordings(tmp_path, 2, 1)
+    for content in (b"", b"{", b"[1]", b"\xff\xfe", b"{}"):
+        (made / "NMNIST" / nmnist.SIMULATOR_FILE).write_bytes(content)
+        with pytest.raises(UserError, match=r"simulator\.json is damaged"):
+            _ = nmnist.NMNIST(made, "train").name
 
 
 def test_frames_stay_in_memory_where_the_cache_cannot_be_written(tmp_path, capsys):

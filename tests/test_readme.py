@@ -56,6 +56,19 @@ def test_the_tables_of_flags_are_complete_and_right(script):
             assert stated.strip("`") == ("off" if default is None or default is False else str(default)), flag
 
 
+@pytest.mark.parametrize("script", PARSERS)
+def test_every_flag_refuses_a_wrong_value(script, capsys):
+    parser = PARSERS[script]()
+    for action in parser._actions:
+        if action.nargs == 0 or (action.type in (None, str) and not action.choices):
+            continue  # a switch, or a path, which is checked where it is used
+        for wrong in ("wrong", "-1", "nan"):
+            with pytest.raises(SystemExit) as stop:
+                parser.parse_args([f"{action.option_strings[-1]}={wrong}"])
+            assert stop.value.code == 2
+            assert f"error: argument {action.option_strings[-1]}: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", commands())
 def test_commands_parse(command):
     script, *arguments = shlex.split(command)

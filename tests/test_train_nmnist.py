@@ -425,7 +425,7 @@ def test_two_processes_train_as_one_does(tmp_path, made_data_dir, alone):
     assert stdout.count("data set    NMNIST") == 1  # only the first prints
     assert "2 processes" in stdout
     # What two began, one goes on with.
-    train_here(tmp_path / "two", made_data_dir, "--resume", "--epochs", 2)
+    train_here(tmp_path / "two", made_data_dir, *flags, "--resume", "--epochs", 2)
     for one, two in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
         for name in ("train_loss", "val_loss", "test_loss"):
             assert one[name] == pytest.approx(two[name], rel=1e-5), name

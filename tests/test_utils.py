@@ -3,6 +3,9 @@
 import argparse
 import os
 import pickle
+import platform
+import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -98,6 +101,61 @@ def test_checkpoints_that_are_none_are_refused_and_never_run(tmp_path):
     with pytest.raises(utils.UserError, match=r"missing\.pt.*python train_nmnist.py --model cnn"):
         utils.load_checkpoint(tmp_path / "missing.pt", "cnn")
     assert not marker.exists()
+
+
+def test_damaged_checkpoints_are_refused_or_whole(tmp_path):
+    """Cut anywhere, or with any bit flipped, a checkpoint is refused, or what it holds is unchanged."""
+    settings = {"model": "cnn", "beta": 0.5}
+    whole = dict.fromkeys(utils.CHECKPOINT_KEYS, 1) | {"format": utils.CHECKPOINT_FORMAT, "network_settings": settings}
+    whole["network"] = {"weight": torch.arange(100.0)}
+    path = tmp_path / "cnn_last.pt"
+    utils.save_tensors(path, whole)
+    content = path.read_bytes()
+    assert torch.equal(utils.load_checkpoint(path, "cnn")["network"]["weight"], torch.arange(100.0))
+    rng = random.Random(0)
+    damaged = [content[: rng.randrange(len(content))] for _ in range(200)]
+    for _ in range(400):
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        damaged.append(bytes(flipped))
+    refused = 0
+    for bad in damaged:
+        path.write_bytes(bad)
+        try:
+            loaded = utils.load_checkpoint(path, "cnn")
+        except utils.UserError as error:
+            assert str(path) in str(error)  # noqa: PT017
+            refused += 1
+        else:
+            assert torch.equal(loaded.pop("network")["weight"], torch.arange(100.0))
+            assert loaded == {name: value for name, value in whole.items() if name != "network"}
+    assert refused > 250
+
+
+def test_locks_are_held_by_one_and_given_back(tmp_path):
+    folders = {"--save_dir": tmp_path / "a", "--log_dir": tmp_path / "a"}  # one folder by two flags is locked once
+    with (
+        utils.locked(folders, "cnn"),
+        pytest.raises(utils.UserError, match=r"--save_dir .*a: another run of cnn"),
+        utils.locked({"--save_dir": tmp_path / "a"}, "cnn", seconds=0),
+    ):
+        pass
+    with utils.locked(folders, "cnn", seconds=0):
+        pass
+
+
+def test_files_left_over_by_a_killed_process_are_removed_and_no_others(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    host = platform.node()
+    gone = [tmp_path / f".cnn_last.pt.{host}.{process.pid}.tmp.pt", tmp_path / f".NMNIST.{host}.{process.pid}.tmp"]
+    alive = utils.temporary_beside(tmp_path / "cnn_last.pt")
+    elsewhere = tmp_path / f".cnn_last.pt.other{host}.{process.pid}.tmp.pt"
+    gone[1].mkdir()
+    for path in (gone[0], gone[1] / "x.bin", alive, elsewhere):
+        path.touch()
+    utils.remove_left_over(tmp_path)
+    assert set(tmp_path.iterdir()) == {alive, elsewhere}
 
 
 def test_user_errors_are_one_line_and_status_1(capsys, monkeypatch):
