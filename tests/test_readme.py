@@ -28,9 +28,9 @@ def flags(parser):
 
 
 def commands():
-    """Return the python commands in the README's code blocks, without comments."""
+    """Return the python and torchrun commands in the README's code blocks, without comments."""
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
-    return [match.strip() for match in re.findall(r"(?:^|&& )python ([^#&\n]*)", blocks, re.MULTILINE)]
+    return [match.strip() for match in re.findall(r"(?:^|&& )(?:python|torchrun(?: --\S+=\S+)+) ([^#&\n]*)", blocks, re.MULTILINE)]
 
 
 def table_of_flags(heading):
@@ -76,6 +76,16 @@ def test_commands_parse(command):
         assert arguments == ["pytest", "tests"]
         return
     PARSERS[script]().parse_args(arguments)
+
+
+def test_every_promise_names_tests_that_exist():
+    promises = README.split("| promise | test |")[1].split("\n\n")[0]
+    written = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for row in promises.splitlines()[2:]:
+        names = re.findall(r"`(test_\w+)`", row)
+        assert names, row
+        for name in names:
+            assert f"def {name}(" in written, name
 
 
 def test_no_figure_is_left_to_fill_in():
