@@ -64,70 +64,76 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the script's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(NETWORKS), default="cnn", help="network (default: %(default)s)")
-    network = parser.add_argument_group("network")
+    add_network_arguments(parser)
+    add_training_arguments(parser)
+    nmnist.add_data_arguments(parser)
+    add_running_arguments(parser)
+    return parser
 
-    def add(group, flag, kind, default, text, **options):
-        group.add_argument(flag, type=kind, default=default, help=f"{text} (default: %(default)s)", **options)
 
-    add(network, "--beta", number(float, 0, 1), 0.5, "decay of the membrane potential per step")
-    add(network, "--threshold", number(float, 0, open_low=True), 1.0, "membrane potential at which a neuron fires")
-    add(
-        network,
-        "--alpha",
-        number(float, 0, 1),
-        0.9,
-        "decay per step of ALIF's adaptation and of the synaptic current; resnet only",
-    )
-    add(network, "--dropout", number(float, 0, 1, open_high=True), 0.0, "share of last hidden neurons dropped")
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that shape the network."""
+    group = parser.add_argument_group("network")
+    add_value(group, "--beta", number(float, 0, 1), 0.5, "decay of the membrane potential per step")
+    add_value(group, "--threshold", number(float, 0, open_low=True), 1.0, "membrane potential at which a neuron fires")
+    text = "decay per step of ALIF's adaptation and of the synaptic current; resnet only"
+    add_value(group, "--alpha", number(float, 0, 1), 0.9, text)
+    add_value(group, "--dropout", number(float, 0, 1, open_high=True), 0.0, "share of last hidden neurons dropped")
 
-    training = parser.add_argument_group("training")
-    add(training, "--epochs", number(int, 1), 10, "passes over the training recordings")
-    add(training, "--batch_size", number(int, 1), 128, "recordings a step")
-    training.add_argument(
-        "--lr",
-        type=number(float, 0, open_low=True),
-        help="learning rate (default: " + ", ".join(f"{lr} for {name}" for name, lr in DEFAULT_LR.items()) + ")",
-    )
-    add(training, "--weight_decay", number(float, 0), 0.0, "weight decay")
-    training.add_argument(
-        "--optimizer", choices=list(DEFAULT_LR), default="adam", help="optimizer (default: %(default)s)"
-    )
-    training.add_argument(
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how to learn."""
+    group = parser.add_argument_group("training")
+    add_value(group, "--epochs", number(int, 1), 10, "passes over the training recordings")
+    add_value(group, "--batch_size", number(int, 1), 128, "recordings a step")
+    rates = ", ".join(f"{lr} for {name}" for name, lr in DEFAULT_LR.items())
+    group.add_argument("--lr", type=number(float, 0, open_low=True), help=f"learning rate (default: {rates})")
+    add_value(group, "--weight_decay", number(float, 0), 0.0, "weight decay")
+    group.add_argument("--optimizer", choices=list(DEFAULT_LR), default="adam", help="optimizer (default: %(default)s)")
+    group.add_argument(
         "--loss",
         choices=list(LOSSES),
         default="ce",
         help="ce: cross entropy of the membrane potentials at every step; mse: squared error of the spike counts; "
         "count: cross entropy of the spike counts (default: %(default)s)",
     )
-    training.add_argument("--scheduler", action="store_true", help="lower the learning rate to 0 along a cosine")
-    training.add_argument(
+    group.add_argument("--scheduler", action="store_true", help="lower the learning rate to 0 along a cosine")
+    group.add_argument(
         "--no_augment", action="store_true", help="train on the recordings as they are: no random shift, rotation, ..."
     )
-    add(training, "--val_split", number(float, 0, 1, True, True), 0.1, "share of training recordings for validation")
-    add(training, "--seed", number(int, 0, 2**32 - 1), 0, "seed of weights, validation split, order and dropout")
+    text = "share of training recordings for validation"
+    add_value(group, "--val_split", number(float, 0, 1, open_low=True, open_high=True), 0.1, text)
+    text = "seed of weights, validation split, order, augmentation and dropout"
+    add_value(group, "--seed", number(int, 0, 2**32 - 1), 0, text)
 
-    nmnist.add_data_arguments(parser)
-    running = parser.add_argument_group("running")
-    add(running, "--save_dir", str, "./checkpoints", "folder of the checkpoints")
-    add(running, "--log_dir", str, "./logs", "folder of history, metrics and figures")
-    running.add_argument(
+
+def add_running_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where to run, and what to read and write."""
+    group = parser.add_argument_group("running")
+    add_value(group, "--save_dir", str, "./checkpoints", "folder of the checkpoints")
+    add_value(group, "--log_dir", str, "./logs", "folder of history, metrics and figures")
+    group.add_argument(
         "--resume",
         nargs="?",
         const="last",
         metavar="PATH",
         help="go on from this checkpoint (without PATH: from the last one of this model in save_dir)",
     )
-    utils.add_device_argument(running)
-    utils.add_precision_argument(running)
-    running.add_argument(
+    utils.add_device_argument(group)
+    utils.add_precision_argument(group)
+    group.add_argument(
         "--neuron_backend",
         choices=BACKENDS,
         default="fused",
         help="fused: neurons compiled over all steps; step: snnTorch's neurons, step by step (default: %(default)s)",
     )
-    running.add_argument("--test_only", action="store_true", help="test the best checkpoint, train nothing")
-    running.add_argument("--visualize", action="store_true", help="write figures to log_dir")
-    return parser
+    group.add_argument("--test_only", action="store_true", help="test the best checkpoint, train nothing")
+    group.add_argument("--visualize", action="store_true", help="write figures to log_dir")
+
+
+def add_value(group, flag: str, kind: Callable, default, text: str) -> None:
+    """Add a flag with a value of type `kind`."""
+    group.add_argument(flag, type=kind, default=default, help=f"{text} (default: %(default)s)")
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | None]:

@@ -72,11 +72,12 @@ def run_script(main: Callable[[], None]) -> None:
             print(text, file=stderr)
         sys.exit(1)
     except KeyboardInterrupt as stop:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # a second one must not end the ending
+        for one in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(one, signal.SIG_IGN)  # a second one must not end the ending
         how = str(stop) or "what is written is whole; start the command again"
         print(f"\n{Path(sys.argv[0]).name}: interrupted: {how}", file=sys.stderr)
-        sys.exit(143 if isinstance(stop, Terminated) else 130)
+        sys.stdout.flush()
+        os._exit(143 if isinstance(stop, Terminated) else 130)  # at once: taking PyTorch down takes a second
     except Exception as error:
         if num_processes() > 1 and "closed by peer" in str(error):
             sys.exit(f"{Path(sys.argv[0]).name}: error: another process has ended, and with it this one")

@@ -30,7 +30,10 @@ def flags(parser):
 def commands():
     """Return the python and torchrun commands in the README's code blocks, without comments."""
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
-    return [match.strip() for match in re.findall(r"(?:^|&& )(?:python|torchrun(?: --\S+=\S+)+) ([^#&\n]*)", blocks, re.MULTILINE)]
+    return [
+        match.strip()
+        for match in re.findall(r"(?:^|&& )(?:python|torchrun(?: --\S+=\S+)+) ([^#&\n]*)", blocks, re.MULTILINE)
+    ]
 
 
 def table_of_flags(heading):
