@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, run
+from conftest import run
 from PIL import Image
 
 import nmnist
@@ -131,9 +131,12 @@ def test_a_silent_layer_has_no_tsne_and_that_is_told(figures, capsys, tmp_path):
 
 def test_what_is_missing_is_told(network_dir, made_data_dir, tmp_path):
     model, folder = network_dir
-    command = [sys.executable, "visualize_activations.py", "--model", model, "--data_dir", made_data_dir]
-    result = run(*command, "--save_dir", tmp_path)
-    assert_refused(result, str(tmp_path / f"{model}_best.pt"), f"`python train_nmnist.py --model {model}`")
-    result = run(*command, "--save_dir", folder, "--sample", 30, "--output_dir", tmp_path / "out")
-    assert_refused(result, "--sample 30", "there are 30 test recordings")
-    assert not list(tmp_path.iterdir())
+    flags = ["--model", model, "--data_dir", str(made_data_dir)]
+    with pytest.raises(utils.UserError, match=rf"{model}_best\.pt: .*`python train_nmnist.py --model {model}`"):
+        visualize_activations.main([*flags, "--save_dir", str(tmp_path)])
+    with pytest.raises(utils.UserError, match="--sample 30: there are 30 test recordings"):
+        visualize_activations.main([*flags, "--save_dir", str(folder), "--sample", "30", "--output_dir", str(tmp_path)])
+    (tmp_path / "file").touch()
+    with pytest.raises(utils.UserError, match=r"--output_dir .*file is no folder"):
+        visualize_activations.main([*flags, "--save_dir", str(folder), "--output_dir", str(tmp_path / "file")])
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]

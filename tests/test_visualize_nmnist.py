@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import assert_refused, run
+from conftest import run
 from matplotlib.colors import to_rgb
 from PIL import Image
 
@@ -117,8 +117,8 @@ def test_denoising_too_strictly_is_told(tmp_path):
             events["x"], events["y"], events["t"] = [2, 30], [2, 30], [100_000, 300_000]
             (data_dir / "NMNIST" / folder / str(digit)).mkdir(parents=True)
             nmnist.write_recording(data_dir / "NMNIST" / folder / str(digit) / "00001.bin", events)
-    result = run(sys.executable, "visualize_nmnist.py", "--data_dir", data_dir, "--denoise", 1000)
-    assert_refused(result, "--denoise 1000 leaves no event of", "00001.bin")
+    with pytest.raises(utils.UserError, match=r"--denoise 1000 leaves no event of .*00001\.bin"):
+        visualize_nmnist.main(["--data_dir", str(data_dir), "--denoise", "1000", "--output_dir", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize(
