@@ -304,7 +304,7 @@ class FusedConvPool(torch.autograd.Function):
     def parts(x: torch.Tensor, weight: torch.Tensor) -> list[slice]:
         """Cut the frames of x into parts whose convolution fits into a CPU's cache."""
         size = x.shape[2] * x.shape[3] * len(weight) * x.element_size()
-        frames = max(1, FusedConvPool.CACHED // size) if x.device.type == "cpu" else len(x)
+        frames = max(1, FusedConvPool.CACHED // size if x.device.type == "cpu" else len(x))
         return [slice(first, first + frames) for first in range(0, len(x), frames)]
 
     @staticmethod

@@ -279,7 +279,8 @@ def train_one_epoch(learner: Learner, batches: Iterable, bar: tqdm) -> dict:
             right = (predict(mem) == labels).sum()
             seen = torch.full_like(right, len(labels))
             sums = sums + torch.stack([loss.double() * len(labels), right, seen, broken])
-        if bar.update(whole):
+        # The first process alone: of broken batches, the others tell together, after the epoch.
+        if bar.update(whole) and utils.process_number() == 0:
             show_progress(bar, sums)
     return show_progress(bar, utils.add_up(sums))
 
@@ -308,7 +309,8 @@ def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, bar: tq
     decisions = [torch.zeros((frames.filled.shape[1], 0), dtype=torch.int64)]
     for x, batch_labels in frames.batches(own, batch_size, network.dtype):
         spk, mem = network(x)
-        total_loss = total_loss.to(x.device) + loss_fn(spk, mem, batch_labels).double() * len(batch_labels)
+        loss = loss_fn(spk, mem, batch_labels).double() + 0 * mem.sum()  # not finite where a membrane is not
+        total_loss = total_loss.to(x.device) + loss * len(batch_labels)
         labels.append(batch_labels)
         decisions.append(predict_over_time(mem))
         bar.update(len(batch_labels) * utils.num_processes())
@@ -379,8 +381,9 @@ def train(args, network, checkpoint: dict | None, data: Data) -> None:
         for name in ("network", "average", "optimizer"):
             getattr(learner, name).load_state_dict(checkpoint[name])
         history, best = checkpoint["history"], checkpoint["best"]
-        if utils.process_number() == 0:
-            write_best_and_history(args, best, history)  # save_dir or log_dir may be others than before
+        if utils.process_number() == 0:  # save_dir or log_dir may be others than before
+            write_best_and_history(args, best, history)
+            utils.save_tensors(last, checkpoint)
         print(f"resume      after epoch {len(history)} of {args.epochs}")
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}, test {len(data.test):,}")
     saved = len(history)
@@ -396,13 +399,14 @@ def train(args, network, checkpoint: dict | None, data: Data) -> None:
         kept = f"{last} keeps epoch {saved}" if saved else "no epoch was finished, so there is no checkpoint"
         raise UserError(f"loss not finite in epoch {saved + 1}, {error}: choose a smaller --lr; {kept}") from None
     except KeyboardInterrupt as stop:
-        stop.args = (f"{last} keeps epoch {saved}; go on with: {how_to_resume(args)}",) if saved else ()
+        how = how_to_go_on(args, "--resume", "--epochs", str(args.epochs))
+        stop.args = (f"{last} keeps epoch {saved}; go on with: {how}",) if saved else ()
         raise
 
 
-def how_to_resume(args: argparse.Namespace) -> str:
-    """Return the command that goes on with the run of `args`; what is not named is in the checkpoint."""
-    command = ["python", "train_nmnist.py", "--model", args.model, "--resume"]
+def how_to_go_on(args: argparse.Namespace, *flags: str) -> str:
+    """Return the command that goes on with the run of `args` by `flags`; what is not named is in the checkpoint."""
+    command = ["python", "train_nmnist.py", "--model", args.model, *flags]
     for name in ("save_dir", "log_dir", "data_dir", "dataset", "device"):
         if getattr(args, name) != make_parser().get_default(name):
             command += [f"--{name}", getattr(args, name)]
@@ -646,6 +650,31 @@ def visualize(args, metrics: dict, network: SpikingNetwork, frames: Frames, deci
 # ---------------------------------------------------------------------------------------------------------
 
 
+def test_and_visualize(args: argparse.Namespace, data: Data, device: torch.device) -> None:
+    """Test the best checkpoint, and draw it where `--visualize` asks for it."""
+    try:
+        metrics, network, decisions = test(args, data, device)
+        if args.visualize:
+            visualize(args, metrics, network, data.test, decisions)
+    except KeyboardInterrupt as stop:
+        stop.args = (f"training is done; test with: {how_to_go_on(args, '--test_only')}",)
+        raise
+
+
+def check_processes_agree(args: argparse.Namespace, checkpoint: dict | None, data: Data) -> None:
+    """Raise `UserError` where processes, of several machines perhaps, would not train the same network alike."""
+    own = {f"--{name}": getattr(args, name) for name in RUN_SETTINGS}
+    own |= {"data set": data.name, "training recordings": len(data.train), "test recordings": len(data.test)}
+    own["epochs in the checkpoint"] = checkpoint["epoch"] if checkpoint else 0
+    for number_of_process, theirs in enumerate(utils.gather(own)):
+        for name, value in theirs.items():
+            if value != own[name]:
+                raise UserError(
+                    f"processes differ in {name}: {own[name]}, and {value} in process {number_of_process}; "
+                    "machines need the same data, and a save_dir that they share to resume"
+                )
+
+
 def main(argv: list[str] | None = None) -> None:
     args, checkpoint = parse_args(argv)
     device = utils.pick_device(args.device)
@@ -656,7 +685,10 @@ def main(argv: list[str] | None = None) -> None:
     utils.join_processes(device)
     processes = f", {utils.num_processes()} processes" if utils.num_processes() > 1 else ""
     print(f"device      {utils.describe_device(device)}{processes}")
+    if args.batch_size < utils.num_processes():
+        raise UserError(f"--batch_size {args.batch_size}: fewer than the {utils.num_processes()} processes")
     data = nmnist.load_data(args, device)
+    check_processes_agree(args, checkpoint, data)
     first = utils.process_number() == 0
     folders = {"--save_dir": args.save_dir, "--log_dir": args.log_dir} if first and not args.test_only else {}
     with utils.locked(folders, args.model):
@@ -667,9 +699,7 @@ def main(argv: list[str] | None = None) -> None:
             train(args, network, checkpoint, data)
         utils.leave_processes()
         if first:
-            metrics, network, decisions = test(args, data, device)
-            if args.visualize:
-                visualize(args, metrics, network, data.test, decisions)
+            test_and_visualize(args, data, device)
 
 
 if __name__ == "__main__":

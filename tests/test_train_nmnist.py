@@ -289,6 +289,7 @@ def test_a_run_resumed_elsewhere_brings_its_best_network_along(tmp_path, made_da
     train_here(tmp_path / "there", made_data_dir, "--resume", tmp_path / "here" / "checkpoints" / "cnn_last.pt")
     assert equal(weights(tmp_path / "here", which="best"), weights(tmp_path / "there", which="best"))
     assert history(tmp_path / "here") == history(tmp_path / "there")
+    assert equal(weights(tmp_path / "here"), weights(tmp_path / "there"))  # so that it can go on from there
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -346,7 +347,9 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, made_data_dir, number, status
     assert "Traceback" not in stderr
     saved = torch.load(last, weights_only=True)["epoch"]
     message = stderr.strip().splitlines()[-1]
-    assert f"{last} keeps epoch {saved}; go on with: python train_nmnist.py --model cnn --resume --save_dir" in message
+    assert (
+        f"{last} keeps epoch {saved}; go on with: python train_nmnist.py --model cnn --resume --epochs 10000" in message
+    )
     assert not [path for path in files_in(tmp_path) if ".tmp" in path.name]
 
 
@@ -440,6 +443,16 @@ def test_two_processes_train_as_one_does(tmp_path, made_data_dir, alone):
             assert one[name] == pytest.approx(two[name], rel=1e-5), name
         for name in ("train_accuracy", "val_accuracy", "test_accuracy"):
             assert one[name] == two[name]
+
+
+def test_processes_that_differ_are_refused(tmp_path, made_data_dir, monkeypatch):
+    monkeypatch.setattr(utils, "gather", lambda own: [own, {**own, "training recordings": 7}])
+    with pytest.raises(utils.UserError, match="processes differ in training recordings: 120, and 7 in process 1"):
+        train_here(tmp_path, made_data_dir, "--epochs", 1)
+    monkeypatch.setattr(utils, "num_processes", lambda: 64)
+    with pytest.raises(utils.UserError, match="--batch_size 32: fewer than the 64 processes"):
+        train_here(tmp_path, made_data_dir, "--epochs", 1)
+    assert not files_in(tmp_path)
 
 
 def test_a_process_that_dies_ends_them_all(tmp_path, made_data_dir):
