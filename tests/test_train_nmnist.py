@@ -387,7 +387,8 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(tmp_path, made_data_dir,
     assert all(torch.isfinite(values).all() for values in weights(tmp_path).values())
 
 
-def test_two_runs_of_a_model_into_the_same_folder_are_refused(tmp_path, made_data_dir):
+def test_two_runs_of_a_model_into_the_same_folder_are_refused(tmp_path, made_data_dir, monkeypatch):
+    monkeypatch.setattr(utils, "_lock", lambda file, _seconds, lock=utils._lock: lock(file, 0))  # no patience
     for flag in ("--save_dir", "--log_dir"):
         folder = tmp_path / ("checkpoints" if flag == "--save_dir" else "logs")
         with (
