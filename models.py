@@ -235,18 +235,22 @@ def pool(x: torch.Tensor, pooled: torch.Tensor, place: torch.Tensor) -> None:
     run_pool(bare(windows), bare(pooled.flatten(0, 1)), bare(place.flatten(0, 1)))
 
 
-@Kernel
-def run_unpool(grad, place, places):
+def at_place(grad, place, places):
     """Return `grad` [F, h, w, C] at its place in windows [F, h, 2, w, 2, C] of zeros; `places` numbers those of one."""
     here = place[:, :, None, :, None].float() == places
-    return torch.where(here, grad[:, :, None, :, None].float(), 0.0).to(grad.dtype)
+    return torch.where(here, grad[:, :, None, :, None].float(), 0.0)
+
+
+@Kernel
+def run_unpool(grad, place, places):
+    """Return `at_place`, of the type of `grad`."""
+    return at_place(grad, place, places).to(grad.dtype)
 
 
 @Kernel
 def run_add_unpooled(x, grad, place, places):
-    """Add `grad` [F, h, w, C] to the windows x [F, h, 2, w, 2, C], at its place there."""
-    here = place[:, :, None, :, None].float() == places
-    x.copy_(x.float() + torch.where(here, grad[:, :, None, :, None].float(), 0.0))
+    """Add `at_place` to the windows x [F, h, 2, w, 2, C]."""
+    x.copy_(x.float() + at_place(grad, place, places))
 
 
 def unpool(grad: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
@@ -281,11 +285,7 @@ class FusedMaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_x, grad):
         (place,) = ctx.saved_tensors
-        grad_x = (
-            torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device)
-            if grad_x is None
-            else grad_x.movedim(1, -1).contiguous()
-        )
+        grad_x = grad.new_zeros(ctx.shape) if grad_x is None else grad_x.movedim(1, -1).contiguous()
         h, w = place.shape[1:3]
         windows = grad_x[:, : 2 * h, : 2 * w].unflatten(2, (w, 2)).unflatten(1, (h, 2))
         run_add_unpooled(bare(windows), bare(grad.movedim(1, -1).contiguous()), bare(place), places_of(place))

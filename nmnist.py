@@ -36,6 +36,7 @@ from tqdm import tqdm
 from utils import (
     UserError,
     atomic_path,
+    describe_damage,
     describe_error,
     first_of_machine_first,
     number,
@@ -610,7 +611,7 @@ def _check_images(path: str | Path, arrays: dict[str, np.ndarray], prefix: str) 
 # Frames
 # ---------------------------------------------------------------------------------------------------------
 
-CACHE_VERSION = 3
+CACHE_VERSION = 2
 
 
 @dataclass
@@ -750,15 +751,13 @@ def load_frames(recordings: NMNIST, time_steps: int, denoise: int | None = None)
         try:
             return Frames(**read_tensors(path, mmap=True))
         except Exception as error:  # torch raises many types on a damaged file
-            reason = describe_error(error).splitlines()[0] if str(error) else type(error).__name__
-            print(f"WARNING: cache {path} is damaged ({reason}): binning anew", file=sys.stderr)
+            print(f"WARNING: cache {path} is damaged ({describe_damage(error)}): binning anew", file=sys.stderr)
     frames = bin_recordings(recordings, time_steps, denoise)
     try:
         remove_left_over(path.parent)
         save_tensors(path, {field.name: getattr(frames, field.name) for field in fields(frames)})
     except OSError as error:
-        reason = str(error.strerror).removeprefix("can't be written: ")
-        print(f"WARNING: cache {path} can't be written ({reason}): frames stay in memory", file=sys.stderr)
+        print(f"WARNING: cache {describe_error(error)}: frames stay in memory", file=sys.stderr)
         return frames
     for old in path.parent.glob(f"{prefix}*.pt"):  # of recordings that have changed since
         if old != path:

@@ -149,12 +149,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
         parser.error("argument --batch_size: 1 is too few for --time_steps 1, whose norms need two frames")
     if args.test_only and args.resume is not None:
         parser.error("argument --resume: not allowed with argument --test_only")
-    if not args.test_only and args.resume is None:
-        args.precision = utils.pick_precision(args.precision, utils.pick_device(args.device))
-        return args, None
     path = utils.checkpoint_path(args.save_dir, args.model, "best" if args.test_only else "last")
+    anew = not args.test_only and args.resume is None
     if args.resume == "last" and not path.exists():  # killed before its first epoch ended, perhaps
         print(f"resume      no checkpoint at {path} yet: training starts anew, with the flags as given")
+        anew = True
+    if anew:
         args.precision = utils.pick_precision(args.precision, utils.pick_device(args.device))
         return args, None
     if args.resume not in (None, "last"):

@@ -68,7 +68,7 @@ def run_script(main: Callable[[], None]) -> None:
         text = f"{Path(sys.argv[0]).name}: error: {describe_error(error)}"
         if first:
             sys.exit(text)
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if number_on_machine() == 0:
             print(text, file=stderr)
         sys.exit(1)
     except KeyboardInterrupt as stop:
@@ -98,6 +98,11 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def describe_damage(error: Exception) -> str:
+    """Return in a line why a file can't be read, which libraries tell in many lines or in none."""
+    return next(iter(describe_error(error).splitlines()), type(error).__name__)
 
 
 def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False, open_high: bool = False):
@@ -201,7 +206,7 @@ def pick_device(name: str | None) -> torch.device:
     """Return the device called `name`, or the best one of this machine when it is None; of several processes' GPUs,
     this one's."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    return torch.device(name, number_on_machine() if name == "cuda" else None)
 
 
 def add_precision_argument(parser: argparse.ArgumentParser) -> None:
@@ -279,10 +284,15 @@ def process_number() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
+def number_on_machine() -> int:
+    """Return this process's number among those of its machine, from 0; torchrun sets it, before processes join."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 @contextlib.contextmanager
 def first_of_machine_first() -> Iterator[None]:
     """Let the first process of each machine do what is inside, and the others then, who find its files."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    first = number_on_machine() == 0
     if num_processes() > 1 and not first:
         distributed.barrier()
     yield
@@ -356,7 +366,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename in (None, str(temporary)) and error.errno:
+        if error.filename in (None, str(temporary), *map(str, path.parents)) and error.errno:
             raise OSError(error.errno, f"can't be written: {error.strerror}", str(path)) from None
         raise
     finally:
@@ -459,8 +469,7 @@ def load_checkpoint(path: str | Path, model: str) -> dict:
     try:
         checkpoint = read_tensors(path)
     except Exception as error:  # torch raises many types on a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} can't be read as a checkpoint ({reason}): {made_by}") from None
+        raise UserError(f"{path} can't be read as a checkpoint ({describe_damage(error)}): {made_by}") from None
     settings = checkpoint.get("network_settings") if isinstance(checkpoint, dict) else None
     if not isinstance(settings, dict) or "model" not in settings:
         raise UserError(f"{path} is no checkpoint of this project: {made_by}")

@@ -1,6 +1,7 @@
 """Data that the tests share: the real recordings where there are some, and recordings made here."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,11 @@ def run(*command, cwd=ROOT, **options) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [str(part) for part in command]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=280, **options)
+
+
+def limit_files(size: int):
+    """Return what makes a started process unable to write files of more than `size` bytes, as on a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def files_in(folder: Path) -> set[Path]:

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
 import socket
 import subprocess
@@ -22,7 +21,7 @@ import numpy as np
 import pytest
 import tonic
 import torch
-from conftest import ROOT, assert_refused, make_events, make_recordings, run
+from conftest import ROOT, assert_refused, limit_files, make_events, make_recordings, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tonic.io import read_mnist_file
@@ -728,16 +727,13 @@ def test_a_cache_of_another_version_is_not_used(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_keeps_frames_in_memory_and_leaves_no_half_simulated_data(tmp_path):
-    def limit(size):
-        return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
     made = make_recordings(tmp_path / "made", 2, 1)
-    result = run_offline("--data_dir", made, "--time_steps", 5, preexec_fn=limit(3_000))
+    result = run_offline("--data_dir", made, "--time_steps", 5, preexec_fn=limit_files(3_000))
     assert result.returncode == 0, result.stderr
     assert "can't be written" in result.stderr
     assert "frames stay in memory" in result.stderr
     assert not list((made / "cache").iterdir())
-    result = run_offline("--data_dir", tmp_path / "new", "--dataset", "simulated", preexec_fn=limit(3_000))
+    result = run_offline("--data_dir", tmp_path / "new", "--dataset", "simulated", preexec_fn=limit_files(3_000))
     assert_refused(result, "can't be written: File too large")
     assert not list((tmp_path / "new").iterdir())
 

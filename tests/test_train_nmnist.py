@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, assert_refused, files_in, run
+from conftest import ROOT, SHARED, assert_refused, files_in, limit_files, run
 from torch import distributed
 
 import nmnist
@@ -351,11 +350,6 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, made_data_dir, number, status
         f"{last} keeps epoch {saved}; go on with: python train_nmnist.py --model cnn --resume --epochs 10000" in message
     )
     assert not [path for path in files_in(tmp_path) if ".tmp" in path.name]
-
-
-def limit_files(size):
-    """Return what makes a started process unable to write files of more than `size` bytes, as on a full disk."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, made_data_dir):
