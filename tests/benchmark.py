@@ -213,6 +213,7 @@ def benchmark_speed(args: argparse.Namespace) -> None:
                 "without spikes, inference": inference(floor, frames),
                 "snnTorch's loop, inference": inference(loop, plain),
                 "a batch from the cache": lambda: cached.batch(order, network.dtype),
+                "an augmented batch": lambda: cached.batch(order, network.dtype, augment=True),
             },
             args.rounds,
             turns=3,
@@ -250,6 +251,7 @@ def report_speed(args, device, precision, first_step, speed, binning, recordings
         "training, of the speed without spikes": rates["our training step"] / rates["the same without spikes (ReLU)"],
         "inference, times snnTorch's loop": rates["our inference"] / rates["snnTorch's loop, inference"],
         "making a batch, of a training step": speed["a batch from the cache"] / speed["our training step"],
+        "an augmented batch, of a training step": speed["an augmented batch"] / speed["our training step"],
         "binning, times tonic alone": rates["binning, ours"] / rates["binning, tonic alone"],
     }
     print()
