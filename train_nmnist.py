@@ -250,11 +250,15 @@ def make_optimizer(args: argparse.Namespace, network: SpikingNetwork) -> torch.o
 
 
 def make_loss(name: str) -> Callable:
-    """Return the loss of `--loss` as a function of the output neurons' spk and mem [T, B, 10] and the labels [B]."""
+    """Return the loss of `--loss` as a function of the output neurons' spk and mem [T, B, 10] and the labels [B].
+
+    It is not finite where a membrane potential is not: spikes, and so a loss of spikes, stay finite even then.
+    """
     loss_fn = LOSSES[name]()
-    if name == "ce":  # a membrane tells how far from firing a neuron is; its spikes at a step are only 0 or 1
-        return lambda spk, mem, labels: loss_fn(mem, labels).sum()
-    return lambda spk, mem, labels: loss_fn(spk, labels).sum()  # of one element, which snnTorch shapes in two ways
+    # A membrane tells how far from firing a neuron is; its spikes at a step are only 0 or 1.
+    of_mem = name == "ce"
+    # Of one element, which snnTorch shapes in two ways: so its sum.
+    return lambda spk, mem, labels: loss_fn(mem if of_mem else spk, labels).sum() + 0 * mem.sum()
 
 
 def train_one_epoch(learner: Learner, batches: Iterable, bar: tqdm) -> dict:
@@ -265,7 +269,7 @@ def train_one_epoch(learner: Learner, batches: Iterable, bar: tqdm) -> dict:
     """
     learner.network.train()
     # Summed where the work is done, and read when the bar is drawn: reading waits for the device.
-    sums = 0  # of loss, right decisions, recordings, broken batches
+    sums = 0  # of loss, right decisions, recordings
     for x, labels, whole in batches:
         spk, mem = learner.parallel(x)
         # Without a recording in its share of a last batch, a process takes part with gradients of 0.
@@ -275,11 +279,10 @@ def train_one_epoch(learner: Learner, batches: Iterable, bar: tqdm) -> dict:
         learner.optimizer.step()
         learner.average.update(learner.network)
         with torch.no_grad():
-            broken = ~torch.isfinite(mem).all()  # spikes, and so a loss of spikes, stay finite even then
             right = (predict(mem) == labels).sum()
             seen = torch.full_like(right, len(labels))
-            sums = sums + torch.stack([loss.double() * len(labels), right, seen, broken])
-        # The first process alone: of broken batches, the others tell together, after the epoch.
+            sums = sums + torch.stack([loss.double() * len(labels), right, seen])
+        # The first process alone: of losses that are not finite, the others tell together, after the epoch.
         if bar.update(whole) and utils.process_number() == 0:
             show_progress(bar, sums)
     return show_progress(bar, utils.add_up(sums))
@@ -288,10 +291,10 @@ def train_one_epoch(learner: Learner, batches: Iterable, bar: tqdm) -> dict:
 def show_progress(bar: tqdm, sums: torch.Tensor) -> dict:
     """Write mean loss and accuracy so far beside the bar, and return them.
 
-    Raises `FloatingPointError` where the loss or the membrane potentials were not finite in a batch.
+    Raises `FloatingPointError` where the loss was not finite in a batch.
     """
-    loss, right, seen, broken = sums.tolist()
-    if broken or not math.isfinite(loss):
+    loss, right, seen = sums.tolist()
+    if not math.isfinite(loss):
         raise FloatingPointError(f"within {bar.n:,} of {bar.total:,} recordings")
     bar.set_postfix(loss=f"{loss / seen:.4f}", accuracy=f"{right / seen:.2%}", refresh=False)
     return {"loss": loss / seen, "accuracy": right / seen}
@@ -309,8 +312,7 @@ def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, bar: tq
     decisions = [torch.zeros((frames.filled.shape[1], 0), dtype=torch.int64)]
     for x, batch_labels in frames.batches(own, batch_size, network.dtype):
         spk, mem = network(x)
-        loss = loss_fn(spk, mem, batch_labels).double() + 0 * mem.sum()  # not finite where a membrane is not
-        total_loss = total_loss.to(x.device) + loss * len(batch_labels)
+        total_loss = total_loss.to(x.device) + loss_fn(spk, mem, batch_labels).double() * len(batch_labels)
         labels.append(batch_labels)
         decisions.append(predict_over_time(mem))
         bar.update(len(batch_labels) * utils.num_processes())
@@ -406,9 +408,9 @@ def train(args, network, checkpoint: dict | None, data: Data) -> None:
 
 def how_to_go_on(args: argparse.Namespace, *flags: str) -> str:
     """Return the command that goes on with the run of `args` by `flags`; what is not named is in the checkpoint."""
-    command = ["python", "train_nmnist.py", "--model", args.model, *flags]
+    command, parser = ["python", "train_nmnist.py", "--model", args.model, *flags], make_parser()
     for name in ("save_dir", "log_dir", "data_dir", "dataset", "device"):
-        if getattr(args, name) != make_parser().get_default(name):
+        if getattr(args, name) != parser.get_default(name):
             command += [f"--{name}", getattr(args, name)]
     return shlex.join(command)
 

@@ -25,18 +25,21 @@ from models import build_model
 SHORT = ["--time_steps", "5", "--batch_size", "32", "--val_split", "0.2", "--device", "cpu"]
 
 
+def places(folder, data_dir):
+    """Return the flags that put all files of a run into `folder`."""
+    return ["--data_dir", data_dir, "--save_dir", folder / "checkpoints", "--log_dir", folder / "logs"]
+
+
 def train(folder, data_dir, *flags, expect=0):
     """Run train_nmnist.py as a user does, with its files in `folder`."""
-    places = ["--data_dir", data_dir, "--save_dir", folder / "checkpoints", "--log_dir", folder / "logs"]
-    result = run(sys.executable, "train_nmnist.py", *places, *SHORT, *flags)
+    result = run(sys.executable, "train_nmnist.py", *places(folder, data_dir), *SHORT, *flags)
     assert expect is None or result.returncode == expect, result.stderr
     return result
 
 
 def start(folder, data_dir, *flags, launcher=()):
     """Start train_nmnist.py as a user does, and return the process while it runs."""
-    places = ["--data_dir", data_dir, "--save_dir", folder / "checkpoints", "--log_dir", folder / "logs"]
-    command = [sys.executable, *launcher, "train_nmnist.py", *places, *SHORT, *flags]
+    command = [sys.executable, *launcher, "train_nmnist.py", *places(folder, data_dir), *SHORT, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [str(part) for part in command],
@@ -50,8 +53,7 @@ def start(folder, data_dir, *flags, launcher=()):
 
 def train_here(folder, data_dir, *flags):
     """The same in this process, which starts faster."""
-    places = ["--data_dir", data_dir, "--save_dir", folder / "checkpoints", "--log_dir", folder / "logs"]
-    train_nmnist.main([str(part) for part in (*places, *SHORT, *flags)])
+    train_nmnist.main([str(part) for part in (*places(folder, data_dir), *SHORT, *flags)])
 
 
 def weights(folder, model="cnn", which="last"):
@@ -132,8 +134,7 @@ def test_testing_again_gives_the_same_whatever_the_flags(trained, made_data_dir,
     model, folder, _ = trained
     path = folder / "logs" / f"{model}_test_metrics.json"
     before = json.loads(path.read_text())
-    places = ["--data_dir", made_data_dir, "--save_dir", folder / "checkpoints", "--log_dir", folder / "logs"]
-    flags = [*places, "--model", model, "--test_only", "--beta", 0.9, "--time_steps", 9]
+    flags = [*places(folder, made_data_dir), "--model", model, "--test_only", "--beta", 0.9, "--time_steps", 9]
     train_nmnist.main([str(part) for part in flags])
     assert "--beta 0.9 is ignored" in capsys.readouterr().out
     assert json.loads(path.read_text()) == before
@@ -356,14 +357,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, made_data_dir):
     flags = ["--neuron_backend", "step", "--time_steps", 2]
     train_here(tmp_path, made_data_dir, "--epochs", 1, *flags)
     before = {path: path.read_bytes() for path in files_in(tmp_path) if path.name != "cnn_best.pt"}
-    places = ["--data_dir", made_data_dir, "--save_dir", tmp_path / "checkpoints", "--log_dir", tmp_path / "logs"]
-    command = [sys.executable, "train_nmnist.py", *places, "--resume", "--epochs", 2]
+    command = [sys.executable, "train_nmnist.py", *places(tmp_path, made_data_dir), "--resume", "--epochs", 2]
     result = run(*command, preexec_fn=limit_files(1_000_000))  # enough for the best, not for the last
     assert_refused(result, str(tmp_path / "checkpoints" / "cnn_last.pt"), "can't be written")
     assert (tmp_path / "checkpoints" / "cnn_last.pt").read_bytes() == before[tmp_path / "checkpoints" / "cnn_last.pt"]
     assert files_in(tmp_path) == {*before, tmp_path / "checkpoints" / "cnn_best.pt"}
     # Figures: the metrics, which are small, are written; the first figure is not.
-    command = [sys.executable, "train_nmnist.py", *places, "--test_only", "--visualize"]
+    command = [sys.executable, "train_nmnist.py", *places(tmp_path, made_data_dir), "--test_only", "--visualize"]
     result = run(*command, preexec_fn=limit_files(10_000))
     assert_refused(result, str(tmp_path / "logs" / "training_results.png"), "can't be written: File too large")
     assert files_in(tmp_path) == {*before, tmp_path / "checkpoints" / "cnn_best.pt"}
