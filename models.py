@@ -506,6 +506,14 @@ def over_steps(x: torch.Tensor, *layers: nn.Module) -> torch.Tensor:
     return out.unflatten(0, x.shape[:2])
 
 
+def balance(decay: float) -> float:
+    """Return by what to scale an input so that, summed up over steps with this `decay`, it stays of its size.
+
+    The sum takes noise 1 / (1 - decay**2)**0.5 times, what lasts 1 / (1 - decay) times: this lies between the two.
+    """
+    return max(1 - decay, 0.01) ** 0.5
+
+
 class SpikingNetwork(nn.Module):
     """What both networks share: their settings, their neurons, and how a pass starts.
 
@@ -522,13 +530,20 @@ class SpikingNetwork(nn.Module):
     def _leaky(self) -> Leaky:
         return Leaky(self.beta, self.threshold, self.neuron_backend)
 
+    def _current(self) -> float:
+        """Return the standard deviation that the currents of LIF layers are to have at the start.
+
+        One threshold keeps every layer firing, neither silent nor saturated (threshold-dependent normalisation, Zheng
+        et al. 2021, "Going deeper with directly-trained larger SNNs"). Up to a beta of 0.5 membranes are of that size,
+        too; above, currents are made smaller for it: far from the threshold little gradient passes.
+        """
+        return self.threshold * min(1.0, balance(self.beta) / balance(0.5))
+
     def _norm(self, norm: nn.Module, scale: float = 1.0) -> nn.Module:
         # A batch holds T frames of each recording, so its statistics are sure, and may count for more than torch's
         # tenth: with a tenth, the first epoch of a small data set ends with a silent network.
         norm.momentum = 0.2
-        # A standard deviation of one threshold at the start keeps every layer firing, neither silent nor saturated
-        # (threshold-dependent normalisation, Zheng et al. 2021, "Going deeper with directly-trained larger SNNs").
-        nn.init.constant_(norm.weight, self.threshold * scale)
+        nn.init.constant_(norm.weight, self._current() * scale)
         return norm
 
     @property
@@ -621,14 +636,12 @@ class SpikingResNet(SpikingNetwork):
         self.conv1 = ConvPool(2, w1, neuron_backend)  # 34 x 34, pooled to 17 x 17
         self.norm1 = self._norm(nn.BatchNorm2d(w1))
         self.lif1 = ALIF(alpha, beta, self.ADAPTATION * threshold, threshold, neuron_backend)
-        self.res1 = ResidualBlock(w1, w2, neuron_backend, self._norm)  # 17 x 17 to 8 x 8
+        self.res1 = ResidualBlock(w1, w2, neuron_backend, self._norm, self._current())  # 17 x 17 to 8 x 8
         self.res1_lif1, self.res1_lif2 = self._leaky(), self._leaky()
-        self.res2 = ResidualBlock(w2, w3, neuron_backend, self._norm)  # 8 x 8 to 4 x 4
+        self.res2 = ResidualBlock(w2, w3, neuron_backend, self._norm, self._current())  # 8 x 8 to 4 x 4
         self.res2_lif1, self.res2_lif2 = self._leaky(), self._leaky()
         self.fc1 = nn.Linear(w3 * 4 * 4, hidden, bias=False)
-        # The synapse adds up noise 1 / (1 - alpha**2)**0.5 times and a lasting current 1 / (1 - alpha) times: the
-        # scale lies between the two, so that neither drowns the threshold.
-        self.norm2 = self._norm(nn.BatchNorm1d(hidden), scale=max(1 - alpha, 0.01) ** 0.5)
+        self.norm2 = self._norm(nn.BatchNorm1d(hidden), scale=balance(alpha))
         self.fc_syn = Synaptic(alpha, beta, threshold, neuron_backend)
         self.fc_out = nn.Linear(hidden, NUM_DIGITS, bias=False)
         self.norm_out = self._norm(nn.BatchNorm1d(NUM_DIGITS))
@@ -646,7 +659,7 @@ class SpikingResNet(SpikingNetwork):
 class ResidualBlock(nn.Module):
     """The layers of a residual block. Its two neuron layers belong to the network, which hands them over."""
 
-    def __init__(self, width_in: int, width_out: int, neuron_backend: str, make_norm):
+    def __init__(self, width_in: int, width_out: int, neuron_backend: str, make_norm, current: float):
         super().__init__()
         self.conv1 = ConvPool(width_in, width_out, neuron_backend)
         self.norm1 = make_norm(nn.BatchNorm2d(width_out))
@@ -654,6 +667,9 @@ class ResidualBlock(nn.Module):
         self.norm2 = make_norm(nn.BatchNorm2d(width_out))
         self.pool = MaxPool(neuron_backend)
         self.shortcut = nn.Conv2d(width_in, width_out, 1, bias=False)
+        # No norm measures the shortcut's current: it grows and shrinks with that of the norms beside it.
+        with torch.no_grad():
+            self.shortcut.weight *= current
 
     def forward(self, spk, lif1, lif2):
         """Map spikes [T, B, width_in, H, W] to spikes [T, B, width_out, H // 2, W // 2]."""

@@ -48,8 +48,11 @@ AVERAGED_STEPS = 100  # over which the weights are averaged, in effect
 LOSSES = {
     "ce": SF.ce_rate_loss,  # cross entropy of the membrane potentials at every step, averaged over steps
     "mse": SF.mse_count_loss,  # squared error of the spike counts: T for the right digit, 0 for the others
-    "count": SF.ce_count_loss,  # cross entropy of the spike counts
+    "count": SF.ce_count_loss,  # cross entropy of the spike counts, scaled by COUNT_RANGE
 }
+# What a spike at every step counts for. Counts of up to T soon leave no doubt about a training recording, however
+# early they part: then nothing is left to learn from.
+COUNT_RANGE = 5.0
 # What `build_model` needs.
 NETWORK_SETTINGS = ("model", "beta", "threshold", "alpha", "dropout", "precision", "neuron_backend")
 # What a checkpoint keeps of the flags: a run that goes on with others would end elsewhere.
@@ -255,10 +258,15 @@ def make_loss(name: str) -> Callable:
     It is not finite where a membrane potential is not: spikes, and so a loss of spikes, stay finite even then.
     """
     loss_fn = LOSSES[name]()
-    # A membrane tells how far from firing a neuron is; its spikes at a step are only 0 or 1.
-    of_mem = name == "ce"
-    # Of one element, which snnTorch shapes in two ways: so its sum.
-    return lambda spk, mem, labels: loss_fn(mem if of_mem else spk, labels).sum() + 0 * mem.sum()
+
+    def loss(spk, mem, labels):
+        out = mem if name == "ce" else spk  # a membrane tells how far from firing a neuron is, a spike is only 0 or 1
+        if name == "count":
+            out = out * (COUNT_RANGE / len(spk))
+        # Of one element, which snnTorch shapes in two ways: so its sum.
+        return loss_fn(out, labels).sum() + 0 * mem.sum()
+
+    return loss
 
 
 def train_one_epoch(learner: Learner, batches: Iterable, bar: tqdm) -> dict:

@@ -308,6 +308,32 @@ def test_gradients_reach_every_parameter_and_no_layer_is_silent_or_saturated(mod
         assert 0.01 < rate < 0.6, f"{name} fires at {rate}"
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("model", MODELS)
+def test_membranes_start_with_a_standard_deviation_of_about_a_threshold(model, beta):
+    torch.manual_seed(0)
+    network = build_model(model, beta, 1.0, 0.9, 0.0)
+    with models.LayerRecorder(network) as layers, torch.no_grad():
+        network(torch.poisson(torch.full((25, 8, 2, 34, 34), 0.05)))
+    for name, (_spk, mem) in layers.items():
+        assert 0.5 < float(mem.std()) < 2, name
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.9])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_threshold_is_but_the_unit_of_the_membranes(model, beta):
+    frames = torch.poisson(torch.full((25, 4, 2, 34, 34), 0.05), generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for threshold in (1.0, 0.25):  # a power of 2 rounds nothing
+        torch.manual_seed(0)
+        with torch.no_grad():
+            outputs.append(build_model(model, beta, threshold, 0.9, 0.0)(frames))
+    (spk, mem), (spk_of_quarter, mem_of_quarter) = outputs
+    assert spk.sum() > 0
+    assert torch.equal(spk_of_quarter, spk)
+    assert torch.equal(4 * mem_of_quarter, mem)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_recordings_of_a_batch_do_not_mix(model):
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """Training, resuming and testing, as a user runs them, on recordings made here and on real ones."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -515,6 +516,20 @@ def test_testing_on_other_data_than_trained_on_is_said(tmp_path, made_data_dir, 
 def test_a_single_time_step_and_a_last_batch_of_one(tmp_path, made_data_dir):
     train_here(tmp_path, made_data_dir, "--epochs", 1, "--time_steps", 1, "--batch_size", 19)  # 96 = 5 * 19 + 1
     assert len(history(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("time_steps", [1, 5, 25])
+def test_losses_worked_by_hand(time_steps):
+    """The right neuron of ten fires at every step, the others never; its membrane is at 2, the others' at 0."""
+    labels = torch.tensor([3, 7, 7])
+    spk = torch.nn.functional.one_hot(labels, 10).float().expand(time_steps, 3, 10)
+    mem = 2 * spk
+    losses = {name: float(train_nmnist.make_loss(name)(spk, mem, labels)) for name in ("ce", "mse", "count")}
+    assert losses["ce"] == pytest.approx(math.log(1 + 9 * math.exp(-2)), rel=1e-5)
+    assert losses["mse"] == 0
+    assert losses["count"] == pytest.approx(math.log(1 + 9 * math.exp(-5)), rel=1e-5)  # whatever the number of steps
+    assert float(train_nmnist.make_loss("mse")(0 * spk, mem, labels)) > 0
+    assert math.isnan(float(train_nmnist.make_loss("count")(spk, mem * math.inf, labels)))
 
 
 @pytest.mark.parametrize(
