@@ -98,7 +98,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(LOSSES),
         default="ce",
         help="ce: cross entropy of the membrane potentials at every step; mse: squared error of the spike counts; "
-        "count: cross entropy of the spike counts (default: %(default)s)",
+        f"count: cross entropy of the spike counts, where a spike at every step counts for {COUNT_RANGE:g} "
+        "(default: %(default)s)",
     )
     group.add_argument("--scheduler", action="store_true", help="lower the learning rate to 0 along a cosine")
     group.add_argument(
