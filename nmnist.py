@@ -1,26 +1,31 @@
-"""N-MNIST recordings: find, download, check, simulate and bin them, and make batches of frames.
+"""N-MNIST recordings: find, download, check and bin them, make batches of frames, and simulate recordings.
 
-    python nmnist.py                                  # what is in ./data, as a table; builds the frame cache
+    python nmnist.py                                  # a table of what is in ./data; builds the frame cache
     python nmnist.py --data_dir DIR --time_steps 10   # the same for another folder, with 10 frames a recording
     python nmnist.py --dataset simulated              # record scikit-learn's digits with a simulated camera
     python nmnist.py --simulate IMAGES.npz --data_dir DIR   # record any labelled images of 28 x 28 pixels
 
 Events are numpy structured arrays `x, y, t, p` as tonic gives them: t in microseconds, x and y in 0..33, p 0
-(OFF) or 1 (ON). Frames are [T, B, 2, 34, 34], the value the number of events in that bin.
+(OFF) or 1 (ON). Frames are [T, B, 2, 34, 34]; the value is the number of events in that bin.
 """
 
+import utils  # must be first: Ctrl-C during the slow imports below exits with one line
+
+# isort: split
 import argparse
 import contextlib
+import errno
 import hashlib
 import http.client
 import json
 import os
-import queue
+import re
 import shutil
-import sys
+import socket
 import threading
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -30,24 +35,10 @@ import tonic
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from tonic.download_utils import check_md5
+from tonic.download_utils import USER_AGENT, download_url
 from tqdm import tqdm
 
-from utils import (
-    UserError,
-    atomic_path,
-    describe_damage,
-    describe_error,
-    first_of_machine_first,
-    number,
-    read_tensors,
-    remove_left_over,
-    run_script,
-    save_tensors,
-    temporary_beside,
-    work_in_parallel,
-    write_json,
-)
+from utils import UserError, number
 
 SENSOR_SIZE = (34, 34, 2)  # x, y, polarities, as tonic orders them
 BINS_PER_FRAME = 2 * 34 * 34
@@ -56,37 +47,36 @@ NUM_DIGITS = 10
 SACCADE_ENDS = (100, 220, 308)
 SPLITS = ("train", "test")
 HOMEPAGE = "https://www.garrickorchard.com/datasets/n-mnist"
+SIMULATOR_FILE = "simulator.json"  # beside simulated recordings, which it tells from real ones
 
-# ---------------------------------------------------------------------------------------------------------
-# Recordings on disk
-# ---------------------------------------------------------------------------------------------------------
+# --- The data set ----------------------------------------------------------------------------------------
 
 
 class DownloadError(UserError):
-    """N-MNIST is not on disk and can't be fetched."""
+    """N-MNIST is not on disk and can't be downloaded."""
 
 
 class NMNIST(tonic.datasets.NMNIST):
-    """`tonic.datasets.NMNIST` for `split` 'train' or 'test' of any number of recordings, checked as they are read.
+    """`tonic.datasets.NMNIST` for `split` 'train' or 'test', with any number of recordings, checked as they are read.
 
-    tonic takes a folder for complete at 10,000 files beside a zip: an interrupted extraction passes, and
-    recordings without a zip are downloaded anew. Here recordings are taken as they are; only where a zip lies
-    beside them and some are missing or cut short is it extracted again.
+    tonic considers a split complete once there are 10,000 files and a zip. It therefore accepts an interrupted
+    extraction, and downloads recordings whose zip was deleted. Here recordings are used as they are; if a zip lies
+    beside them, those missing or cut short are extracted again. tonic's constructor calls `_check_exists` and, if that
+    is false, `download`; then it fills `data` (paths) and `targets` (labels).
 
-    Raises `DownloadError` where nothing is on disk and nothing can be fetched, `UserError` where the folders
-    are not N-MNIST's.
+    Raises `DownloadError` if nothing is on disk and nothing can be downloaded, `UserError` if the folders are not
+    N-MNIST's.
     """
 
     published = {"train": 60_000, "test": 10_000}
-    connect_seconds = 10  # a host that has not answered by then is given up
+    connect_seconds = 10  # time limit for a host to answer
 
     def __init__(self, data_dir: str | Path, split: str):
         self.split = split
         super().__init__(save_to=str(data_dir), train=split == "train")
-        for digit in range(NUM_DIGITS):
-            if digit not in set(self.targets):
-                folder = self.root / self.folder_name / str(digit)
-                raise UserError(f"no recordings of digit {digit} in {folder}: fetch or unpack them again")
+        for digit in sorted(set(range(NUM_DIGITS)) - set(self.targets)):
+            folder = self.root / self.folder_name / str(digit)
+            raise UserError(f"no recordings of digit {digit} in {folder}: download or unpack them again")
 
     @property
     def root(self) -> Path:
@@ -95,7 +85,7 @@ class NMNIST(tonic.datasets.NMNIST):
 
     @property
     def name(self) -> str:
-        """The data set's name as files and figures carry it: simulated recordings are never called NMNIST."""
+        """The data set's name in files and figures: simulated recordings are never called NMNIST."""
         try:
             images = json.loads((self.root / SIMULATOR_FILE).read_text())["images"]
         except FileNotFoundError:
@@ -105,155 +95,454 @@ class NMNIST(tonic.datasets.NMNIST):
         return "SimulatedNMNIST" if images == BUILT_IN_IMAGES else f"SimulatedNMNIST ({images})"
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """Return (events, label). Raises `UserError` naming the file where it is no N-MNIST recording."""
+        """Return (events, label). Raises `UserError` naming the file if it is not an N-MNIST recording."""
         path = self.data[index]
         size = os.path.getsize(path)
+        again = "delete it or download it again"
         if size == 0 or size % 5:
-            raise UserError(f"{path} is damaged ({size} bytes, no multiple of 5 above 0): delete it or fetch it again")
+            raise UserError(f"{path} is damaged ({size} bytes, not a multiple of 5 above 0): {again}")
         events, label = super().__getitem__(index)
         if len(events) == 0:
-            raise UserError(f"{path} holds no events: delete it or fetch it again")
+            raise UserError(f"{path} holds no events: {again}")
         if events["x"].max() > 33 or events["y"].max() > 33:
-            raise UserError(f"{path} has events outside the 34 x 34 pixels: delete it or fetch it again")
+            raise UserError(f"{path} has events outside the 34 x 34 pixels: {again}")
         if (np.diff(events["t"]) < 0).any():
-            raise UserError(f"{path} has time stamps that run backwards: delete it or fetch it again")
+            raise UserError(f"{path} has time stamps that run backwards: {again}")
         return events, label
 
-    def _check_exists(self) -> bool:
-        """Say whether there are recordings, all that the zip holds where one lies beside them."""
-        if (self.root / self.folder_name).is_dir():
-            self._check_folders()
-        if (self.root / self.filename).is_file():
-            return not self._missing_members()
-        return any((self.root / self.folder_name).glob("*/*.bin"))
-
-    def _missing_members(self) -> list[zipfile.ZipInfo]:
-        """Return the recordings in the zip that are not on disk at their full size."""
-        archive = self.root / self.filename
-        try:
-            with zipfile.ZipFile(archive) as zip_file:
-                members = [m for m in zip_file.infolist() if self._is_recording(m.filename)]
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{archive} is no intact zip ({error}): delete it, and it is downloaded again") from None
-        if not members:
-            raise UserError(f"{archive} holds no {self.folder_name}/<digit>/*.bin: it is not N-MNIST; delete it")
-        sizes = {}
-        for digit in range(NUM_DIGITS):
-            with (
-                contextlib.suppress(FileNotFoundError),
-                os.scandir(self.root / self.folder_name / str(digit)) as files,
-            ):
-                sizes |= {f"{self.folder_name}/{digit}/{file.name}": file.stat().st_size for file in files}
-        return [m for m in members if sizes.get(m.filename) != m.file_size]
-
-    def _is_recording(self, filename: str) -> bool:
-        parts = filename.split("/")
-        return len(parts) == 3 and parts[0] == self.folder_name and parts[1].isdigit() and parts[2].endswith(".bin")
-
-    def download(self) -> None:
-        """Fetch the zip where it is missing, and extract what is not on disk yet, each file atomically."""
-        archive = self.root / self.filename
-        if (self.root / SIMULATOR_FILE).is_file():  # real recordings have no place beside simulated ones
-            raise UserError(f"no {self.folder_name} in {self.root}: it was simulated from images without a test part")
-        for folder in (self.root, *(self.root / self.folder_name).glob("*/")):
-            remove_left_over(folder)
-        if not archive.is_file():
-            fetch(self.url, self.file_md5, archive, self.connect_seconds)
-        with zipfile.ZipFile(archive) as zip_file:
-            for member in tqdm(self._missing_members(), desc=f"extract {self.filename}", unit="file"):
-                try:
-                    content = zip_file.read(member)
-                except (zipfile.BadZipFile, zipfile.zlib.error) as error:
-                    raise UserError(f"{archive} is damaged ({error}): delete it, and it is downloaded again") from None
-                with atomic_path(self.root / member.filename) as temporary:
-                    temporary.write_bytes(content)
-
-    def _check_folders(self) -> None:
-        """Refuse recordings that don't lie in a digit's folder: tonic would give them a wrong label."""
-        folder = self.root / self.folder_name
-        digits = {str(digit) for digit in range(NUM_DIGITS)}
-        for entry in os.scandir(folder):
-            if entry.is_dir() and entry.name in digits:
-                misplaced = [inner.path for inner in os.scandir(entry) if inner.is_dir()]
-            else:
-                misplaced = [entry.path] if entry.is_dir() or entry.name.endswith(".bin") else []
-            if misplaced:
-                raise UserError(
-                    f"{min(misplaced)} does not belong here: {folder} holds a folder for each digit 0 to 9, "
-                    "and those hold recordings alone"
-                )
-
     def describe(self) -> str:
-        """Return the number of recordings in a line, beside the published number where some are missing."""
+        """Return the number of recordings, with the published number if some are missing."""
         published = self.published[self.split]
         of_published = "" if len(self) == published else f" of {published:,}"
         return f"{'training' if self.split == 'train' else 'test'} recordings: {len(self):,}{of_published}"
 
+    def _check_exists(self) -> bool:
+        """Return whether there are recordings; if a zip lies beside them, all that it holds."""
+        self._check_folders()
+        if (self.root / self.filename).is_file():
+            return not self._missing_members()
+        return any((self.root / self.folder_name).glob("*/*.bin"))
 
-def fetch(url: str, md5: str, path: Path, connect_seconds: float) -> None:
-    """Download `url` to `path` with a progress bar; `path` appears only once it is whole and its md5 is right.
+    def _check_folders(self) -> None:
+        """Refuse recordings outside the digits' folders, to which tonic would give a wrong label."""
+        folder = self.root / self.folder_name
+        digits = [str(digit) for digit in range(NUM_DIGITS)]
+        for path in sorted([*folder.glob("*"), *folder.glob("[0-9]/*/")]):
+            is_digit = path.parent == folder and path.name in digits and path.is_dir()
+            if not is_digit and (path.is_dir() or path.suffix == ".bin"):
+                raise UserError(
+                    f"{path} does not belong here: {folder} holds a folder for each digit 0 to 9, "
+                    "and those hold nothing but recordings"
+                )
 
-    tonic's own download waits for ever for a host that does not answer, and leaves what it got of a file whose
-    connection dropped. Raises `DownloadError`.
+    def _missing_members(self) -> list[zipfile.ZipInfo]:
+        """Return the recordings in the zip that are not on disk at their full size."""
+        archive, recording = self.root / self.filename, rf"{self.folder_name}/\d/[^/]+\.bin"
+        try:
+            with zipfile.ZipFile(archive) as zip_file:
+                members = [m for m in zip_file.infolist() if re.fullmatch(recording, m.filename)]
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{archive} is damaged ({error}): delete it, and it is downloaded again") from None
+        if not members:
+            raise UserError(f"{archive} does not hold {self.folder_name}/<digit>/*.bin: it is not N-MNIST; delete it")
+        sizes = {}
+        for digit in range(NUM_DIGITS):
+            folder = self.root / self.folder_name / str(digit)
+            for file in os.scandir(folder) if folder.is_dir() else []:
+                sizes[f"{self.folder_name}/{digit}/{file.name}"] = file.stat().st_size
+        return [m for m in members if sizes.get(m.filename) != m.file_size]
+
+    def download(self) -> None:
+        """Make the recordings complete. One process does it, while others wait for it."""
+        with utils.locked(self.root.parent, "data"):
+            if not self._check_exists():
+                self._prepare()
+
+    def _prepare(self) -> None:
+        """Download the zip if it is missing, and extract what is not on disk yet."""
+        archive = self.root / self.filename
+        if (self.root / SIMULATOR_FILE).is_file():  # real recordings must not come to lie beside simulated ones
+            raise UserError(f"no {self.folder_name} in {self.root}: it was simulated from images without a test part")
+        if not archive.is_file():
+            download(self.url, self.file_md5, archive, self.connect_seconds)
+        try:
+            with zipfile.ZipFile(archive) as zip_file:
+                for member in tqdm(self._missing_members(), desc=f"extract {self.filename}", unit="file"):
+                    try:
+                        zip_file.extract(member, self.root)
+                    except OSError as error:
+                        reason = f"can't be written: {error.strerror}"
+                        raise OSError(error.errno, reason, str(self.root / member.filename)) from None
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{archive} is damaged ({error}): delete it, and it is downloaded again") from None
+
+
+def download(url: str, md5: str, path: Path, connect_seconds: float) -> None:
+    """Download `url` to `path` by tonic; `path` appears only once it is complete and its md5 is right.
+
+    A host that is silent for `connect_seconds` is given up. Raises `DownloadError`.
     """
-    with atomic_path(path) as temporary:
-        with open(temporary, "wb") as file:
-            for chunk in _chunks(url, path.name, connect_seconds):
-                file.write(chunk)
-        if not check_md5(str(temporary), md5):
-            raise DownloadError(f"{url} sent another file than N-MNIST's {path.name} (its md5 differs from {md5})")
-
-
-def _chunks(url: str, name: str, connect_seconds: float) -> Iterator[bytes]:
-    """Yield what `url` sends, piece by piece, under a progress bar."""
-    received = 0
+    wait_for_answer(url, connect_seconds)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(connect_seconds)  # tonic sets no limit
     try:
-        with (
-            _open_url(url, connect_seconds) as response,
-            tqdm(desc=f"download {name}", total=response.length, unit="B", unit_scale=True) as bar,
-        ):
-            announced = response.length  # read now: it counts down
-            while chunk := response.read(1 << 20):
-                yield chunk
-                received += len(chunk)
-                bar.update(len(chunk))
-    except (OSError, http.client.HTTPException) as error:
-        raise DownloadError(f"{name} can't be fetched from {url}: {error}") from None
-    if announced is not None and received != announced:
-        raise DownloadError(f"the connection to {url} dropped after {received:,} of {announced:,} bytes")
+        with utils.atomic_path(path) as temporary:
+            try:
+                download_url(url, str(temporary.parent), temporary.name, md5)
+            except (OSError, http.client.HTTPException, RecursionError) as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                    raise
+                raise DownloadError(f"{path.name} can't be downloaded from {url}: {error}") from None
+            except RuntimeError:  # how tonic reports a wrong md5
+                raise DownloadError(
+                    f"{url} sent {temporary.stat().st_size:,} bytes that are not N-MNIST's {path.name} (wrong md5): "
+                    "the connection may have dropped"
+                ) from None
+    finally:
+        socket.setdefaulttimeout(before)
 
 
-def _open_url(url: str, seconds: float):
-    """Open `url` within `seconds` in all: urlopen's own timeout limits neither name look-up nor redirects."""
-    answers: queue.Queue = queue.Queue()
+def wait_for_answer(url: str, seconds: float) -> None:
+    """Raise `DownloadError` if `url` does not answer in time; a socket's own timeout excludes the name look-up."""
+    outcome = []
 
     def connect():
         try:
-            request = urllib.request.Request(url, headers={"User-Agent": "tonic"})
-            answers.put(urllib.request.urlopen(request, timeout=seconds))
+            request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})
+            urllib.request.urlopen(request, timeout=seconds).close()
+            outcome.append(None)
         except Exception as error:
-            answers.put(error)
+            outcome.append(error)
 
-    threading.Thread(target=connect, daemon=True).start()
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    error = outcome[0] if outcome else f"no answer within {seconds:g} s"
+    if error is not None:
+        raise DownloadError(f"{url} can't be reached: {error}")
+
+
+# --- Frames and their cache ------------------------------------------------------------------------------
+
+CACHE_VERSION = 3
+
+
+@dataclass
+class Frames:
+    """Binned recordings, as the indices and counts of their non-zero bins.
+
+    The bin at (p, y, x) of a frame has the index (y * 34 + x) * 2 + p. The non-zero bins of all recordings follow one
+    another, recording by recording and frame by frame.
+    """
+
+    bin_index: torch.Tensor  # int16 [non-zero bins]
+    count: torch.Tensor  # uint8 or int16 [non-zero bins]: events in the bin
+    nnz_per_frame: torch.Tensor  # int16 [N, T]: non-zero bins of each frame
+    labels: torch.Tensor  # uint8 [N]
+    events: torch.Tensor  # int32 [N]: events of each recording, before --denoise
+    on_events: torch.Tensor  # int32 [N]: those of polarity 1
+    duration: torch.Tensor  # int32 [N]: microseconds from the first event to the last
+
+    def __post_init__(self):
+        self._length = self.nnz_per_frame.sum(1, dtype=torch.int64)
+        self._start = self._length.cumsum(0) - self._length
+        self._length_on_cpu = self._length.cpu()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def time_steps(self) -> int:
+        """The number of frames per recording, T."""
+        return self.nnz_per_frame.shape[1]
+
+    def to(self, device: torch.device) -> "Frames":
+        """Return the same frames on `device`."""
+        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+    def batch(
+        self, indices: torch.Tensor, dtype=torch.float32, augment=False, shard: slice | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return frames [T, B, 2, 34, 34] of type `dtype` and labels int64 [B] of the recordings `indices` [B].
+
+        `indices` are on the CPU, so the batch's size is known without waiting for the device. The frames are stored
+        channels-last. `augment` moves and drops events at random (`augment_events`). `shard` selects this process's
+        part of the batch; it is augmented as in the whole batch.
+        """
+        device = self.bin_index.device
+        shard = shard or slice(0, len(indices))
+        length = self._length_on_cpu[indices]
+        size = int(length[shard].sum())
+        if augment:  # drawn for the whole batch, so that the number of processes does not matter
+            affine = sample_affine(len(indices), self.time_steps)[:, shard].to(device, non_blocking=True)
+            before = int(length[: shard.start].sum())
+            drop_rand = torch.rand(int(length.sum()), device=device)[before : before + size]
+        indices = indices[shard].to(device, non_blocking=True)
+        nnz = self.nnz_per_frame[indices].long()  # [B, T]
+        batch_size, time_steps = nnz.shape
+        # Entry i of the batch is entry i + (start of its recording in the cache - start in the batch) of the cache.
+        length = self._length[indices]
+        shift = self._start[indices] - (length.cumsum(0) - length)
+        entry = torch.arange(size, device=device) + shift.repeat_interleave(length, output_size=size)
+        frame = torch.arange(time_steps, device=device) * batch_size + torch.arange(batch_size, device=device)[:, None]
+        frame = frame.flatten().repeat_interleave(nnz.flatten(), output_size=size)
+        bin_index, count = self.bin_index[entry], self.count[entry].to(dtype)
+        if augment:
+            frame, bin_index, count = augment_events(frame, bin_index, count, affine, drop_rand, time_steps)
+        frames = torch.zeros(time_steps * batch_size * BINS_PER_FRAME, dtype=dtype, device=device)
+        # Events that moved to the same bin add up.
+        frames.index_put_((frame * BINS_PER_FRAME + bin_index,), count, accumulate=augment)
+        return frames.view(time_steps, batch_size, 34, 34, 2).movedim(-1, 2), self.labels[indices].long()
+
+    def batches(self, indices: torch.Tensor, batch_size: int, dtype=torch.float32) -> Iterator:
+        """Yield `batch` of `indices`, `batch_size` at a time; the last may be smaller."""
+        for chunk in indices.split(batch_size):
+            yield self.batch(chunk, dtype)
+
+
+def load_frames(recordings: NMNIST, time_steps: int, denoise: int | None = None) -> Frames:
+    """Return the recordings binned into `time_steps` frames, from the cache if it holds them.
+
+    `denoise` is the filter time of `tonic.transforms.Denoise` in microseconds. The cache is a file in
+    `<data_dir>/cache/`, memory-mapped. Its name has a fingerprint of the recordings' names, sizes and times of change,
+    so changed recordings are binned again. One process bins, while others wait for it. If the cache can't be written,
+    the frames stay in memory.
+    """
+    cache = recordings.root.parent / "cache"
+    prefix = f"{recordings.root.name}_{recordings.split}_T{time_steps}_denoise{denoise or 0}_"
+    path = cache / f"{prefix}{_fingerprint(recordings)}.pt"
+    frames = _read_cache(path)
+    if frames is None:
+        with utils.locked(recordings.root.parent, "data"):
+            frames = _read_cache(path)  # another process may have written it meanwhile
+            if frames is None:
+                frames = bin_recordings(recordings, time_steps, denoise)
+                for old in (*cache.glob(f"{prefix}*"), *cache.glob(f".{prefix}*")):  # of recordings that have changed
+                    with contextlib.suppress(OSError):
+                        old.unlink()
+                _write_cache(path, frames)
+    return frames
+
+
+def _fingerprint(recordings: NMNIST) -> str:
+    digest = hashlib.sha256(f"version {CACHE_VERSION}".encode())
+    for path in recordings.data:
+        status = os.stat(path)
+        digest.update(f"{os.path.relpath(path, recordings.root)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _read_cache(path: Path) -> Frames | None:
+    """Return the frames in the cache file `path`, None if there are none."""
+    if not path.is_file():
+        return None
     try:
-        answer = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+        return Frames(**utils.read_tensors(path, mmap=True))
+    except Exception as error:  # torch raises many types on a damaged file
+        utils.warn(f"cache {path} is damaged ({utils.first_line(error)}): binning again")
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return None
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Simulated recordings
-# ---------------------------------------------------------------------------------------------------------
+def _write_cache(path: Path, frames: Frames) -> None:
+    try:
+        utils.save_tensors(path, {field.name: getattr(frames, field.name) for field in fields(frames)})
+        print(f"cache       {path} ({path.stat().st_size / len(frames) / 1000:.1f} KB a recording)")
+    except OSError as error:
+        utils.warn(f"cache {utils.describe_error(error)}: frames stay in memory")
+
+
+def bin_recordings(recordings: NMNIST, time_steps: int, denoise: int | None = None) -> Frames:
+    """Bin recordings as tonic's `ToFrame(n_time_bins=time_steps)`, after its `Denoise` if asked."""
+    indices, counts, nnz, facts = [], [], [], []
+    for i in tqdm(range(len(recordings)), desc=f"bin {recordings.split}", unit="recording"):
+        events, _ = recordings[i]
+        facts.append((len(events), events["p"].sum(), events["t"][-1] - events["t"][0]))
+        if denoise:
+            events = tonic.transforms.Denoise(denoise)(events)
+        frame, bin_index, count = bin_events(events, time_steps)
+        indices.append(bin_index.astype(np.int16))
+        counts.append(count.astype(np.uint8 if count.max(initial=0) < 256 else np.int16))
+        nnz.append(np.bincount(frame, minlength=time_steps).astype(np.int16))
+    num_events, on_events, duration = np.array(facts, dtype=np.int32).T
+    arrays = {
+        "bin_index": np.concatenate(indices),
+        "count": np.concatenate(counts),  # of the widest type
+        "nnz_per_frame": np.stack(nnz),
+        "labels": np.array(recordings.targets, dtype=np.uint8),
+        "events": num_events,
+        "on_events": on_events,
+        "duration": duration,
+    }
+    return Frames(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
+
+
+def bin_events(events: np.ndarray, time_steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the non-zero bins of a recording: the frame, the index in it as in `Frames`, the number of events.
+
+    They are the bins of tonic's `ToFrame`, which also fills the others, 96% of them, and takes twice the time.
+    """
+    if len(events) == 0:  # denoising left none
+        return (np.zeros(0, int),) * 3
+    first, last = np.array(tonic.slicers.SliceByTimeBins(time_steps).get_slice_metadata(events, None)).T
+    events = events[first[0] : last[-1]]  # as tonic does, without the end that time_steps do not divide
+    frame = np.repeat(np.arange(time_steps), last - first)
+    bin_index = (events["y"].astype(int) * 34 + events["x"]) * 2 + events["p"]
+    bins, count = np.unique((frame * BINS_PER_FRAME + bin_index).astype(np.int32), return_counts=True)
+    return *np.divmod(bins, BINS_PER_FRAME), count
+
+
+# --- Augmentation ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How far `augment_events` changes a recording: limits of uniform distributions around no change."""
+
+    shift: float = 1.0  # pixels, along each axis
+    rotation: float = 5.0  # degrees, around the centre of the sensor
+    scale: float = 0.05  # relative, of each axis
+    shear: float = 0.05  # pixels along x for one along y
+    time_shift: float = 0.03  # of a recording's duration
+    drop: float = 0.05  # share of the bins whose events are dropped
+
+
+AUGMENTATION = Augmentation()
+
+
+def sample_affine(batch_size: int, time_steps: int) -> torch.Tensor:
+    """Draw how each recording of a batch moves, [7, B]: an affine map of its events' (x, y), and a shift in steps.
+
+    The first six rows are the matrix that maps (x, y, 1), around the centre: shear, scale, rotation, then shift. The
+    numbers are drawn on the CPU, from torch's generator.
+    """
+    a = AUGMENTATION
+    angle, scale_x, scale_y, shear, shift_x, shift_y, shift_t = 2 * torch.rand(7, batch_size) - 1
+    cos, sin = torch.cos(torch.deg2rad(a.rotation * angle)), torch.sin(torch.deg2rad(a.rotation * angle))
+    scale_x, scale_y, shear = 1 + a.scale * scale_x, 1 + a.scale * scale_y, a.shear * shear
+    x_row = torch.stack([cos * scale_x, cos * scale_x * shear - sin * scale_y, a.shift * shift_x])
+    y_row = torch.stack([sin * scale_x, sin * scale_x * shear + cos * scale_y, a.shift * shift_y])
+    return torch.cat([x_row, y_row, (a.time_shift * time_steps * shift_t).round()[None]])
+
+
+def augment_events(frame, bin_index, count, affine, drop_rand, time_steps: int):
+    """Move each recording's events as `affine` [7, B] of `sample_affine` says, and drop some; return the result.
+
+    `frame` (t * B + b), `bin_index` and `count` [entries] are a batch's non-zero bins; those whose `drop_rand`
+    [entries], from 0 to 1, is below the share to drop are dropped.
+    """
+    batch_size = affine.shape[1]
+    x_x, x_y, x_1, y_x, y_y, y_1, steps = affine.index_select(1, frame % max(batch_size, 1))
+    centre = (SENSOR_SIZE[0] - 1) / 2
+    pixel = bin_index >> 1
+    polarity, row = bin_index - 2 * pixel, pixel // 34
+    x, y = pixel - 34 * row - centre, row - centre
+    new_x = (x_x * x + x_y * y + (x_1 + centre)).round().long()
+    new_y = (y_x * x + y_y * y + (y_1 + centre)).round().long()
+    frame = frame + steps.long() * batch_size
+    kept = (new_x >= 0) & (new_x < 34) & (new_y >= 0) & (new_y < 34)
+    kept &= (frame >= 0) & (frame < time_steps * batch_size) & (drop_rand >= AUGMENTATION.drop)
+    # Dropped bins get a count of 0, so no size depends on a random number, and nothing waits for the device.
+    return (
+        torch.where(kept, frame, 0),
+        torch.where(kept, (new_y * 34 + new_x) * 2 + polarity, 0),
+        count * kept,
+    )
+
+
+# --- What scripts use ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """A data set, binned: its name in files and figures, and the frames of its two parts."""
+
+    name: str
+    train: Frames
+    test: Frames
+
+
+def load_data(args: argparse.Namespace, device: torch.device) -> Data:
+    """Open, bin and move to `device` the recordings that the flags of `add_data_arguments` name."""
+    train, test = open_recordings(args.data_dir, args.dataset)
+    frames = (load_frames(part, args.time_steps, args.denoise).to(device) for part in (train, test))
+    return Data(train.name, *frames)
+
+
+def open_recordings(data_dir: str | Path, dataset: str, splits: Sequence[str] = SPLITS) -> list[NMNIST]:
+    """Return the recordings of `splits` of `dataset` ('auto', 'nmnist' or 'simulated'), and print what they are.
+
+    Raises `DownloadError` if 'nmnist' is neither on disk nor downloaded, `UserError` if what is on disk is not a data
+    set.
+    """
+    if dataset == "simulated":
+        return _announce([SimulatedNMNIST(data_dir, split) for split in splits])
+    try:
+        return _announce([NMNIST(data_dir, split) for split in splits])
+    except DownloadError as error:
+        how = f"connect this machine, or unpack train.zip and test.zip of {HOMEPAGE} into {Path(data_dir) / 'NMNIST'}"
+        if dataset == "nmnist":
+            raise DownloadError(f"no N-MNIST in {data_dir}: {error}. To get it: {how}") from None
+        utils.warn(f"no N-MNIST in {data_dir}: {error}")
+        utils.warn("falling back to SIMULATED recordings of scikit-learn's digits.")
+        utils.warn(f"to get the real ones, {how}.")
+        return open_recordings(data_dir, "simulated", splits)
+
+
+def _announce(recordings: list[NMNIST]) -> list[NMNIST]:
+    parts = ", ".join(part.describe() for part in recordings)
+    print(f"data set    {recordings[0].name} in {recordings[0].root}: {parts}")
+    return recordings
+
+
+def split_validation(labels: torch.Tensor, val_split: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split recordings into training and validation, stratified by digit, fixed by `seed`; return their indices."""
+    try:
+        train, val = train_test_split(
+            np.arange(len(labels)), test_size=val_split, stratify=labels.numpy(), random_state=seed
+        )
+    except ValueError:
+        raise UserError(
+            f"--val_split {val_split} of {len(labels)} recordings leaves a digit out of training or validation: "
+            "choose another share or add recordings"
+        ) from None
+    return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(val))
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which recordings to use and how to bin them."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_dir", default="./data", help="folder of the data sets (default: %(default)s)")
+    group.add_argument(
+        "--dataset",
+        choices=["auto", "nmnist", "simulated"],
+        default="auto",
+        help="nmnist: from data_dir, else downloaded; simulated: scikit-learn's digits before a simulated camera; "
+        "auto: nmnist, or simulated if it can't be downloaded (default: %(default)s)",
+    )
+    group.add_argument(
+        "--time_steps",
+        type=number(int, 1, 1000),
+        default=25,
+        help="frames a recording is binned into, T (default: %(default)s)",
+    )
+    group.add_argument(
+        "--denoise",
+        type=number(int, 1),
+        metavar="MICROSECONDS",
+        help="drop events without a neighbour within this time (default: off)",
+    )
+
+
+# --- The simulated camera --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Camera:
     """The simulated camera's parameters, each with what it was fitted to in 100 to 400 of 800 real recordings.
 
-    Spreads between recordings are standard deviations of normal distributions cut at 2.5 of them.
+    Spreads between recordings are standard deviations of normal distributions, cut off at 2.5 of them.
     """
 
     duration: float = 308.0  # ms, of a recording at mean speed; real last events: 307.6 on average
@@ -288,53 +577,52 @@ class Camera:
 CAMERA = Camera()
 TEST_DIGITS = 360  # of scikit-learn's 1,797
 BUILT_IN_IMAGES = "sklearn.datasets.load_digits"
-SIMULATOR_FILE = "simulator.json"  # lies beside simulated recordings, so that they are told from real ones
-STEP = np.float32(1)  # ms, of the pixel equations, at most one event per pixel in each; halving it changed no figure
+STEP = np.float32(1)  # ms, of the pixel equations, at most one event per pixel in each; halving it changed no result
 SIDE = 34  # pixels of the sensor
 PAD = 4  # pixels of empty scene around the sensor; the saccades reach less far
 SUB = 4  # the blurred scene is tabulated at every 1 / SUB of a pixel
-SIDE_BY_SIDE = 64  # recordings simulated at once; what comes out does not depend on it
+SIM_BATCH_SIZE = 64  # recordings simulated at once; the result does not depend on it
 
 
-def simulate_events(images: np.ndarray, generators: list[np.random.Generator]) -> list[np.ndarray]:
-    """Record images (uint8 [N, 28, 28]) with a simulated event camera; return the events of each recording.
+def simulate_events(images: np.ndarray, generators: list[np.random.Generator]) -> Iterator[np.ndarray]:
+    """Record images (uint8 [N, 28, 28]) with a simulated event camera; yield the events of each recording.
 
     The image moves along N-MNIST's three saccades (Orchard et al. 2015) before pixels as Lichtsteiner et al. 2008
     built them, in the form in which ESIM (Rebecq et al. 2018) and v2e (Hu et al. 2021) simulate them:
 
         light      I = (image / 255)^gamma, blurred, moved by `saccade_offsets`
         receptor   L = log(dark_light + I),  dV/dt = (L - V) / tau,  tau from tau_dark to tau_bright with L
-        event      where |V - V_ref| >= threshold: an event, V_ref = V, then silence for the refractory period
-        polarity   0 (OFF) where V rose, 1 (ON) where it fell, as in N-MNIST
-        noise      thresholds vary between pixels and recordings; events of either polarity come at random
+        event      if |V - V_ref| >= threshold: an event, V_ref = V, then none for the refractory period
+        polarity   0 if V rose, 1 if it fell: the convention of the recordings of N-MNIST
+        noise      thresholds vary between pixels and recordings; events of both polarities occur at random
 
     Time is in ms inside and in microseconds in the events, which are sorted by it. `generators` holds one generator
-    a recording, which with its image decides all of it, bit for bit, whatever is recorded beside it: every sum is
-    elementwise over recordings, and no product of matrices is taken.
+    per recording, which with its image determines every bit of it, whatever is recorded beside it: every sum is
+    elementwise over recordings, and there is no matrix product.
     """
-    recordings = []
-    for first in range(0, len(images), SIDE_BY_SIDE):
-        batch = slice(first, first + SIDE_BY_SIDE)
-        recordings += _simulate_batch(images[batch], generators[batch])
-    return recordings
+    for first in range(0, len(images), SIM_BATCH_SIZE):
+        batch = slice(first, first + SIM_BATCH_SIZE)
+        yield from _simulate_batch(images[batch], generators[batch])
 
 
 def _simulate_batch(images: np.ndarray, generators: list[np.random.Generator]) -> list[np.ndarray]:
+    """Return the events of each of the images [N, 28, 28], all stepped at once."""
     n = len(images)
-    shifts, scale, start, threshold, noise = zip(*map(_draw_variation, generators), strict=True)
+    shifts, scale, start, threshold, noise = zip(*map(_sample_variation, generators), strict=True)
     path = saccade_offsets(np.arange(0, CAMERA.duration + STEP / 2, STEP))
     pixel, when, polarity = _pixel_events(_log_scene(images, np.array(shifts)), path, np.stack(threshold, axis=-1))
-    recording = np.concatenate([pixel % n, np.repeat(np.arange(n), [len(times) for _, _, times in noise])])
-    polarity, pixel, when = (
-        np.concatenate([fired, *drawn])
-        for fired, drawn in zip((polarity.astype(np.int64), pixel // n, when), zip(*noise, strict=True), strict=True)
-    )
+    noise_polarity, noise_pixel, noise_when = (np.concatenate(values) for values in zip(*noise, strict=True))
+    noise_recording = np.repeat(np.arange(n), [len(times) for _, _, times in noise])
+    recording = np.concatenate([pixel % n, noise_recording])
+    polarity = np.concatenate([polarity.astype(np.int64), noise_polarity])
+    pixel = np.concatenate([pixel // n, noise_pixel])
+    when = np.concatenate([when, noise_when])
     microseconds = 1000 * (when * np.array(scale)[recording] + np.array(start)[recording])
     microseconds = np.maximum(microseconds, 0).astype(np.int64)
-    # One sort of whole numbers: by recording, time, pixel and polarity.
+    # One sort, by bits: 40 and up recording, 16 to 39 microseconds, 1 to 15 pixel, 0 polarity.
     key = np.sort(recording << 40 | microseconds << 16 | pixel << 1 | polarity)
-    y, x = np.divmod(key >> 1 & 0x7FFF, SIDE)
-    events = tonic.io.make_structured_array(x, y, key >> 16 & 0xFFFFFF, key & 1, dtype=NMNIST.dtype)
+    y, x = np.divmod((key >> 1) & 0x7FFF, SIDE)
+    events = tonic.io.make_structured_array(x, y, (key >> 16) & 0xFFFFFF, key & 1, dtype=NMNIST.dtype)
     return np.split(events, np.searchsorted(key, np.arange(1, n) << 40))
 
 
@@ -356,8 +644,8 @@ def saccade_offsets(times: np.ndarray) -> np.ndarray:
     )
 
 
-def _draw_variation(rng: np.random.Generator):
-    """Draw all that is random in a recording: (shift [2], time scale, start, thresholds [34, 34], noise).
+def _sample_variation(rng: np.random.Generator):
+    """Draw everything random in a recording: (shift [2], time scale, start, thresholds [34, 34], noise).
 
     Noise is (polarity, pixel y * 34 + x, time in ms), three arrays with an entry for each noise event.
     """
@@ -365,9 +653,9 @@ def _draw_variation(rng: np.random.Generator):
     relative = 1 + rng.standard_normal((SIDE, SIDE), dtype=np.float32) * np.float32(CAMERA.threshold_spread)
     level = np.float32(CAMERA.threshold * (1 + z[4] * CAMERA.recording_threshold_spread))
     threshold = np.maximum(relative, np.float32(0.3)) * level
-    numbers = rng.poisson(np.array([CAMERA.noise_off, CAMERA.noise_on]) * SIDE * SIDE * CAMERA.duration)
-    where, when = rng.random((numbers.sum(), 2)).T
-    noise = (np.repeat([0, 1], numbers), (where * SIDE * SIDE).astype(np.int64), when * CAMERA.duration)
+    counts = rng.poisson(np.array([CAMERA.noise_off, CAMERA.noise_on]) * SIDE * SIDE * CAMERA.duration)
+    where, when = rng.random((counts.sum(), 2)).T
+    noise = (np.repeat([0, 1], counts), (where * SIDE * SIDE).astype(np.int64), when * CAMERA.duration)
     return z[:2] * CAMERA.shift_spread, 1 + z[2] * CAMERA.speed_spread, z[3] * CAMERA.start_spread, threshold, noise
 
 
@@ -395,8 +683,8 @@ def _log_scene(images: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     return np.log(scene, out=scene)
 
 
-def _look(scene: np.ndarray, offset: np.ndarray, view: np.ndarray, work: np.ndarray) -> None:
-    """Put into `view` [34, 34, N] what the sensor sees of the scene when the digit stands at `offset` (y, x)."""
+def sample_scene(scene: np.ndarray, offset: np.ndarray, view: np.ndarray, work: np.ndarray) -> None:
+    """Write to `view` [34, 34, N] what the sensor sees of the scene when the digit is at `offset` (y, x)."""
     at = (PAD - offset) * SUB
     (row, column), (v, u) = np.floor(at).astype(int), (at % 1).astype(np.float32)
     view[:] = 0
@@ -407,8 +695,8 @@ def _look(scene: np.ndarray, offset: np.ndarray, view: np.ndarray, work: np.ndar
             view += np.multiply(entry, weight_y * weight_x, out=work)
 
 
-def _brightest(scene: np.ndarray, path: np.ndarray) -> np.ndarray:
-    """Return the largest L [34, 34, N] that each pixel may meet on the path, over the rectangle around it."""
+def max_log_intensity(scene: np.ndarray, path: np.ndarray) -> np.ndarray:
+    """Return the largest L [34, 34, N] that each pixel may see on the path, over the rectangle around the path."""
     top = scene.max(axis=(0, 1))
     for axis in (0, 1):
         low, high = int(np.floor(-path[:, axis].max())), int(np.ceil(-path[:, axis].min())) + 1
@@ -420,16 +708,18 @@ def _pixel_events(scene: np.ndarray, path: np.ndarray, threshold: np.ndarray):
     """Step the pixel equations of `simulate_events` along the path; return (pixel, time in ms, polarity) of each event.
 
     `threshold` is [34, 34, N], and `pixel` a flat index into it. Only pixels that the digit can reach are stepped.
-    The scene is looked at in every other step and taken halfway between in the others: it moves that slowly.
+    The scene is sampled in every other step and interpolated in the others: it moves that slowly.
     """
     dark, bright = np.log(CAMERA.dark_light), np.log(CAMERA.dark_light + 1)
-    pixels = np.flatnonzero(_brightest(scene, path) - np.float32(dark) >= threshold)
+    pixels = np.flatnonzero(max_log_intensity(scene, path) - np.float32(dark) >= threshold)
     threshold = threshold.ravel()[pixels]
     slow, fast = 1 - np.exp(-STEP / CAMERA.tau_dark), 1 - np.exp(-STEP / CAMERA.tau_bright)
-    gain = np.float32((fast - slow) / (bright - dark))  # in a step V goes the share base + gain L of its way to L
+    gain = np.float32(
+        (fast - slow) / (bright - dark)
+    )  # in a step V moves by the share base + gain L of its distance to L
     base = np.float32(slow - gain * dark)
     view, work = np.empty((2, SIDE, SIDE, scene.shape[-1]), np.float32)
-    _look(scene, path[0], view, work)
+    sample_scene(scene, path[0], view, work)
     v = view.ravel()[pixels]
     light, v_ref, free_at = v.copy(), v.copy(), np.zeros_like(v)  # free_at: end of the refractory period
     rise, size, next_light = np.empty((3, len(v)), np.float32)
@@ -437,7 +727,7 @@ def _pixel_events(scene: np.ndarray, path: np.ndarray, threshold: np.ndarray):
     for step in range(1, len(path)):
         time = (step - 1) * STEP
         if step % 2:
-            _look(scene, path[min(step + 1, len(path) - 1)], view, work)
+            sample_scene(scene, path[min(step + 1, len(path) - 1)], view, work)
             view.ravel().take(pixels, out=next_light, mode="clip")
             light += next_light
             light *= np.float32(0.5)
@@ -450,7 +740,7 @@ def _pixel_events(scene: np.ndarray, path: np.ndarray, threshold: np.ndarray):
         np.abs(np.subtract(v, v_ref, out=size), out=size)
         i = np.flatnonzero(size >= threshold)
         i = i[free_at[i] < time + STEP]
-        # The share of the step after which V had moved by the threshold, or the silence ended if that was later.
+        # The share of the step after which V had moved by the threshold, or the refractory period ended if later.
         share = 1 - (size[i] - threshold[i]) / np.maximum(np.abs(rise[i]), np.float32(1e-9))
         share = np.minimum(np.maximum(share, np.maximum((free_at[i] - time) / STEP, 0)), 1)
         when, v_then = time + share * STEP, v[i] - (1 - share) * rise[i]
@@ -465,13 +755,12 @@ def write_recording(path: Path, events: np.ndarray) -> None:
     content[:, 0], content[:, 1] = events["x"], events["y"]
     content[:, 2] = events["p"] << 7 | events["t"] >> 16
     content[:, 3], content[:, 4] = events["t"] >> 8 & 255, events["t"] & 255
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content.tobytes())
+    path.write_bytes(content.tobytes())
 
 
 @dataclass
 class Images:
-    """Labelled images to record, and the numbers that their recordings are called by."""
+    """Labelled images to record, and the numbers that name their recordings."""
 
     images: np.ndarray  # uint8 [N, 28, 28]
     labels: np.ndarray  # [N], 0 to 9
@@ -479,55 +768,32 @@ class Images:
 
 
 def record_data_set(root: Path, splits: dict[str, Images], simulator: dict) -> None:
-    """Record the images of 'Train' and 'Test' into `root`, which must not be there and appears once it is whole.
+    """Record the images of 'Train' and 'Test' into `root`, which must not exist and appears once it is complete.
 
-    `simulator` says what they were made of, and goes into SIMULATOR_FILE; its "seed" draws the noise. Where another
-    process has put the same recordings there first, they stay.
+    `simulator` says what they were made of, and is written to SIMULATOR_FILE; its "seed" draws the noise.
     """
-    temporary = temporary_beside(root)
-    remove_left_over(root.parent)
-    temporary.mkdir(parents=True)
+    temporary = utils.temporary_path(root)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     try:
         for folder, part in splits.items():
-            seed = (simulator["seed"], ("Train", "Test").index(folder))
-            record_images(part, temporary / folder, seed)
-        write_json(temporary / SIMULATOR_FILE, simulator)
-        try:
-            temporary.rename(root)
-        except OSError:
-            if not _is_recorded(root, simulator):
-                raise
+            record_images(part, temporary / folder, (simulator["seed"], ("Train", "Test").index(folder)))
+        utils.write_json(temporary / SIMULATOR_FILE, simulator)
+        temporary.rename(root)
+    except OSError as error:
+        raise OSError(error.errno, f"can't be written: {error.strerror}", str(root)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"simulated   {root} ({sum(len(part.labels) for part in splits.values()):,} recordings)")
 
 
-def _is_recorded(root: Path, simulator: dict) -> bool:
-    """Say whether `root` holds recordings made by this very camera, of the same images and seed."""
-    try:
-        return json.loads((root / SIMULATOR_FILE).read_text()) == simulator
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        return False
-
-
 def record_images(part: Images, folder: Path, seed: tuple[int, ...]) -> None:
-    """Record images into `folder`/<label>/<number>.bin on all cores, with a progress bar.
-
-    A recording is drawn from `seed` and its number, so neither cores nor company change a byte of it.
-    """
+    """Record images into `folder`/<label>/<number>.bin; `seed` and its number draw a recording's noise."""
     for digit in range(NUM_DIGITS):
         (folder / str(digit)).mkdir(parents=True, exist_ok=True)
-    batches = np.array_split(np.arange(len(part.labels)), -(-len(part.labels) // SIDE_BY_SIDE))
-    jobs = [(Images(part.images[b], part.labels[b], part.numbers[b]), folder, seed) for b in batches]
-    for _ in work_in_parallel(_record_batch, jobs, [len(batch) for batch in batches], f"simulate {folder.name}"):
-        pass
-
-
-def _record_batch(part: Images, folder: Path, seed: tuple[int, ...]) -> None:
-    generators = [np.random.default_rng([*seed, place]) for place in part.numbers]
-    recordings = simulate_events(part.images, generators)
-    for events, label, place in zip(recordings, part.labels, part.numbers, strict=True):
-        write_recording(folder / str(label) / f"{place:05d}.bin", events)
+    recordings = simulate_events(part.images, [np.random.default_rng([*seed, i]) for i in part.numbers])
+    recordings = tqdm(recordings, desc=f"simulate {folder.name}", total=len(part.labels), unit="recording")
+    for events, label, i in zip(recordings, part.labels, part.numbers, strict=True):
+        write_recording(folder / str(label) / f"{i:05d}.bin", events)
 
 
 class SimulatedNMNIST(NMNIST):
@@ -537,14 +803,17 @@ class SimulatedNMNIST(NMNIST):
     seed = 0
 
     def _check_exists(self) -> bool:
-        return _is_recorded(self.root, describe_simulator(BUILT_IN_IMAGES, self.seed))
+        """Return whether the recordings are there, made by this very camera of these images."""
+        try:
+            found = json.loads((self.root / SIMULATOR_FILE).read_text())
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return False
+        return found == describe_simulator(BUILT_IN_IMAGES, self.seed)
 
-    def download(self) -> None:
+    def _prepare(self) -> None:
         """Record the digits: a fixed, stratified split."""
-        if self.root.exists():  # recordings of another camera: out of the way, in one step
-            old = temporary_beside(self.root)
-            self.root.rename(old)
-            shutil.rmtree(old)
+        if self.root.exists():  # recordings of an older camera
+            shutil.rmtree(self.root)
         images, labels = sklearn_images()
         chosen = train_test_split(np.arange(len(labels)), test_size=TEST_DIGITS, stratify=labels, random_state=0)
         parts = (Images(images[np.sort(i)], labels[np.sort(i)], np.sort(i) + 1) for i in chosen)
@@ -553,12 +822,12 @@ class SimulatedNMNIST(NMNIST):
 
 
 def describe_simulator(images: str, seed: int) -> dict:
-    """Return what SIMULATOR_FILE holds of recordings of `images`, as JSON gives it back."""
+    """Return the content of SIMULATOR_FILE for recordings of `images`, as JSON reads it back."""
     return json.loads(json.dumps({"images": images, "seed": seed, **asdict(CAMERA)}))
 
 
 def sklearn_images() -> tuple[np.ndarray, np.ndarray]:
-    """Return scikit-learn's digits as MNIST draws its own, uint8 [1797, 28, 28], and their labels [1797].
+    """Return scikit-learn's digits in MNIST's form, uint8 [1797, 28, 28], and their labels [1797].
 
     The 8 x 8 pixels are scaled to the 20 x 20 that an MNIST digit fills, in the middle of 28 x 28.
     """
@@ -573,13 +842,13 @@ def read_images(path: str | Path) -> dict[str, Images]:
     """Read labelled images from a .npz file, as 'Train' and 'Test' where it has both.
 
     It holds `images` (uint8 [N, 28, 28]) and `labels` ([N], 0 to 9), or `train_images`, `train_labels`,
-    `test_images` and `test_labels`. A recording is called by its image's place in its array, counted from 1.
+    `test_images` and `test_labels`. A recording's name is its image's index in its array, counted from 1.
     Raises `UserError` naming the file and what is wrong with it.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # NumPy raises many types on what is no .npz
+    except Exception as error:  # NumPy raises many types on other files
         raise UserError(f"--simulate {path}: can't be read as a .npz file of arrays ({error})") from None
     prefixes = {"Train": "train_", "Test": "test_"} if "images" not in arrays else {"Train": ""}
     return {folder: _check_images(path, arrays, prefix) for folder, prefix in prefixes.items()}
@@ -600,370 +869,49 @@ def _check_images(path: str | Path, arrays: dict[str, np.ndarray], prefix: str) 
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise UserError(
             f"--simulate {path}: {prefix}labels is {labels.dtype} {list(labels.shape)}; "
-            f"it must be whole numbers [{len(images)}], one an image"
+            f"it must be whole numbers [{len(images)}], one per image"
         )
     if labels.min() < 0 or labels.max() >= NUM_DIGITS:
         raise UserError(f"--simulate {path}: {prefix}labels has values outside 0 to 9")
     return Images(images, labels, np.arange(1, len(images) + 1))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Frames
-# ---------------------------------------------------------------------------------------------------------
-
-CACHE_VERSION = 2
-
-
-@dataclass
-class Frames:
-    """Binned recordings, kept as the positions and counts of their non-zero bins.
-
-    A frame's bins are numbered (y * 34 + x) * 2 + p. The non-zero bins of all recordings follow one another,
-    recording by recording and frame by frame.
-    """
-
-    position: torch.Tensor  # int16 [non-zero bins]
-    count: torch.Tensor  # uint8 or int16 [non-zero bins]: events in the bin
-    filled: torch.Tensor  # int16 [N, T]: non-zero bins of each frame
-    labels: torch.Tensor  # uint8 [N]
-    events: torch.Tensor  # int32 [N]: events of each recording, before --denoise
-    on_events: torch.Tensor  # int32 [N]: those of polarity 1
-    duration: torch.Tensor  # int32 [N]: microseconds from the first event to the last
-
-    def __post_init__(self):
-        self._length = self.filled.sum(1, dtype=torch.int64)
-        self._start = self._length.cumsum(0) - self._length
-        self._length_on_cpu = self._length.cpu()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device) -> "Frames":
-        """Return the same frames on `device`."""
-        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
-
-    def batch(
-        self, indices: torch.Tensor, dtype=torch.float32, augment=False, share: slice | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return frames [T, B, 2, 34, 34] of type `dtype` and labels int64 [B] of the recordings `indices` [B].
-
-        `indices` lie on the CPU: so the batch's size is known without waiting for the device. The frames' memory is
-        [T, B, 34, 34, 2], as convolutions want it. `augment` moves and drops events at random (`augment_events`). Of a
-        batch that several processes make, `share` is this one's: its recordings are what they are in the whole batch.
-        """
-        device = self.position.device
-        share = share or slice(0, len(indices))
-        before, size, after = (
-            int(self._length_on_cpu[indices[part]].sum())
-            for part in (slice(share.start), share, slice(share.stop, None))
-        )
-        if augment:  # what is random is drawn for the whole batch: so it is the same in any number of processes
-            movement = draw_movement(len(indices), len(self.filled[0]))[:, share].to(device, non_blocking=True)
-            luck = torch.rand(before + size + after, device=device)[before : before + size]
-        indices = indices[share].to(device, non_blocking=True)
-        filled = self.filled[indices].long()  # [B, T]
-        batch_size, time_steps = filled.shape
-        # Entry i of the batch is entry i + (start of its recording in the cache - start in the batch) of the cache.
-        length = self._length[indices]
-        shift = self._start[indices] - (length.cumsum(0) - length)
-        entry = torch.arange(size, device=device) + shift.repeat_interleave(length, output_size=size)
-        frame = torch.arange(time_steps, device=device) * batch_size + torch.arange(batch_size, device=device)[:, None]
-        frame = frame.flatten().repeat_interleave(filled.flatten(), output_size=size)
-        position, count = self.position[entry], self.count[entry].to(dtype)
-        if augment:
-            frame, position, count = augment_events(frame, position, count, movement, luck, time_steps)
-        frames = torch.zeros(time_steps * batch_size * BINS_PER_FRAME, dtype=dtype, device=device)
-        # Events that moved to the same bin add up.
-        frames.index_put_((frame * BINS_PER_FRAME + position,), count, accumulate=augment)
-        return frames.view(time_steps, batch_size, 34, 34, 2).movedim(-1, 2), self.labels[indices].long()
-
-    def batches(self, indices: torch.Tensor, batch_size: int, dtype=torch.float32, augment=False) -> Iterator:
-        """Yield `batch` of `indices`, `batch_size` at a time; the last may be smaller."""
-        for chunk in indices.split(batch_size):
-            yield self.batch(chunk, dtype, augment)
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How far `augment_events` changes a recording: each limit is that of a uniform distribution around no change."""
-
-    shift: float = 1.0  # pixels, along each axis
-    rotation: float = 5.0  # degrees, around the middle of the sensor
-    scale: float = 0.05  # relative, of each axis
-    shear: float = 0.05  # pixels along x for one along y
-    time_shift: float = 0.03  # of a recording's duration
-    drop: float = 0.05  # share of the bins whose events are dropped
-
-
-AUGMENTATION = Augmentation()
-
-
-def draw_movement(batch_size: int, time_steps: int) -> torch.Tensor:
-    """Draw how each recording of a batch moves, [7, B]: an affine map of its events' (x, y), and steps in time.
-
-    The first six rows are the matrix that maps (x, y, 1), around the middle: shear, scale, rotation, then the shift.
-    Drawn on the CPU, from torch's generator.
-    """
-    a = AUGMENTATION
-    angle, scale_x, scale_y, shear, shift_x, shift_y, later = 2 * torch.rand(7, batch_size) - 1
-    cos, sin = torch.cos(torch.deg2rad(a.rotation * angle)), torch.sin(torch.deg2rad(a.rotation * angle))
-    scale_x, scale_y, shear = 1 + a.scale * scale_x, 1 + a.scale * scale_y, a.shear * shear
-    x_row = torch.stack([cos * scale_x, cos * scale_x * shear - sin * scale_y, a.shift * shift_x])
-    y_row = torch.stack([sin * scale_x, sin * scale_x * shear + cos * scale_y, a.shift * shift_y])
-    return torch.cat([x_row, y_row, (a.time_shift * time_steps * later).round()[None]])
-
-
-def augment_events(frame, position, count, movement, luck, time_steps: int):
-    """Move each recording's events as `movement` [7, B] of `draw_movement` says, and drop some; return what is left.
-
-    `frame` (t * B + b), `position` and `count` [entries] are a batch's non-zero bins; those whose `luck` [entries],
-    from 0 to 1, is below the share to drop are dropped.
-    """
-    batch_size = movement.shape[1]
-    x_x, x_y, x_1, y_x, y_y, y_1, steps = movement.index_select(1, frame % max(batch_size, 1))
-    middle = (SENSOR_SIZE[0] - 1) / 2
-    pixel = position >> 1
-    polarity, row = position - 2 * pixel, pixel // 34
-    x, y = pixel - 34 * row - middle, row - middle
-    new_x = (x_x * x + x_y * y + (x_1 + middle)).round().long()
-    new_y = (y_x * x + y_y * y + (y_1 + middle)).round().long()
-    frame = frame + steps.long() * batch_size
-    kept = (new_x >= 0) & (new_x < 34) & (new_y >= 0) & (new_y < 34)
-    kept &= (frame >= 0) & (frame < time_steps * batch_size) & (luck >= AUGMENTATION.drop)
-    # What is dropped counts for nothing where it was: so no size depends on chance, and nothing waits for the device.
-    return (
-        torch.where(kept, frame, 0),
-        torch.where(kept, (new_y * 34 + new_x) * 2 + polarity, 0),
-        count * kept,
-    )
-
-
-def load_frames(recordings: NMNIST, time_steps: int, denoise: int | None = None) -> Frames:
-    """Return the recordings binned into `time_steps` frames, from the cache where they are in it.
-
-    `denoise` is the filter time of `tonic.transforms.Denoise` in microseconds. The cache is a file under
-    `<data_dir>/cache/`, memory-mapped; its name holds a fingerprint of the recordings' names, sizes and times of
-    change, so changed recordings are binned anew. Where it can't be written, the frames stay in memory.
-    """
-    prefix = f"{recordings.root.name}_{recordings.split}_T{time_steps}_denoise{denoise or 0}_"
-    path = recordings.root.parent / "cache" / f"{prefix}{_fingerprint(recordings)}.pt"
-    if path.is_file():
-        try:
-            return Frames(**read_tensors(path, mmap=True))
-        except Exception as error:  # torch raises many types on a damaged file
-            print(f"WARNING: cache {path} is damaged ({describe_damage(error)}): binning anew", file=sys.stderr)
-    frames = bin_recordings(recordings, time_steps, denoise)
-    try:
-        remove_left_over(path.parent)
-        save_tensors(path, {field.name: getattr(frames, field.name) for field in fields(frames)})
-    except OSError as error:
-        print(f"WARNING: cache {describe_error(error)}: frames stay in memory", file=sys.stderr)
-        return frames
-    for old in path.parent.glob(f"{prefix}*.pt"):  # of recordings that have changed since
-        if old != path:
-            old.unlink(missing_ok=True)
-    print(f"cache       {path} ({path.stat().st_size / len(frames) / 1000:.1f} KB a recording)")
-    return Frames(**read_tensors(path, mmap=True))
-
-
-def _fingerprint(recordings: NMNIST) -> str:
-    digest = hashlib.sha256(f"version {CACHE_VERSION}".encode())
-    for path in recordings.data:
-        status = os.stat(path)
-        digest.update(f"{os.path.relpath(path, recordings.root)} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def bin_recordings(recordings: NMNIST, time_steps: int, denoise: int | None = None) -> Frames:
-    """Bin recordings as tonic's `ToFrame(n_time_bins=time_steps)`, after its `Denoise` where asked, on all cores."""
-    chunks = np.array_split(np.arange(len(recordings)), max(1, len(recordings) // 50))
-    parts = list(
-        work_in_parallel(
-            _bin_chunk,
-            [(chunk,) for chunk in chunks],
-            [len(chunk) for chunk in chunks],
-            f"bin {recordings.split}",
-            initializer=_start_worker,
-            initargs=(recordings, time_steps, denoise),
-        )
-    )
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    labels = torch.tensor(recordings.targets, dtype=torch.uint8)
-    return Frames(labels=labels, **{name: torch.from_numpy(values) for name, values in whole.items()})
-
-
-_worker = {}  # what a worker process of `bin_recordings` is given once, at its start
-
-
-def _start_worker(recordings: NMNIST, time_steps: int, denoise: int | None) -> None:
-    _worker.update(recordings=recordings, time_steps=time_steps, denoise=denoise)
-
-
-def _bin_chunk(indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the fields of `Frames` but the labels for some recordings."""
-    recordings, denoise = _worker["recordings"], _worker["denoise"]
-    positions, counts, filled, facts = [], [], [], []
-    for index in indices:
-        events, _ = recordings[index]
-        facts.append((len(events), events["p"].sum(), events["t"][-1] - events["t"][0]))
-        if denoise:
-            events = tonic.transforms.Denoise(denoise)(events)
-        frame, position, count = bin_events(events, _worker["time_steps"])
-        positions.append(position.astype(np.int16))
-        counts.append(count)
-        filled.append(np.bincount(frame, minlength=_worker["time_steps"]).astype(np.int16))
-    count = np.concatenate(counts)
-    events, on_events, duration = np.array(facts, dtype=np.int32).T
-    return {
-        "position": np.concatenate(positions),
-        # Parts of different types join to the wider one.
-        "count": count.astype(np.uint8 if count.max(initial=0) < 256 else np.int16),
-        "filled": np.stack(filled),
-        "events": events,
-        "on_events": on_events,
-        "duration": duration,
-    }
-
-
-def bin_events(events: np.ndarray, time_steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the non-zero bins of a recording: the frame, the position in it as `Frames` numbers them, the count.
-
-    The same bins as those of tonic's `ToFrame`, which fills all of them, 96% with zeros, in twice the time.
-    """
-    if len(events) == 0:  # all denoised away
-        return (np.zeros(0, int),) * 3
-    first, last = np.array(tonic.slicers.SliceByTimeBins(time_steps).get_slice_metadata(events, None)).T
-    events = events[first[0] : last[-1]]  # what time_steps do not divide is left out at the end
-    frame = np.repeat(np.arange(time_steps), last - first)
-    position = (events["y"].astype(int) * 34 + events["x"]) * 2 + events["p"]
-    bins, count = np.unique((frame * BINS_PER_FRAME + position).astype(np.int32), return_counts=True)
-    return *np.divmod(bins, BINS_PER_FRAME), count
-
-
-def split_validation(labels: torch.Tensor, val_split: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split recordings into training and validation, stratified by digit, fixed by `seed`; return their indices."""
-    indices = np.arange(len(labels))
-    try:
-        train, val = train_test_split(indices, test_size=val_split, stratify=labels.numpy(), random_state=seed)
-    except ValueError:
-        raise UserError(
-            f"--val_split {val_split} of {len(labels)} recordings leaves a digit out of training or validation: "
-            "choose another share or add recordings"
-        ) from None
-    return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(val))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What scripts use
-# ---------------------------------------------------------------------------------------------------------
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which recordings to use and how to bin them."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--data_dir", default="./data", help="folder of the data sets (default: %(default)s)")
-    group.add_argument(
-        "--dataset",
-        choices=["auto", "nmnist", "simulated"],
-        default="auto",
-        help="nmnist: from data_dir, else downloaded; simulated: scikit-learn's digits before a simulated camera; "
-        "auto: nmnist, or simulated where it can't be had (default: %(default)s)",
-    )
-    group.add_argument(
-        "--time_steps",
-        type=number(int, 1, 1000),
-        default=25,
-        help="frames a recording is binned into, T (default: %(default)s)",
-    )
-    group.add_argument(
-        "--denoise",
-        type=number(int, 1),
-        metavar="MICROSECONDS",
-        help="drop events without a neighbour within this time (default: off)",
-    )
-
-
-def open_recordings(data_dir: str | Path, dataset: str, splits: Sequence[str] = SPLITS) -> list[NMNIST]:
-    """Return the recordings of `splits` of `dataset` ('auto', 'nmnist' or 'simulated'); say what they are.
-
-    Raises `DownloadError` where 'nmnist' can't be had, `UserError` where what is on disk is no data set.
-    """
-    if dataset != "simulated":
-        try:
-            return _announce([NMNIST(data_dir, split) for split in splits])
-        except DownloadError as error:
-            how = (
-                f"connect this machine, or unpack train.zip and test.zip of {HOMEPAGE} into {Path(data_dir) / 'NMNIST'}"
-            )
-            if dataset == "nmnist":
-                raise DownloadError(f"no N-MNIST in {data_dir}: {error}. To get it: {how}") from None
-            print(f"WARNING: no N-MNIST in {data_dir}: {error}", file=sys.stderr)
-            print("WARNING: falling back to SIMULATED recordings of scikit-learn's digits.", file=sys.stderr)
-            print(f"WARNING: to get the real ones, {how}.", file=sys.stderr)
-    return _announce([SimulatedNMNIST(data_dir, split) for split in splits])
-
-
-@dataclass
-class Data:
-    """A data set, binned: its name as files and figures carry it, and the frames of its two splits."""
-
-    name: str
-    train: Frames
-    test: Frames
-
-
-def load_data(args: argparse.Namespace, device: torch.device) -> Data:
-    """Open, bin and move to `device` the recordings that the flags of `add_data_arguments` name."""
-    with first_of_machine_first():
-        train, test = open_recordings(args.data_dir, args.dataset)
-        frames = (load_frames(recordings, args.time_steps, args.denoise).to(device) for recordings in (train, test))
-        return Data(train.name, *frames)
-
-
-def _announce(recordings: list[NMNIST]) -> list[NMNIST]:
-    parts = ", ".join(part.describe() for part in recordings)
-    print(f"data set    {recordings[0].name} in {recordings[0].root}: {parts}")
-    return recordings
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The script
-# ---------------------------------------------------------------------------------------------------------
+# --- The script ------------------------------------------------------------------------------------------
 
 
 def print_table(splits: dict[str, Frames]) -> None:
-    """Print what the data set holds, a column a split."""
-    time_steps = next(iter(splits.values())).filled.shape[1]
+    """Print what the data set holds, one column a split."""
+    time_steps = next(iter(splits.values())).time_steps
     rows = [("", [f"{split:>22}" for split in splits])]
     for digit in range(NUM_DIGITS):
-        numbers = [int((frames.labels == digit).sum()) for frames in splits.values()]
-        rows.append((f"recordings of digit {digit}", [f"{n:22,}" for n in numbers]))
+        counts = [int((frames.labels == digit).sum()) for frames in splits.values()]
+        rows.append((f"recordings of digit {digit}", [f"{n:22,}" for n in counts]))
     rows.append(("recordings", [f"{len(frames):22,}" for frames in splits.values()]))
-    for title, field, scale in (("events", "events", 1), ("duration in ms", "duration", 1e-3)):
-        for statistic in ("mean", "min", "max"):
-            values = [getattr(getattr(frames, field).double(), statistic)() for frames in splits.values()]
-            rows.append((f"{title}, {statistic}", [f"{float(value) * scale:22,.0f}" for value in values]))
+    statistics = (("mean", torch.mean), ("min", torch.min), ("max", torch.max))
+    for title, field, unit in (("events", "events", 1), ("duration in ms", "duration", 1000)):
+        for statistic, function in statistics:
+            values = [function(getattr(frames, field).double() / unit) for frames in splits.values()]
+            rows.append((f"{title}, {statistic}", [f"{float(value):22,.0f}" for value in values]))
     shares = [frames.on_events.sum() / frames.events.sum() for frames in splits.values()]
     rows.append(("share of ON events", [f"{float(share):22.1%}" for share in shares]))
-    shares = [frames.filled.double().mean() / BINS_PER_FRAME for frames in splits.values()]
+    shares = [frames.nnz_per_frame.double().mean() / BINS_PER_FRAME for frames in splits.values()]
     rows.append((f"non-zero bins at T = {time_steps}", [f"{float(share):22.2%}" for share in shares]))
     for title, values in rows:
         print(f"{title:24}" + "".join(values))
 
 
 def simulate(args: argparse.Namespace) -> None:
-    """Record the images of `--simulate` into `<data_dir>/NMNIST`, which must not be there yet."""
+    """Record the images of `--simulate` into `<data_dir>/NMNIST`, which must not exist yet."""
     root = Path(args.data_dir) / "NMNIST"
-    if root.exists():
-        raise UserError(f"{root} is there already: choose another --data_dir to record into")
     splits = read_images(args.simulate)
     for folder, part in splits.items():
         missing = sorted(set(range(NUM_DIGITS)) - set(part.labels.tolist()))
         if missing:
-            print(
-                f"WARNING: no images of {missing} for {folder}: scripts read folders of all ten digits", file=sys.stderr
-            )
-    record_data_set(root, splits, describe_simulator(Path(args.simulate).name, args.seed))
+            utils.warn(f"no images of {missing} for {folder}: scripts need recordings of all ten digits")
+    with utils.locked(args.data_dir, "data"):
+        if root.exists():
+            raise UserError(f"{root} exists already: choose another --data_dir to record into")
+        record_data_set(root, splits, describe_simulator(Path(args.simulate).name, args.seed))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -988,10 +936,11 @@ def main(argv: list[str] | None = None) -> None:
         simulate(args)
         return
     root = Path(args.data_dir) / "NMNIST"
-    untested = (root / SIMULATOR_FILE).is_file() and not (root / "Test").exists()  # --simulate without test images
-    recordings = open_recordings(args.data_dir, args.dataset, SPLITS[:1] if untested else SPLITS)
+    simulated = args.dataset != "simulated" and (root / SIMULATOR_FILE).is_file()
+    splits = SPLITS[:1] if simulated and not (root / "Test").exists() else SPLITS  # --simulate without test images
+    recordings = open_recordings(args.data_dir, args.dataset, splits)
     print_table({part.split: load_frames(part, args.time_steps, args.denoise) for part in recordings})
 
 
 if __name__ == "__main__":
-    run_script(main)
+    utils.run_script(main)

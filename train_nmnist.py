@@ -2,71 +2,71 @@
 
 python train_nmnist.py --model cnn                           # train, then test the best checkpoint
 python train_nmnist.py --model resnet --epochs 15 --batch_size 64 --scheduler
-python train_nmnist.py --model cnn --resume                  # go on where the last run stopped
-python train_nmnist.py --model cnn --test_only --visualize   # test the best checkpoint, with pictures
+python train_nmnist.py --model cnn --resume                  # continue the last run where it stopped
+python train_nmnist.py --model cnn --test_only --visualize   # test the best checkpoint, with figures
 torchrun --nproc_per_node=2 train_nmnist.py --model cnn      # train in two processes, on two GPUs where there are
 """
 
+import utils  # must be first: Ctrl-C during the slow imports below exits with one line
+
+# isort: split
 import argparse
-import copy
+import contextlib
 import json
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 import snntorch.functional as SF
 import torch
 from sklearn.metrics import confusion_matrix
 from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import nmnist
-import utils
 from models import (
     BACKENDS,
     NETWORKS,
     ActivityMeter,
+    NetworkConfig,
     SpikingNetwork,
     build_model,
     describe_backend,
     load_network,
     predict,
     predict_over_time,
-    synchronize_norms,
 )
 from nmnist import Data, Frames
 from utils import UserError, number
 
 DEFAULT_LR = {"adam": 5e-3, "adamw": 5e-3, "sgd": 0.1}
-AVERAGED_STEPS = 100  # over which the weights are averaged, in effect
+EMA_STEPS = 100  # training steps over which the weights are averaged
 LOSSES = {
-    "ce": SF.ce_rate_loss,  # cross entropy of the membrane potentials at every step, averaged over steps
-    "mse": SF.mse_count_loss,  # squared error of the spike counts: T for the right digit, 0 for the others
+    "ce": SF.ce_rate_loss,  # cross entropy of the membrane potentials at every time step, averaged
+    "mse": SF.mse_count_loss,  # squared error of the spike counts: T for the correct digit, 0 for the others
     "count": SF.ce_count_loss,  # cross entropy of the spike counts, scaled by COUNT_RANGE
 }
-# What a spike at every step counts for. Counts of up to T soon leave no doubt about a training recording, however
-# early they part: then nothing is left to learn from.
+# The count of a neuron that spikes at every step. Counts of up to T would soon saturate the softmax, whose gradient
+# then vanishes.
 COUNT_RANGE = 5.0
-# What `build_model` needs.
-NETWORK_SETTINGS = ("model", "beta", "threshold", "alpha", "dropout", "precision", "neuron_backend")
-# What a checkpoint keeps of the flags: a run that goes on with others would end elsewhere.
-RUN_SETTINGS = (
-    *NETWORK_SETTINGS,
-    *("time_steps", "denoise", "batch_size", "lr", "weight_decay", "optimizer", "loss", "scheduler"),
-    *("no_augment", "seed", "val_split", "epochs"),
+NETWORK_FLAGS = tuple(field.name for field in fields(NetworkConfig))
+TRAINING_FLAGS = (
+    *("time_steps", "denoise", "epochs", "batch_size", "lr", "weight_decay", "optimizer", "loss", "scheduler"),
+    *("no_augment", "val_split", "seed"),
 )
+
+# --- Flags -----------------------------------------------------------------------------------------------
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the script's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(NETWORKS), default="cnn", help="network (default: %(default)s)")
     add_network_arguments(parser)
     add_training_arguments(parser)
     nmnist.add_data_arguments(parser)
@@ -75,348 +75,135 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that shape the network."""
+    """Add the flags of `NetworkConfig`."""
     group = parser.add_argument_group("network")
-    add_value(group, "--beta", number(float, 0, 1), 0.5, "decay of the membrane potential per step")
-    add_value(group, "--threshold", number(float, 0, open_low=True), 1.0, "membrane potential at which a neuron fires")
+    add_flag(group, "--model", NetworkConfig.model, "network", choices=list(NETWORKS))
+    text = "decay of the membrane potential per step"
+    add_flag(group, "--beta", NetworkConfig.beta, text, type=number(float, 0, 1))
+    text = "membrane potential above which a neuron fires"
+    add_flag(group, "--threshold", NetworkConfig.threshold, text, type=number(float, 0, open_low=True))
     text = "decay per step of ALIF's adaptation and of the synaptic current; resnet only"
-    add_value(group, "--alpha", number(float, 0, 1), 0.9, text)
-    add_value(group, "--dropout", number(float, 0, 1, open_high=True), 0.0, "share of last hidden neurons dropped")
+    add_flag(group, "--alpha", NetworkConfig.alpha, text, type=number(float, 0, 1))
+    text = "probability of dropping a neuron of the last hidden layer, for a whole recording"
+    add_flag(group, "--dropout", NetworkConfig.dropout, text, type=number(float, 0, 1, open_high=True))
+    text = "fused: compiled neurons and pooling; step: snnTorch's neurons, step by step"
+    add_flag(group, "--neuron_backend", NetworkConfig.neuron_backend, text, choices=BACKENDS)
+    utils.add_precision_argument(group)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how to learn."""
+    """Add the flags that say how to train."""
     group = parser.add_argument_group("training")
-    add_value(group, "--epochs", number(int, 1), 10, "passes over the training recordings")
-    add_value(group, "--batch_size", number(int, 1), 128, "recordings a step")
+    add_flag(group, "--epochs", 10, "passes over the training recordings", type=number(int, 1))
+    add_flag(group, "--batch_size", 128, "recordings per training step", type=number(int, 1))
     rates = ", ".join(f"{lr} for {name}" for name, lr in DEFAULT_LR.items())
     group.add_argument("--lr", type=number(float, 0, open_low=True), help=f"learning rate (default: {rates})")
-    add_value(group, "--weight_decay", number(float, 0), 0.0, "weight decay")
-    group.add_argument("--optimizer", choices=list(DEFAULT_LR), default="adam", help="optimizer (default: %(default)s)")
-    group.add_argument(
-        "--loss",
-        choices=list(LOSSES),
-        default="ce",
-        help="ce: cross entropy of the membrane potentials at every step; mse: squared error of the spike counts; "
-        f"count: cross entropy of the spike counts, where a spike at every step counts for {COUNT_RANGE:g} "
-        "(default: %(default)s)",
-    )
+    add_flag(group, "--weight_decay", 0.0, "weight decay", type=number(float, 0))
+    add_flag(group, "--optimizer", "adam", "optimizer", choices=list(DEFAULT_LR))
+    text = "ce: cross entropy of the membrane potentials at every step; mse: squared error of the spike counts; "
+    text += f"count: cross entropy of the spike counts, where a spike at every step counts {COUNT_RANGE:g}"
+    add_flag(group, "--loss", "ce", text, choices=list(LOSSES))
     group.add_argument("--scheduler", action="store_true", help="lower the learning rate to 0 along a cosine")
-    group.add_argument(
-        "--no_augment", action="store_true", help="train on the recordings as they are: no random shift, rotation, ..."
-    )
-    text = "share of training recordings for validation"
-    add_value(group, "--val_split", number(float, 0, 1, open_low=True, open_high=True), 0.1, text)
+    text = "train on the recordings as they are, without random shift, rotation, ..."
+    group.add_argument("--no_augment", action="store_true", help=text)
+    share = number(float, 0, 1, open_low=True, open_high=True)
+    add_flag(group, "--val_split", 0.1, "share of training recordings for validation", type=share)
     text = "seed of weights, validation split, order, augmentation and dropout"
-    add_value(group, "--seed", number(int, 0, 2**32 - 1), 0, text)
+    add_flag(group, "--seed", 0, text, type=number(int, 0, 2**32 - 1))
 
 
 def add_running_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say where to run, and what to read and write."""
     group = parser.add_argument_group("running")
-    add_value(group, "--save_dir", str, "./checkpoints", "folder of the checkpoints")
-    add_value(group, "--log_dir", str, "./logs", "folder of history, metrics and figures")
-    group.add_argument(
-        "--resume",
-        nargs="?",
-        const="last",
-        metavar="PATH",
-        help="go on from this checkpoint (without PATH: from the last one of this model in save_dir)",
-    )
+    add_flag(group, "--save_dir", "./checkpoints", "folder of the checkpoints")
+    add_flag(group, "--log_dir", "./logs", "folder of history, metrics and figures")
+    text = "continue from this checkpoint (without PATH: from the last one of this model in save_dir)"
+    group.add_argument("--resume", nargs="?", const="last", metavar="PATH", help=text)
     utils.add_device_argument(group)
-    utils.add_precision_argument(group)
-    group.add_argument(
-        "--neuron_backend",
-        choices=BACKENDS,
-        default="fused",
-        help="fused: neurons compiled over all steps; step: snnTorch's neurons, step by step (default: %(default)s)",
-    )
-    group.add_argument("--test_only", action="store_true", help="test the best checkpoint, train nothing")
+    group.add_argument("--test_only", action="store_true", help="test the best checkpoint, without training")
     group.add_argument("--visualize", action="store_true", help="write figures to log_dir")
 
 
-def add_value(group, flag: str, kind: Callable, default, text: str) -> None:
-    """Add a flag with a value of type `kind`."""
-    group.add_argument(flag, type=kind, default=default, help=f"{text} (default: %(default)s)")
+def add_flag(group, flag: str, default, text: str, **options) -> None:
+    """Add a flag with a value; its help ends with its default."""
+    group.add_argument(flag, default=default, help=f"{text} (default: %(default)s)", **options)
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
-    """Return the flags and the checkpoint to test or to go on with, None where training starts anew.
+    """Return the flags and the checkpoint to test or to resume, None if training starts from scratch.
 
-    A checkpoint's settings fill the flags that are not given. Of flags that contradict them, testing takes the
-    checkpoint's, and says so; resuming raises `UserError`, since it would not end where the run was heading, but
-    lets `--epochs` grow.
+    A checkpoint's settings are the defaults of the flags that are not given. Of flags that contradict them, testing
+    uses the checkpoint's, and says so; resuming raises `UserError`, since the run would end elsewhere, but lets
+    `--epochs` grow.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.time_steps * args.batch_size == 1:
-        parser.error("argument --batch_size: 1 is too few for --time_steps 1, whose norms need two frames")
+    if args.time_steps * args.batch_size == 1 and not args.test_only:
+        parser.error("argument --batch_size: 1 is too few for --time_steps 1, since norms need two frames")
     if args.test_only and args.resume is not None:
         parser.error("argument --resume: not allowed with argument --test_only")
-    path = utils.checkpoint_path(args.save_dir, args.model, "best" if args.test_only else "last")
-    anew = not args.test_only and args.resume is None
-    if args.resume == "last" and not path.exists():  # killed before its first epoch ended, perhaps
-        print(f"resume      no checkpoint at {path} yet: training starts anew, with the flags as given")
-        anew = True
-    if anew:
+    path = find_checkpoint(args)
+    if path is None:
         args.precision = utils.pick_precision(args.precision, utils.pick_device(args.device))
+        args.lr = args.lr or DEFAULT_LR[args.optimizer]
         return args, None
-    if args.resume not in (None, "last"):
-        path = Path(args.resume)
     checkpoint = utils.load_checkpoint(path, args.model)
-    args, different = utils.parse_with_settings(parser, argv, checkpoint["settings"])
-    for name, given, value in different:
-        if args.test_only:
-            print(f"settings    --{name} {given} is ignored: {path} was trained with {value}")
-            setattr(args, name, value)
-        elif name != "epochs":
-            raise UserError(f"--{name} {given}: {path} was trained with {value}; leave the flag out or train anew")
+    args, different = merge_settings(parser, argv, checkpoint["network_config"] | checkpoint["settings"])
+    for name, given, trained in different:
+        if args.test_only and name != "batch_size":  # which changes no result
+            print(f"settings    --{name} {given} is ignored: {path} was trained with {trained}")
+            setattr(args, name, trained)
+        elif not args.test_only and name != "epochs":
+            raise UserError(f"--{name} {given}: {path} was trained with {trained}; omit the flag or start a new run")
     if args.resume is not None:
         check_resumable(args, checkpoint, path)
     return args, checkpoint
 
 
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """Return the path of the checkpoint to test or to resume, None if training starts from scratch."""
+    if args.test_only:
+        return utils.checkpoint_path(args.save_dir, args.model, "best")
+    if args.resume not in (None, "last"):
+        return Path(args.resume)
+    last = utils.checkpoint_path(args.save_dir, args.model, "last")
+    if args.resume == "last" and not last.exists():  # stopped before its first epoch ended, perhaps
+        print(f"resume      no checkpoint at {last} yet: training starts from scratch, with the flags as given")
+    return last if args.resume == "last" and last.exists() else None
+
+
+def merge_settings(
+    parser: argparse.ArgumentParser, argv: list[str] | None, settings: dict
+) -> tuple[argparse.Namespace, list[tuple]]:
+    """Parse flags with a checkpoint's settings as the defaults of those that are not given.
+
+    Returns the flags and what contradicts the checkpoint: a list of (name, given, the checkpoint's).
+    """
+    parser.set_defaults(**settings)
+    args = parser.parse_args(argv)
+    different = [(name, getattr(args, name), value) for name, value in settings.items() if getattr(args, name) != value]
+    return args, different
+
+
 def check_resumable(args: argparse.Namespace, checkpoint: dict, path: Path) -> None:
-    """Raise `UserError` where a run can't go on from `checkpoint`; say where its learning rates will differ."""
-    if "optimizer" not in checkpoint:
+    """Raise `UserError` if `checkpoint` can't be resumed; print if its learning rates will differ."""
+    if "state" not in checkpoint:
         last = path.with_name(f"{args.model}_last.pt")
-        raise UserError(f"--resume {path}: it holds the network alone; go on from {last}")
+        raise UserError(f"--resume {path}: it holds the network alone; resume {last}")
     if args.epochs < checkpoint["epoch"]:
-        raise UserError(f"--epochs {args.epochs}: {path} has seen {checkpoint['epoch']} epochs already")
+        raise UserError(f"--epochs {args.epochs}: {path} has {checkpoint['epoch']} epochs already")
     planned = checkpoint["settings"]["epochs"]
     if args.scheduler and args.epochs != planned:
-        print(f"schedule    planned over {planned} epochs, goes on over {args.epochs}")
+        print(f"schedule    planned over {planned} epochs, continues over {args.epochs}")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------
+def network_config(args: argparse.Namespace) -> NetworkConfig:
+    """Return the flags that shape the network."""
+    return NetworkConfig(**{name: getattr(args, name) for name in NETWORK_FLAGS})
 
 
-class Average:
-    """The exponential average of a network's weights over its steps, which is what is validated and tested.
-
-    It does for a learning rate that stays what lowering it does: the noise of the last steps averages out. It takes in
-    what the norms measured, too, but not the neurons' states, which torch's own `AveragedModel` trips over.
-    """
-
-    def __init__(self, network: torch.nn.Module):
-        self.network = copy.deepcopy(network)
-        self.steps = 0
-
-    @torch.no_grad()
-    def update(self, network: torch.nn.Module) -> None:
-        """Follow `network` by a step."""
-        # Over a tenth of the steps so far, since the first weights say nothing, up to AVERAGED_STEPS.
-        share = max(1 / AVERAGED_STEPS, 9 / (9 + self.steps))
-        for averaged, current in zip(self.network.state_dict().values(), network.state_dict().values(), strict=True):
-            if averaged.is_floating_point():
-                averaged.lerp_(current, share)
-            else:  # the norms' count of batches
-                averaged.copy_(current)
-        self.steps += 1
-
-    def state_dict(self) -> dict:
-        return {"network": self.network.state_dict(), "steps": self.steps}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.network.load_state_dict(state["network"])
-        self.steps = state["steps"]
-
-
-@dataclass
-class Learner:
-    """What changes in training: the network, its average, its optimizer; and the loss that it lowers."""
-
-    network: SpikingNetwork
-    parallel: torch.nn.Module  # the network, whose gradients are those of all processes
-    average: Average
-    optimizer: torch.optim.Optimizer
-    loss_fn: Callable
-
-
-def make_learner(args: argparse.Namespace, network: SpikingNetwork) -> Learner:
-    """Return what is trained, in this process or in several."""
-    average, parallel = Average(network), network
-    if distributed.is_initialized():
-        synchronize_norms(network)
-        parallel = torch.nn.parallel.DistributedDataParallel(network, forward_sync_buffers=False)
-    return Learner(network, parallel, average, make_optimizer(args, network), make_loss(args.loss))
-
-
-def make_optimizer(args: argparse.Namespace, network: SpikingNetwork) -> torch.optim.Optimizer:
-    """Return the optimizer of `--optimizer`."""
-    lr = args.lr or DEFAULT_LR[args.optimizer]
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    optimizer = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
-    return optimizer(network.parameters(), lr=lr, weight_decay=args.weight_decay, fused=True)
-
-
-def make_loss(name: str) -> Callable:
-    """Return the loss of `--loss` as a function of the output neurons' spk and mem [T, B, 10] and the labels [B].
-
-    It is not finite where a membrane potential is not: spikes, and so a loss of spikes, stay finite even then.
-    """
-    loss_fn = LOSSES[name]()
-
-    def loss(spk, mem, labels):
-        out = mem if name == "ce" else spk  # a membrane tells how far from firing a neuron is, a spike is only 0 or 1
-        if name == "count":
-            out = out * (COUNT_RANGE / len(spk))
-        # Of one element, which snnTorch shapes in two ways: so its sum.
-        return loss_fn(out, labels).sum() + 0 * mem.sum()
-
-    return loss
-
-
-def train_one_epoch(learner: Learner, batches: Iterable, bar: tqdm) -> dict:
-    """Train on `batches` of (frames, labels, recordings in the whole batch); return the epoch's mean loss and accuracy.
-
-    Both are of the network in training, while it changes and drops spikes, on recordings that may be augmented. Of a
-    whole batch, each process has a share.
-    """
-    learner.network.train()
-    # Summed where the work is done, and read when the bar is drawn: reading waits for the device.
-    sums = 0  # of loss, right decisions, recordings
-    for x, labels, whole in batches:
-        spk, mem = learner.parallel(x)
-        # Without a recording in its share of a last batch, a process takes part with gradients of 0.
-        loss = learner.loss_fn(spk, mem, labels) if len(labels) else mem.sum()
-        learner.optimizer.zero_grad()
-        (loss * (len(labels) * utils.num_processes() / whole)).backward()  # processes' gradients are averaged
-        learner.optimizer.step()
-        learner.average.update(learner.network)
-        with torch.no_grad():
-            right = (predict(mem) == labels).sum()
-            seen = torch.full_like(right, len(labels))
-            sums = sums + torch.stack([loss.double() * len(labels), right, seen])
-        # The first process alone: of losses that are not finite, the others tell together, after the epoch.
-        if bar.update(whole) and utils.process_number() == 0:
-            show_progress(bar, sums)
-    return show_progress(bar, utils.add_up(sums))
-
-
-def show_progress(bar: tqdm, sums: torch.Tensor) -> dict:
-    """Write mean loss and accuracy so far beside the bar, and return them.
-
-    Raises `FloatingPointError` where the loss was not finite in a batch.
-    """
-    loss, right, seen = sums.tolist()
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"within {bar.n:,} of {bar.total:,} recordings")
-    bar.set_postfix(loss=f"{loss / seen:.4f}", accuracy=f"{right / seen:.2%}", refresh=False)
-    return {"loss": loss / seen, "accuracy": right / seen}
-
-
-@torch.no_grad()
-def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, bar: tqdm) -> dict:
-    """Run the network over the recordings `indices`, without learning, each process over its share.
-
-    Returns mean `loss`, `accuracy`, `labels` [N] and `decisions` [T, N]: the digit decided on after each step.
-    """
-    network.eval()
-    own = indices[utils.own_share(len(indices))]
-    total_loss, labels = torch.zeros((), dtype=torch.float64), [torch.zeros(0, dtype=torch.int64)]
-    decisions = [torch.zeros((frames.filled.shape[1], 0), dtype=torch.int64)]
-    for x, batch_labels in frames.batches(own, batch_size, network.dtype):
-        spk, mem = network(x)
-        total_loss = total_loss.to(x.device) + loss_fn(spk, mem, batch_labels).double() * len(batch_labels)
-        labels.append(batch_labels)
-        decisions.append(predict_over_time(mem))
-        bar.update(len(batch_labels) * utils.num_processes())
-    results = torch.cat([x.cpu() for x in labels]), torch.cat([x.cpu() for x in decisions], dim=1)
-    losses, labels, decisions = zip(*utils.gather((float(total_loss), *results)), strict=True)
-    labels, decisions = torch.cat(labels), torch.cat(decisions, dim=1)
-    accuracy = (decisions[-1] == labels).double().mean().item()
-    return {"loss": sum(losses) / len(labels), "accuracy": accuracy, "labels": labels, "decisions": decisions}
-
-
-def learning_rate(args: argparse.Namespace, epoch: int) -> float:
-    """Return the learning rate of an epoch, counted from 1: constant, or falling along a cosine to near 0."""
-    lr = args.lr or DEFAULT_LR[args.optimizer]
-    return lr * (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2 if args.scheduler else lr
-
-
-def training_batches(args, order: torch.Tensor, data: Data, dtype: torch.dtype) -> Iterator:
-    """Yield this process's share of each batch of the recordings `order`: frames, labels, size of the whole batch."""
-    for chunk in order.split(args.batch_size):
-        share = utils.own_share(len(chunk))
-        yield *data.train.batch(chunk, dtype, augment=not args.no_augment, share=share), len(chunk)
-
-
-def run_epoch(args, epoch: int, learner: Learner, data: Data, train_indices, val_indices) -> dict:
-    """Train for an epoch and evaluate on validation and test recordings; return its entry of the history."""
-    start = time.perf_counter()
-    # Seeded anew for each epoch, so that a resumed run draws what an unbroken one does.
-    utils.set_seed(args.seed, epoch)
-    for group in learner.optimizer.param_groups:
-        group["lr"] = learning_rate(args, epoch)
-    order = train_indices[torch.randperm(len(train_indices))]
-    if args.time_steps == 1 and len(order) % args.batch_size == 1:
-        order = order[:-1]  # a batch of a single frame has no variance to normalise by
-    with tqdm(desc=f"epoch {epoch}/{args.epochs}", total=len(order), unit="recording", leave=False) as bar:
-        results = {"train": train_one_epoch(learner, training_batches(args, order, data, learner.network.dtype), bar)}
-    trained = time.perf_counter() - start
-    for name, frames, indices in (("val", data.train, val_indices), ("test", data.test, torch.arange(len(data.test)))):
-        with tqdm(desc=name, total=len(indices), unit="recording", leave=False) as bar:
-            results[name] = evaluate(learner.average.network, frames, indices, learner.loss_fn, args.batch_size, bar)
-    if not math.isfinite(results["val"]["loss"]):
-        raise FloatingPointError("in validation")
-    entry = {"epoch": epoch}
-    for name, result in results.items():
-        entry |= {f"{name}_loss": result["loss"], f"{name}_accuracy": result["accuracy"]}
-    return entry | {
-        "lr": learning_rate(args, epoch),
-        "precision": args.precision,
-        "neuron_backend": describe_backend(learner.network),
-        "seconds": time.perf_counter() - start,
-        "recordings_per_second": len(order) / trained,
-    }
-
-
-def train(args, network, checkpoint: dict | None, data: Data) -> None:
-    """Train for the epochs that are left; after each, print its figures and write checkpoints and history."""
-    train_indices, val_indices = nmnist.split_validation(data.train.labels.cpu(), args.val_split, args.seed)
-    learner = make_learner(args, network)
-    last = utils.checkpoint_path(args.save_dir, args.model, "last")
-    history, best = [], None
-    if checkpoint:
-        trained_on = (checkpoint["dataset"], checkpoint["num_recordings"])
-        if trained_on != (data.name, len(data.train)):
-            raise UserError(
-                "--resume: trained on {} with {:,} recordings, and this is {} with {:,}".format(
-                    *trained_on, data.name, len(data.train)
-                )
-            )
-        for name in ("network", "average", "optimizer"):
-            getattr(learner, name).load_state_dict(checkpoint[name])
-        history, best = checkpoint["history"], checkpoint["best"]
-        if utils.process_number() == 0:  # save_dir or log_dir may be others than before
-            write_best_and_history(args, best, history)
-            utils.save_tensors(last, checkpoint)
-        print(f"resume      after epoch {len(history)} of {args.epochs}")
-    print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}, test {len(data.test):,}")
-    saved = len(history)
-    try:
-        for epoch in range(saved + 1, args.epochs + 1):
-            entry = run_epoch(args, epoch, learner, data, train_indices, val_indices)
-            print_epoch(entry, args.epochs)
-            history.append(entry)
-            if utils.process_number() == 0:
-                best = save(args, learner, history, best, data)
-            saved = epoch
-    except FloatingPointError as error:
-        kept = f"{last} keeps epoch {saved}" if saved else "no epoch was finished, so there is no checkpoint"
-        raise UserError(f"loss not finite in epoch {saved + 1}, {error}: choose a smaller --lr; {kept}") from None
-    except KeyboardInterrupt as stop:
-        how = how_to_go_on(args, "--resume", "--epochs", str(args.epochs))
-        stop.args = (f"{last} keeps epoch {saved}; go on with: {how}",) if saved else ()
-        raise
-
-
-def how_to_go_on(args: argparse.Namespace, *flags: str) -> str:
-    """Return the command that goes on with the run of `args` by `flags`; what is not named is in the checkpoint."""
+def resume_command(args: argparse.Namespace, *flags: str) -> str:
+    """Return the command that continues the run of `args` with `flags`; its other settings are in the checkpoint."""
     command, parser = ["python", "train_nmnist.py", "--model", args.model, *flags], make_parser()
     for name in ("save_dir", "log_dir", "data_dir", "dataset", "device"):
         if getattr(args, name) != parser.get_default(name):
@@ -424,39 +211,256 @@ def how_to_go_on(args: argparse.Namespace, *flags: str) -> str:
     return shlex.join(command)
 
 
+# --- Training --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainState:
+    """What changes in training, and the loss that it lowers."""
+
+    network: SpikingNetwork
+    parallel: torch.nn.Module  # the network; with several processes, their gradients are averaged
+    ema: AveragedModel  # the exponential moving average of the network, which is validated and tested
+    optimizer: torch.optim.Optimizer
+    loss_fn: Callable
+
+    def state_dict(self) -> dict:
+        """Return what `restore` needs: the weights in training, their average and the state of the optimizer."""
+        return {name: getattr(self, name).state_dict() for name in ("network", "ema", "optimizer")}
+
+
+def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | None, data: Data) -> None:
+    """Train for the epochs that are left; after each, print its results and write checkpoints and history."""
+    train_indices, val_indices = nmnist.split_validation(data.train.labels.cpu(), args.val_split, args.seed)
+    state = make_state(args, device)
+    history, best = [], None
+    if checkpoint:
+        history, best = restore(args, state, checkpoint, data)
+    print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}, test {len(data.test):,}")
+    last, saved = utils.checkpoint_path(args.save_dir, args.model, "last"), len(history)
+    try:
+        for epoch in range(saved + 1, args.epochs + 1):
+            entry = run_epoch(args, epoch, state, data, train_indices, val_indices)
+            print_epoch(entry, args.epochs)
+            history.append(entry)
+            if utils.rank() == 0:
+                best = save(args, state, history, best, data)
+            saved = epoch
+    except FloatingPointError as error:
+        kept = f"{last} holds epoch {saved}" if saved else "no epoch was finished, so there is no checkpoint"
+        raise UserError(f"loss not finite in epoch {saved + 1}, {error}: choose a smaller --lr; {kept}") from None
+    except KeyboardInterrupt as stop:
+        command = resume_command(args, "--resume", "--epochs", str(args.epochs))
+        stop.args = (f"{last} holds epoch {saved}; continue with: {command}",) if saved else ()
+        raise
+
+
+def run_epoch(args, epoch: int, state: TrainState, data: Data, train_indices, val_indices) -> dict:
+    """Train for an epoch, evaluate on validation and test recordings; return the epoch's entry of the history."""
+    start = time.perf_counter()
+    # Seeded for each epoch, so that a resumed run draws the same numbers as one that was not stopped.
+    utils.set_seed(args.seed, epoch)
+    lr = learning_rate(args, epoch)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    order = train_indices[torch.randperm(len(train_indices))]
+    if args.time_steps == 1 and len(order) % args.batch_size == 1:
+        order = order[:-1]  # a batch of a single frame has no variance to normalise by
+    with progress(f"epoch {epoch}/{args.epochs}", len(order)) as bar:
+        results = {"train": train_one_epoch(state, training_batches(args, order, data.train, state.network.dtype), bar)}
+    trained = time.perf_counter() - start
+    for name, frames, indices in (("val", data.train, val_indices), ("test", data.test, torch.arange(len(data.test)))):
+        with progress(name, len(indices)) as bar:
+            results[name] = evaluate(state.ema.module, frames, indices, state.loss_fn, args.batch_size, bar)
+    if not math.isfinite(results["val"]["loss"]):
+        raise FloatingPointError("in validation")
+    entry = {"epoch": epoch}
+    for name, result in results.items():
+        entry |= {f"{name}_loss": result["loss"], f"{name}_accuracy": result["accuracy"]}
+    return entry | {
+        "lr": lr,
+        "precision": args.precision,
+        "neuron_backend": describe_backend(state.network),
+        "seconds": time.perf_counter() - start,
+        "recordings_per_second": len(order) / trained,
+    }
+
+
+def train_one_epoch(state: TrainState, batches: Iterator, bar: tqdm) -> dict:
+    """Train on `batches` of (frames, labels, size of the whole batch); return the epoch's mean loss and accuracy.
+
+    Both are of the network while it changes and drops neurons, on recordings that may be augmented. The frames and
+    labels are this process's shard of the whole batch.
+    """
+    state.network.train()
+    totals = 0  # sums of loss, correct predictions and recordings; reading them waits for a GPU, so only the bar does
+    for frames, labels, whole in batches:
+        spk, mem = state.parallel(frames)
+        # A process without a recording of the last batch takes part with gradients of 0.
+        loss = state.loss_fn(spk, mem, labels) if len(labels) else mem.sum()
+        state.optimizer.zero_grad()
+        (loss * (len(labels) * utils.world_size() / whole)).backward()  # gradients are averaged over processes
+        state.optimizer.step()
+        state.ema.update_parameters(state.network)
+        with torch.no_grad():
+            correct = (predict(mem) == labels).sum()
+            num_samples = torch.full_like(correct, len(labels))
+            totals = totals + torch.stack([loss.double() * len(labels), correct, num_samples])
+        if bar.update(whole):
+            means = mean_results(totals, bar)
+            bar.set_postfix(loss=f"{means['loss']:.4f}", accuracy=f"{means['accuracy']:.2%}", refresh=False)
+    return mean_results(utils.all_reduce_sum(totals), bar)
+
+
+def mean_results(totals: torch.Tensor, bar: tqdm) -> dict:
+    """Return mean loss and accuracy; raise `FloatingPointError` if the loss of a batch so far was not finite."""
+    loss, correct, num_samples = totals.tolist()
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"within {bar.n:,} of {bar.total:,} recordings")
+    return {"loss": loss / num_samples, "accuracy": correct / num_samples}
+
+
+@torch.no_grad()
+def evaluate(network: SpikingNetwork, frames: Frames, indices: torch.Tensor, loss_fn, batch_size: int, bar) -> dict:
+    """Run the network over the recordings `indices`, without training, each process over its shard.
+
+    Returns mean `loss`, `accuracy`, `labels` [N] and `predictions` [T, N]: the digit predicted after each step.
+    """
+    network.eval()
+    total_loss = 0.0
+    labels, predictions = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(frames.time_steps, 0, dtype=torch.int64)]
+    for x, batch_labels in frames.batches(indices[utils.shard(len(indices))], batch_size, network.dtype):
+        spk, mem = network(x)
+        total_loss = total_loss + loss_fn(spk, mem, batch_labels).double() * len(batch_labels)
+        labels.append(batch_labels)
+        predictions.append(predict_over_time(mem))
+        bar.update(len(batch_labels) * utils.world_size())
+    results = torch.cat([x.cpu() for x in labels]), torch.cat([x.cpu() for x in predictions], dim=1)
+    losses, labels, predictions = zip(*utils.all_gather((float(total_loss), *results)), strict=True)
+    labels, predictions = torch.cat(labels), torch.cat(predictions, dim=1)
+    accuracy = (predictions[-1] == labels).double().mean().item()
+    return {"loss": sum(losses) / len(labels), "accuracy": accuracy, "labels": labels, "predictions": predictions}
+
+
+def training_batches(args, order: torch.Tensor, frames: Frames, dtype: torch.dtype) -> Iterator:
+    """Yield this process's shard of each batch of the recordings `order`: frames, labels, size of the whole batch."""
+    for chunk in order.split(args.batch_size):
+        shard = utils.shard(len(chunk))
+        yield *frames.batch(chunk, dtype, augment=not args.no_augment, shard=shard), len(chunk)
+
+
+def learning_rate(args: argparse.Namespace, epoch: int) -> float:
+    """Return the learning rate of an epoch, counted from 1: constant, or falling along a cosine to near 0."""
+    return args.lr * (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2 if args.scheduler else args.lr
+
+
+def make_loss(name: str) -> Callable:
+    """Return the loss of `--loss` as a function of the output neurons' spk and mem [T, B, 10] and the labels [B].
+
+    It is NaN if a membrane potential is not finite: spikes, and with them a loss of spikes, are finite even then.
+    """
+    loss_fn = LOSSES[name]()
+
+    def loss(spk, mem, labels):
+        out = mem if name == "ce" else spk  # a potential tells how far from firing a neuron is, a spike only 0 or 1
+        if name == "count":
+            out = out * (COUNT_RANGE / len(spk))
+        # snnTorch returns the shape [] or [1], depending on the loss; sum makes it a scalar.
+        return torch.where(mem.isfinite().all(), loss_fn(out, labels).sum(), torch.nan)
+
+    return loss
+
+
+def make_state(args: argparse.Namespace, device: torch.device) -> TrainState:
+    """Return a new network and what trains it, in this process or in several."""
+    utils.set_seed(args.seed)
+    network = build_model(network_config(args)).to(device)
+    print(f"network     {type(network).__name__}, {sum(p.numel() for p in network.parameters()):,} parameters")
+    ema, parallel = AveragedModel(network, multi_avg_fn=update_ema, use_buffers=True), network
+    if distributed.is_initialized():
+        utils.sync_batch_norm(network)
+        parallel = DistributedDataParallel(network, forward_sync_buffers=False)
+    options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(network.parameters(), momentum=0.9, **options)
+    else:
+        adam = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
+        optimizer = adam(network.parameters(), **options)
+    return TrainState(network, parallel, ema, optimizer, make_loss(args.loss))
+
+
+def update_ema(averaged: list[torch.Tensor], current: list[torch.Tensor], num_averaged: torch.Tensor) -> None:
+    """Update the exponential moving average of weights, and of what norms measured.
+
+    It averages out the noise of the last training steps, as lowering the learning rate would. The weight of the current
+    values, 9 / (9 + num_averaged), lets the average forget the first steps; it stays at 1 / EMA_STEPS from then on.
+    """
+    weight = (9 / (9 + num_averaged)).clamp(min=1 / EMA_STEPS)  # a tensor: a number would wait for a GPU
+    for ours, theirs in zip(averaged, current, strict=True):
+        if ours.is_floating_point():
+            ours.lerp_(theirs, weight)
+        else:  # the norms' number of batches
+            ours.copy_(theirs)
+
+
+def progress(text: str, num_recordings: int) -> tqdm:
+    """Return a progress bar, which the first process shows."""
+    return tqdm(desc=text, total=num_recordings, unit="recording", leave=False, disable=utils.rank() > 0)
+
+
 def print_epoch(entry: dict, epochs: int) -> None:
-    """Print an epoch's figures in one line."""
+    """Print an epoch's results in one line."""
     parts = [f"epoch {entry['epoch']:3d}/{epochs}"]
     parts += [f"{s} {entry[f'{s}_loss']:.4f} {entry[f'{s}_accuracy']:7.2%}" for s in ("train", "val", "test")]
     parts += [f"{entry['recordings_per_second']:,.0f} recordings/s", f"lr {entry['lr']:.2g}"]
     print("   ".join(parts), flush=True)
 
 
-def save(args, learner: Learner, history: list[dict], best: dict | None, data: Data) -> dict:
+# --- Checkpoints -----------------------------------------------------------------------------------------
+
+
+def save(args, state: TrainState, history: list[dict], best: dict | None, data: Data) -> dict:
     """Write the best and the last checkpoint and the history, each atomically; return the best checkpoint so far."""
     checkpoint = {
         "format": utils.CHECKPOINT_FORMAT,
-        "network_settings": {name: getattr(args, name) for name in NETWORK_SETTINGS},
-        "settings": {name: getattr(args, name) for name in RUN_SETTINGS},
+        "network_config": asdict(network_config(args)),
+        "settings": {name: getattr(args, name) for name in TRAINING_FLAGS},
         "dataset": data.name,
         "num_recordings": len(data.train),
-        "neuron_backend": describe_backend(learner.network),
-        "network": {name: value.cpu().clone() for name, value in learner.average.network.state_dict().items()},
+        "neuron_backend": describe_backend(state.network),
+        "network": {name: value.cpu().clone() for name, value in state.ema.module.state_dict().items()},
         "epoch": len(history),
-        # Of equal validation accuracies the smaller loss is the better; the test set has no say.
+        # If validation accuracies are equal, the smaller loss is better. The test recordings are not used.
         "score": [history[-1]["val_accuracy"], -history[-1]["val_loss"]],
     }
     if best is None or checkpoint["score"] > best["score"]:
         best = checkpoint
     write_best_and_history(args, best, history)
     # Last: a run killed before this repeats the epoch, and writes the same files again.
-    utils.save_tensors(
-        utils.checkpoint_path(args.save_dir, args.model, "last"),
-        checkpoint
-        | {name: getattr(learner, name).state_dict() for name in ("network", "average", "optimizer")}
-        | {"history": history, "best": best},
-    )
+    last = utils.checkpoint_path(args.save_dir, args.model, "last")
+    utils.save_tensors(last, checkpoint | {"history": history, "best": best, "state": state.state_dict()})
     return best
+
+
+def restore(args, state: TrainState, checkpoint: dict, data: Data) -> tuple[list[dict], dict]:
+    """Put the state that `save` wrote back; return the history and the best checkpoint so far.
+
+    Raises `UserError` if the data are not those of the checkpoint.
+    """
+    trained_on = (checkpoint["dataset"], checkpoint["num_recordings"])
+    if trained_on != (data.name, len(data.train)):
+        there, here = (
+            f"{name} with {count:,} recordings" for name, count in (trained_on, (data.name, len(data.train)))
+        )
+        raise UserError(f"--resume: trained on {there}, and this is {here}")
+    for name, values in checkpoint["state"].items():
+        getattr(state, name).load_state_dict(values)
+    history, best = checkpoint["history"], checkpoint["best"]
+    if utils.rank() == 0:  # save_dir or log_dir may be others than before
+        write_best_and_history(args, best, history)
+        utils.save_tensors(utils.checkpoint_path(args.save_dir, args.model, "last"), checkpoint)
+    print(f"resume      after epoch {len(history)} of {args.epochs}")
+    return history, best
 
 
 def write_best_and_history(args: argparse.Namespace, best: dict, history: list[dict]) -> None:
@@ -465,26 +469,20 @@ def write_best_and_history(args: argparse.Namespace, best: dict, history: list[d
     utils.write_json(Path(args.log_dir) / f"{args.model}_history.json", history)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Testing
-# ---------------------------------------------------------------------------------------------------------
+# --- Testing ---------------------------------------------------------------------------------------------
 
 
 def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, torch.Tensor]:
-    """Test the best checkpoint, write and print its metrics; return them, the network and its decisions [N]."""
+    """Test the best checkpoint, write and print its metrics; return them, the network and its predictions [N]."""
     path = utils.checkpoint_path(args.save_dir, args.model, "best")
     checkpoint = utils.load_checkpoint(path, args.model)
     network = load_network(checkpoint, device)
     if checkpoint["dataset"] != data.name:
-        print(f"WARNING: trained on {checkpoint['dataset']}, tested on {data.name}")
-    loss_fn = make_loss(checkpoint["settings"]["loss"])
-    everything = torch.arange(len(data.test))
-    with (
-        tqdm(desc="test", total=len(everything), unit="recording", leave=False) as bar,
-        ActivityMeter(network) as meter,
-    ):
-        result = evaluate(network, data.test, everything, loss_fn, args.batch_size, bar)
-    labels, decisions = result["labels"], result["decisions"]
+        utils.warn(f"trained on {checkpoint['dataset']}, tested on {data.name}")
+    loss_fn, indices = make_loss(checkpoint["settings"]["loss"]), torch.arange(len(data.test))
+    with progress("test", len(indices)) as bar, ActivityMeter(network) as meter:
+        result = evaluate(network, data.test, indices, loss_fn, args.batch_size, bar)
+    labels, predictions = result["labels"], result["predictions"]
     metrics = {
         "dataset": data.name,
         "trained_on": checkpoint["dataset"],
@@ -492,13 +490,13 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
         "num_recordings": len(labels),
         "accuracy": result["accuracy"],
         "loss": result["loss"],
-        "confusion_matrix": confusion_matrix(labels, decisions[-1], labels=range(10)).tolist(),
-        "accuracy_over_time": (decisions == labels).double().mean(1).tolist(),
+        "confusion_matrix": confusion_matrix(labels, predictions[-1], labels=range(10)).tolist(),
+        "accuracy_over_time": (predictions == labels).double().mean(1).tolist(),
         "firing_rate": meter.firing_rate(),
         "synaptic_operations": meter.synaptic_operations(),
         "macs": meter.macs(),
         "parameters": sum(p.numel() for p in network.parameters()),
-        "precision": network.precision,
+        "precision": network.config.precision,
         "neuron_backend": describe_backend(network),
         "checkpoint": str(path),
         "seed": checkpoint["settings"]["seed"],
@@ -507,23 +505,21 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
     metrics_path = Path(args.log_dir) / f"{args.model}_test_metrics.json"
     utils.write_json(metrics_path, metrics)
     print(f"metrics     {metrics_path}")
-    return metrics, network, decisions[-1]
+    return metrics, network, predictions[-1]
 
 
 def print_metrics(metrics: dict, epoch: int) -> None:
     """Print the test metrics as a short table."""
     over_time = metrics["accuracy_over_time"]
-    ends = [len(over_time) * end / nmnist.SACCADE_ENDS[-1] for end in nmnist.SACCADE_ENDS]
-    after_saccades = [over_time[math.ceil(end) - 1] for end in ends]
+    after_saccades = [over_time[math.ceil(end) - 1] for end in saccade_ends(len(over_time))]
     share = metrics["synaptic_operations"] / metrics["macs"]
-    rates = "  ".join(f"{name} {rate:.3f}" for name, rate in metrics["firing_rate"].items())
     rows = {
         "data set": f"{metrics['dataset']}, {metrics['num_recordings']:,} test recordings",
         "test accuracy": f"{metrics['accuracy']:.2%}",
         "test loss": f"{metrics['loss']:.4f}",
         "after each saccade": "  ".join(f"{accuracy:.2%}" for accuracy in after_saccades),
-        "firing rate": rates,
-        "synaptic operations": f"{metrics['synaptic_operations'] / 1e6:.2f} million a recording, "
+        "firing rate": "  ".join(f"{name} {rate:.3f}" for name, rate in metrics["firing_rate"].items()),
+        "synaptic operations": f"{metrics['synaptic_operations'] / 1e6:.2f} million per recording, "
         f"{share:.1%} of the {metrics['macs'] / 1e6:.1f} million MACs without spikes",
         "parameters": f"{metrics['parameters']:,}",
         "precision, neurons": f"{metrics['precision']}, {metrics['neuron_backend']}",
@@ -533,157 +529,48 @@ def print_metrics(metrics: dict, epoch: int) -> None:
         print(f"{title:20} {value}")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Figures
-# ---------------------------------------------------------------------------------------------------------
+def saccade_ends(time_steps: int) -> list[float]:
+    """Return where the three saccades end, in steps."""
+    return [time_steps * end / nmnist.SACCADE_ENDS[-1] for end in nmnist.SACCADE_ENDS]
 
 
-def plot_history(history: list[dict], title: str, path: Path) -> None:
-    """Draw loss and accuracy over epochs for training, validation and test."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    epochs = [entry["epoch"] for entry in history]
-    styles = (("train", utils.BLUE, "training", "o-"), ("val", utils.ORANGE, "validation", "s-"))
-    for name, colour, label, marker in (*styles, ("test", utils.GREEN, "test", "^--")):
-        axes[0].plot(epochs, [e[f"{name}_loss"] for e in history], marker, color=colour, label=label, ms=4)
-        axes[1].plot(epochs, [100 * e[f"{name}_accuracy"] for e in history], marker, color=colour, label=label, ms=4)
-    axes[0].set(xlabel="epoch", ylabel="loss")
-    axes[1].set(xlabel="epoch", ylabel="accuracy (%)")
-    for axis in axes:
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[0].legend()
-    figure.suptitle(title)
-    utils.save_figure(figure, path)
-
-
-def plot_confusion_matrix(metrics: dict, title: str, path: Path) -> None:
-    """Draw the confusion matrix: counts, coloured by the share of each row (each true digit)."""
+def visualize(args, metrics: dict, network: SpikingNetwork, frames: Frames, predictions: torch.Tensor) -> None:
+    """Write the figures of training, if there is a history, and of the test."""
+    log_dir, name, model = Path(args.log_dir), type(network).__name__, args.model
+    history_path = log_dir / f"{model}_history.json"
+    if history_path.is_file():
+        history = json.loads(history_path.read_text())
+        utils.plot_history(history, f"{name} on {metrics['trained_on']}", log_dir / "training_results.png")
+    tested = f"{metrics['accuracy']:.2%} of {metrics['num_recordings']:,} test recordings"
+    title = f"{name} on {metrics['dataset']}: {tested}"
     counts = np.array(metrics["confusion_matrix"])
-    rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    texts = [
-        [f"{n}\n{rate:.0%}" if n else "" for n, rate in zip(*row, strict=True)]
-        for row in zip(counts, rates, strict=True)
-    ]
-    figure, axis = plt.subplots(figsize=(8, 6.8))
-    sns.heatmap(
-        100 * rates,
-        annot=np.array(texts),
-        fmt="",
-        cmap="Blues",
-        vmin=0,
-        vmax=100,
-        square=True,
-        linewidths=0.5,
-        annot_kws={"fontsize": 8},
-        cbar_kws={"label": "share of the true digit (%)"},
-        ax=axis,
-    )
-    axis.set(xlabel="predicted digit", ylabel="true digit", title=title)
-    axis.grid(False)
-    utils.save_figure(figure, path)
+    utils.plot_confusion_matrix(counts, title, log_dir / f"{model}_confusion_matrix.png")
+    accuracy = np.array(metrics["accuracy_over_time"])
+    path = log_dir / f"{model}_accuracy_over_time.png"
+    utils.plot_accuracy_over_time(accuracy, saccade_ends(len(accuracy))[:2], title, path)
+    draw_samples(frames, predictions, title, log_dir / f"{model}_samples.png")
+    if model == "resnet":
+        weight = network.conv1.weight.detach().cpu()
+        title = f"{name} on {metrics['trained_on']}\nthe {len(weight)} filters of conv1, 3 x 3 pixels each"
+        utils.plot_filters(weight, title, log_dir / "resnet_filters.png")
 
 
-def plot_accuracy_over_time(metrics: dict, title: str, path: Path) -> None:
-    """Draw the accuracy had the decision been made after each step, with the borders of the three saccades."""
-    accuracy = 100 * np.array(metrics["accuracy_over_time"])
-    steps = np.arange(1, len(accuracy) + 1)
-    figure, axis = plt.subplots(figsize=(7.5, 4.4))
-    axis.plot(steps, accuracy, "o-", color=utils.BLUE, ms=4, label="accuracy so far")
-    axis.axhline(10, color=utils.GREY, linestyle=":", label="chance")
-    for end, label in zip(nmnist.SACCADE_ENDS[:2], ("ends of the first two saccades", None), strict=True):
-        step = 0.5 + len(steps) * end / nmnist.SACCADE_ENDS[-1]
-        axis.axvline(step, color=utils.GREY, linestyle="--", label=label)
-    axis.set(xlabel="time step of the decision", ylabel="test accuracy (%)", ylim=(0, 102), title=title)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(loc="outside lower center", ncols=3)
-    utils.save_figure(figure, path)
-
-
-def plot_samples(frames: Frames, decisions: torch.Tensor, title: str, path: Path, shown: int = 20) -> None:
-    """Draw test recordings with true and predicted digit, the mistakes first.
+def draw_samples(frames: Frames, predictions: torch.Tensor, title: str, path: Path) -> None:
+    """Draw 20 test recordings with true and predicted digit: mistakes first, then the digits in turn.
 
     Shown are the events in the middle of the first saccade: over a whole recording ON and OFF cover one another.
     """
-    labels = frames.labels.cpu().long()
-    right = decisions == labels
-    order = torch.argsort(right.int(), stable=True)[:shown]
-    sequences = frames.batch(order)[0]
-    first, last = len(sequences) * 12 // 100, -(-len(sequences) * 20 // 100)  # 37 to 62 of 308 ms
+    labels, predictions = frames.labels.cpu().numpy(), predictions.numpy()
+    indices = utils.mistakes_first(labels, predictions, 20)
+    sequences = frames.batch(torch.from_numpy(indices))[0]
+    first, last = len(sequences) * 12 // 100, math.ceil(len(sequences) * 0.2)  # 37 to 62 of 308 ms
     images = sequences[first:last].sum(0).cpu().numpy()
-    columns = min(5, len(order))
-    rows = math.ceil(len(order) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.2 * rows + 1.2), squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    full = np.quantile(images[images > 0], 0.9) if images.any() else 1
-    for axis, place, image in zip(axes.flat, order.tolist(), images, strict=False):
-        axis.imshow(utils.event_image(image, full), interpolation="nearest")
-        mark, colour = ("", "black") if right[place] else ("mistake: ", utils.ORANGE)
-        text = f"{mark}{labels[place]} read as {decisions[place]}"
-        axis.set_title(f"{text}\nrecording {place}", fontsize=9, color=colour)
-    figure.suptitle(f"{title}\nthe {int((~right).sum())} mistakes first; events in the middle of the first saccade")
-    utils.polarity_legend(figure)
-    utils.save_figure(figure, path)
+    mistakes = int((labels != predictions).sum())
+    title += f"\n{mistakes} mistakes, drawn first; events in the middle of the first saccade"
+    utils.plot_predictions(images, labels[indices], predictions[indices], indices, title, path)
 
 
-def plot_filters(network: SpikingNetwork, title: str, path: Path) -> None:
-    """Draw the first layer's filters, those of OFF beside those of ON events, on one scale."""
-    weight = network.conv1.weight.detach().cpu()
-    limit = float(weight.abs().max())
-    figure, axes = plt.subplots(1, 2, figsize=(9, 5))
-    for polarity, name in enumerate(("OFF events", "ON events")):
-        grid = utils.filter_grid(weight[:, polarity], columns=4)
-        picture = axes[polarity].imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-        axes[polarity].set_title(f"weights of {name}")
-        axes[polarity].set_axis_off()
-    figure.colorbar(picture, ax=axes, label="weight", shrink=0.8)
-    figure.suptitle(f"{title}\nthe {len(weight)} filters of conv1, {weight.shape[2]} x {weight.shape[3]} pixels each")
-    utils.save_figure(figure, path)
-
-
-def visualize(args, metrics: dict, network: SpikingNetwork, frames: Frames, decisions: torch.Tensor) -> None:
-    """Write the figures of training, where there is a history, and of the test."""
-    log_dir, name = Path(args.log_dir), type(network).__name__
-    history_path = log_dir / f"{args.model}_history.json"
-    if history_path.is_file():
-        history = json.loads(history_path.read_text())
-        plot_history(history, f"{name} on {metrics['trained_on']}", log_dir / "training_results.png")
-    tested = f"{metrics['accuracy']:.2%} of {metrics['num_recordings']:,} test recordings"
-    title = f"{name} on {metrics['dataset']}: {tested}"
-    plot_confusion_matrix(metrics, title, log_dir / f"{args.model}_confusion_matrix.png")
-    plot_accuracy_over_time(metrics, title, log_dir / f"{args.model}_accuracy_over_time.png")
-    plot_samples(frames, decisions, title, log_dir / f"{args.model}_samples.png")
-    if args.model == "resnet":
-        plot_filters(network, f"{name} on {metrics['trained_on']}", log_dir / "resnet_filters.png")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The script
-# ---------------------------------------------------------------------------------------------------------
-
-
-def test_and_visualize(args: argparse.Namespace, data: Data, device: torch.device) -> None:
-    """Test the best checkpoint, and draw it where `--visualize` asks for it."""
-    try:
-        metrics, network, decisions = test(args, data, device)
-        if args.visualize:
-            visualize(args, metrics, network, data.test, decisions)
-    except KeyboardInterrupt as stop:
-        stop.args = (f"training is done; test with: {how_to_go_on(args, '--test_only')}",)
-        raise
-
-
-def check_processes_agree(args: argparse.Namespace, checkpoint: dict | None, data: Data) -> None:
-    """Raise `UserError` where processes, of several machines perhaps, would not train the same network alike."""
-    own = {f"--{name}": getattr(args, name) for name in RUN_SETTINGS}
-    own |= {"data set": data.name, "training recordings": len(data.train), "test recordings": len(data.test)}
-    own["epochs in the checkpoint"] = checkpoint["epoch"] if checkpoint else 0
-    for number_of_process, theirs in enumerate(utils.gather(own)):
-        for name, value in theirs.items():
-            if value != own[name]:
-                raise UserError(
-                    f"processes differ in {name}: {own[name]}, and {value} in process {number_of_process}; "
-                    "machines need the same data, and a save_dir that they share to resume"
-                )
+# --- The script ------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -693,24 +580,58 @@ def main(argv: list[str] | None = None) -> None:
     utils.check_writable("--log_dir", args.log_dir)
     if not args.test_only:
         utils.check_writable("--save_dir", args.save_dir)
-    utils.join_processes(device)
-    processes = f", {utils.num_processes()} processes" if utils.num_processes() > 1 else ""
+    utils.init_distributed(device)
+    processes = f", {utils.world_size()} processes" if utils.world_size() > 1 else ""
     print(f"device      {utils.describe_device(device)}{processes}")
-    if args.batch_size < utils.num_processes():
-        raise UserError(f"--batch_size {args.batch_size}: fewer than the {utils.num_processes()} processes")
+    if args.batch_size < utils.world_size():
+        raise UserError(f"--batch_size {args.batch_size}: fewer than the {utils.world_size()} processes")
     data = nmnist.load_data(args, device)
     check_processes_agree(args, checkpoint, data)
-    first = utils.process_number() == 0
-    folders = {"--save_dir": args.save_dir, "--log_dir": args.log_dir} if first and not args.test_only else {}
-    with utils.locked(folders, args.model):
+    with locked_folders(args):
         if not args.test_only:
-            utils.set_seed(args.seed)
-            network = build_model(**{name: getattr(args, name) for name in NETWORK_SETTINGS}).to(device)
-            print(f"network     {type(network).__name__}, {sum(p.numel() for p in network.parameters()):,} parameters")
-            train(args, network, checkpoint, data)
-        utils.leave_processes()
-        if first:
+            train(args, device, checkpoint, data)
+        utils.destroy_distributed()
+        if utils.rank() == 0:
             test_and_visualize(args, data, device)
+
+
+@contextlib.contextmanager
+def locked_folders(args: argparse.Namespace) -> Iterator[None]:
+    """Hold save_dir and log_dir for training this model; raise `UserError` if another run does."""
+    # By folder, since the two may be the same, which can be locked once.
+    flags = {Path(args.log_dir).resolve(): "--log_dir", Path(args.save_dir).resolve(): "--save_dir"}
+    with contextlib.ExitStack() as stack:
+        for folder, flag in flags.items() if utils.rank() == 0 and not args.test_only else ():
+            busy = f"{flag} {folder}: another run of {args.model} writes there; choose another folder, or wait"
+            stack.enter_context(utils.locked(folder, args.model, busy))
+        yield
+
+
+def check_processes_agree(args: argparse.Namespace, checkpoint: dict | None, data: Data) -> None:
+    """Raise `UserError` if processes, of several machines perhaps, differ in settings or data."""
+    own = {f"--{name}": getattr(args, name) for name in (*NETWORK_FLAGS, *TRAINING_FLAGS)}
+    own |= {"data set": data.name, "training recordings": len(data.train), "test recordings": len(data.test)}
+    own["epochs in the checkpoint"] = checkpoint["epoch"] if checkpoint else 0
+    for rank, theirs in enumerate(utils.all_gather(own)):
+        for name, value in theirs.items():
+            if value != own[name]:
+                raise UserError(
+                    f"processes differ in {name}: {own[name]}, and {value} in process {rank}; "
+                    "machines need the same data, and a save_dir that they share to resume"
+                )
+
+
+def test_and_visualize(args: argparse.Namespace, data: Data, device: torch.device) -> None:
+    """Test the best checkpoint, and draw figures if `--visualize` asks for them."""
+    try:
+        with utils.locked(args.log_dir, "test"):
+            metrics, network, predictions = test(args, data, device)
+            if args.visualize:
+                visualize(args, metrics, network, data.test, predictions)
+    except KeyboardInterrupt as stop:
+        flags = ("--test_only", *(["--visualize"] if args.visualize else []))
+        stop.args = (f"the test was not finished; repeat it with: {resume_command(args, *flags)}",)
+        raise
 
 
 if __name__ == "__main__":

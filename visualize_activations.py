@@ -5,6 +5,9 @@ python visualize_activations.py --model cnn --visualize_all    # every layer, t-
 python visualize_activations.py --model resnet --visualize_all --sample 7
 """
 
+import utils  # must be first: Ctrl-C during the slow imports below exits with one line
+
+# isort: split
 import argparse
 import sys
 from pathlib import Path
@@ -18,14 +21,37 @@ from snntorch import spikeplot
 from tqdm import tqdm
 
 import nmnist
-import utils
-from models import ALIF, NETWORKS, LayerRecorder, SpikingNetwork, load_network, predict
+from models import ALIF, NETWORKS, SpikingNetwork, load_network, predict
+from train_nmnist import merge_settings
 from utils import UserError, number
 
 BATCH_SIZE = 100
 NUM_TRACES = 5  # hidden neurons whose membrane potential is drawn
 DIGIT_COLOURS = sns.color_palette("colorblind", 10)
 PALE = "#999999"
+
+
+class LayerRecorder(dict):
+    """Records the (spk, mem) of each neuron layer, by name and in float32, while open as a context manager.
+
+    It uses forward hooks, and changes nothing in the network. Of several passes, it keeps the last.
+    """
+
+    def __init__(self, network: SpikingNetwork):
+        super().__init__()
+        self.network = network
+
+    def __enter__(self):
+        def record(name):
+            return lambda _layer, _inputs, outputs: self.update({name: tuple(x.float() for x in outputs)})
+
+        layers = self.network.neuron_layers()
+        self._hooks = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
+        return self
+
+    def __exit__(self, *_):
+        for hook in self._hooks:
+            hook.remove()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -35,21 +61,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--visualize_all", action="store_true", help="draw every layer, t-SNE and firing rates, not the output alone"
     )
-    parser.add_argument(
-        "--sample", type=number(int, 0), default=0, help="test recording whose activity is drawn (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--num_neurons",
-        type=number(int, 1),
-        default=100,
-        help="of a larger layer, draw so many of the most active neurons (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--tsne_samples",
-        type=number(int, 5),
-        default=2000,
-        help="test recordings in the t-SNE, at most (default: %(default)s)",
-    )
+    text = "index of the test recording whose activity is drawn (default: %(default)s)"
+    parser.add_argument("--sample", type=number(int, 0), default=0, help=text)
+    text = "most active neurons that are drawn of a larger layer (default: %(default)s)"
+    parser.add_argument("--num_neurons", type=number(int, 1), default=100, help=text)
+    text = "test recordings in the t-SNE, at most (default: %(default)s)"
+    parser.add_argument("--tsne_samples", type=number(int, 5), default=2000, help=text)
     parser.add_argument(
         "--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of t-SNE (default: %(default)s)"
     )
@@ -60,9 +77,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def most_active(spk: torch.Tensor, number_shown: int) -> torch.Tensor:
-    """Return the indices of the neurons of spk [T, N] that spiked most, in the order of their numbers."""
-    return spk.sum(0).topk(min(number_shown, spk.shape[1])).indices.sort().values
+def most_active(spk: torch.Tensor, num_shown: int) -> torch.Tensor:
+    """Return the indices of the neurons of spk [T, N] that spiked most, in ascending order."""
+    return spk.sum(0).topk(min(num_shown, spk.shape[1])).indices.sort().values
 
 
 def plot_raster(spk: torch.Tensor, layer: str, num_neurons: int, heading: str, path: Path) -> None:
@@ -77,7 +94,7 @@ def plot_raster(spk: torch.Tensor, layer: str, num_neurons: int, heading: str, p
     if neurons == nmnist.NUM_DIGITS:
         axis.set(ylabel="output neuron (digit)", yticks=range(neurons))
     else:
-        axis.set_ylabel("neuron" if len(shown) == neurons else "neuron, of those shown")
+        axis.set_ylabel("neuron" if len(shown) == neurons else "neuron, counted among those shown")
     axis.xaxis.get_major_locator().set_params(integer=True)
     utils.save_figure(figure, path)
 
@@ -105,19 +122,19 @@ def plot_membranes(spk, mem, thresholds, layer: str, heading: str, path: Path) -
 
 
 def plot_output_membranes(spk, mem, threshold: float, label: int, heading: str, path: Path) -> None:
-    """Draw the membrane potentials [T, 10] of the output neurons, the right digit's in front."""
+    """Draw the membrane potentials [T, 10] of the output neurons, the correct digit in front."""
     steps = np.arange(len(mem))
     figure, axis = plt.subplots(figsize=(9, 5))
     for digit in range(nmnist.NUM_DIGITS):
-        right = digit == label
-        colour = utils.ORANGE if right else PALE
-        style = {"color": colour, "lw": 2.4 if right else 1, "zorder": 3 if right else 2}
+        correct = digit == label
+        colour = utils.ORANGE if correct else PALE
+        style = {"color": colour, "lw": 2.4 if correct else 1, "zorder": 3 if correct else 2}
         axis.plot(steps, mem[:, digit], **style)
         fired = spk[:, digit] > 0
         axis.plot(steps[fired], mem[fired, digit], "o", ms=5, color=colour, zorder=style["zorder"])
     name_traces(axis, mem, label)
     axis.axhline(threshold, color=utils.BLUE, linestyle="--", lw=1)
-    axis.plot([], [], color=utils.ORANGE, lw=2.4, label=f"digit {label}, the right one")
+    axis.plot([], [], color=utils.ORANGE, lw=2.4, label=f"digit {label}, the correct one")
     axis.plot([], [], color=PALE, label="the other digits")
     axis.plot([], [], "o", color=utils.GREY, label="spike")
     axis.plot([], [], "--", color=utils.BLUE, label="threshold")
@@ -129,41 +146,41 @@ def plot_output_membranes(spk, mem, threshold: float, label: int, heading: str, 
 
 
 def name_traces(axis: plt.Axes, mem: torch.Tensor, label: int) -> None:
-    """Write each trace's digit at its end, moved apart where ends lie too close."""
+    """Write each trace's digit at its end, moved apart where the ends are too close."""
     low, high = axis.get_ylim()
     gap = (high - low) / 24
-    place = -np.inf
+    y = -np.inf
     for digit in mem[-1].argsort().tolist():
-        place = max(float(mem[-1, digit]), place + gap)
+        y = max(float(mem[-1, digit]), y + gap)
         style = {"color": utils.ORANGE, "weight": "bold"} if digit == label else {"color": utils.GREY}
         axis.annotate(
             str(digit),
             (len(mem) - 1, float(mem[-1, digit])),
-            (len(mem) - 1 + len(mem) * 0.025, place),
+            (len(mem) - 1 + len(mem) * 0.025, y),
             va="center",
             arrowprops={"arrowstyle": "-", "color": "#cccccc", "lw": 0.6},
             **style,
         )
 
 
-def plot_tsne(features, labels, decisions, seed: int, heading: str, layer: str, path: Path) -> None:
+def plot_tsne(features, labels, predictions, seed: int, heading: str, layer: str, path: Path) -> None:
     """Draw the spike counts [N, features] of the last hidden layer in two dimensions, coloured by digit."""
-    if bool((features == features[0]).all()):  # scikit-learn crashes on points that all lie in one place
-        print(f"t-SNE       left out: {layer} answers every recording alike", file=sys.stderr)
+    if bool((features == features[0]).all()):  # scikit-learn crashes on points that are all the same
+        print(f"t-SNE       not drawn: {layer} answers every recording alike", file=sys.stderr)
         return
     print(f"t-SNE       of {len(features):,} recordings", flush=True)  # scikit-learn shows no progress
     perplexity = min(30, (len(features) - 1) / 3)
-    places = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(features.numpy())
+    points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(features.numpy())
     figure, axis = plt.subplots(figsize=(8, 6.5))
     for digit in range(nmnist.NUM_DIGITS):
         chosen = labels == digit
-        axis.scatter(*places[chosen].T, s=14, color=DIGIT_COLOURS[digit], label=str(digit), lw=0)
+        axis.scatter(*points[chosen].T, s=14, color=DIGIT_COLOURS[digit], label=str(digit), lw=0)
         if chosen.any():
-            centre = np.median(places[chosen], axis=0)
+            centre = np.median(points[chosen], axis=0)
             axis.text(*centre, str(digit), fontsize=20, weight="bold", alpha=0.55, ha="center", va="center")
-    wrong = decisions != labels
+    mistakes = predictions != labels
     axis.scatter(
-        *places[wrong].T, s=70, facecolors="none", edgecolors="black", lw=1, label=f"mistake ({int(wrong.sum())})"
+        *points[mistakes].T, s=70, facecolors="none", edgecolors="black", lw=1, label=f"mistake ({int(mistakes.sum())})"
     )
     axis.set(xlabel="t-SNE dimension 1", ylabel="t-SNE dimension 2")
     axis.set_title(f"{heading}\nt-SNE of the spike counts of {layer}, {len(labels):,} test recordings")
@@ -172,7 +189,7 @@ def plot_tsne(features, labels, decisions, seed: int, heading: str, layer: str, 
     utils.save_figure(figure, path)
 
 
-def plot_firing_rates(rates: dict[str, torch.Tensor], number_of_recordings: int, heading: str, path: Path) -> None:
+def plot_firing_rates(rates: dict[str, torch.Tensor], num_recordings: int, heading: str, path: Path) -> None:
     """Draw each layer's mean firing rate [T] over time, and over all steps."""
     figure, (over_time, mean) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(2, 1))
     for i, (layer, rate) in enumerate(rates.items()):
@@ -185,19 +202,19 @@ def plot_firing_rates(rates: dict[str, torch.Tensor], number_of_recordings: int,
     figure.legend(loc="outside lower center", ncols=len(rates), fontsize=9)
     mean.set(xlabel="mean over all steps", xlim=(0, 1.25 * max(0.01, *(float(rate.mean()) for rate in rates.values()))))
     mean.invert_yaxis()
-    figure.suptitle(f"{heading}\nfiring rates, mean over {number_of_recordings:,} test recordings")
+    figure.suptitle(f"{heading}\nfiring rates, mean over {num_recordings:,} test recordings")
     utils.save_figure(figure, path)
 
 
 @torch.no_grad()
-def run_test_set(network: SpikingNetwork, frames: nmnist.Frames, number_of_recordings: int) -> dict:
-    """Run the network over the first of a random order of the test recordings.
+def run_test_set(network: SpikingNetwork, frames: nmnist.Frames) -> dict:
+    """Run the network over the test recordings in random order.
 
-    Returns `features` [N, hidden] (spike counts of the last hidden layer), `labels` [N], `decisions` [N] and
+    Returns `features` [N, hidden] (spike counts of the last hidden layer), `labels` [N], `predictions` [N] and
     `rates`, by layer: spikes per neuron at each step, [T].
     """
-    order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(0))[:number_of_recordings]
-    features, labels, decisions, totals = [], [], [], {}
+    order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(0))
+    features, labels, predictions, totals = [], [], [], {}
     with tqdm(desc="test", total=len(order), unit="recording", leave=False) as bar:
         for x, batch_labels in frames.batches(order, BATCH_SIZE):
             with LayerRecorder(network) as layers:
@@ -208,12 +225,12 @@ def run_test_set(network: SpikingNetwork, frames: nmnist.Frames, number_of_recor
             last_hidden = list(layers)[-2]
             features.append(layers[last_hidden][0].sum(0).flatten(1).cpu())
             labels.append(batch_labels.cpu())
-            decisions.append(predict(mem).cpu())
+            predictions.append(predict(mem).cpu())
             bar.update(len(batch_labels))
     return {
         "features": torch.cat(features),
         "labels": torch.cat(labels),
-        "decisions": torch.cat(decisions),
+        "predictions": torch.cat(predictions),
         "rates": {name: total / len(order) for name, total in totals.items()},
     }
 
@@ -223,58 +240,71 @@ def draw_layers(network, layers: dict, names: list[str], label: int, heading: st
     output_dir = Path(args.output_dir)
     for name in names:
         spk, mem = (values[:, 0].flatten(1) for values in layers[name])
-        neuron = network.neuron_layers()[name]
-        moving = neuron.thresholds(spk) if isinstance(neuron, ALIF) else torch.full_like(mem, float(neuron.threshold))
-        spk, mem, moving = spk.cpu(), mem.cpu(), moving.cpu()
+        neuron = network.neuron_layers()[name].neuron
+        if isinstance(neuron, ALIF):
+            thresholds = neuron.thresholds(spk)
+        else:
+            thresholds = torch.full_like(mem, float(neuron.threshold))
+        spk, mem, thresholds = spk.cpu(), mem.cpu(), thresholds.cpu()
         plot_raster(spk, name, args.num_neurons, heading, output_dir / "spikes" / f"spike_pattern_{name}.png")
         path = output_dir / "membrane" / f"membrane_potential_{name}.png"
         if name == "lif_out":
             plot_output_membranes(spk, mem, float(neuron.threshold), label, heading, path)
         else:
-            plot_membranes(spk, mem, moving, name, heading, path)
+            plot_membranes(spk, mem, thresholds, name, heading, path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    utils.check_writable("--output_dir", args.output_dir)
-    checkpoint = utils.load_checkpoint(utils.checkpoint_path(args.save_dir, args.model, "best"), args.model)
-    settings = {name: checkpoint["settings"][name] for name in ("time_steps", "denoise")}
-    args, different = utils.parse_with_settings(parser, argv, settings)
-    for flag, given, value in different:
-        print(f"settings    --{flag} {given} is ignored: the network was trained with {value}")
-        setattr(args, flag, value)
+    args, checkpoint = parse_args(argv)
     device = utils.pick_device(args.device)
     utils.prepare_device(device)
     data = nmnist.load_data(args, device)
     if args.sample >= len(data.test):
         raise UserError(f"--sample {args.sample}: there are {len(data.test):,} test recordings, counted from 0")
     network = load_network(checkpoint, device).eval()
-    x, labels = data.test.batch(torch.tensor([args.sample]))
-    with torch.no_grad(), LayerRecorder(network) as layers:
-        decision = int(predict(network(x)[1]))
-    label = int(labels)
     name = f"{type(network).__name__} on {data.name}"
     if checkpoint["dataset"] != data.name:
         name = f"{type(network).__name__}, trained on {checkpoint['dataset']}, on {data.name}"
-        print(f"WARNING: trained on {checkpoint['dataset']}, drawn on {data.name}", file=sys.stderr)
-    heading = f"{name}, test recording {args.sample}: a {label}, read as {decision}"
+        utils.warn(f"trained on {checkpoint['dataset']}, drawn on {data.name}")
+    with utils.locked(args.output_dir, "figures"):
+        draw_recording(network, data.test, name, args)
+        if args.visualize_all:
+            draw_test_set(network, data.test, name, args)
+
+
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
+    """Return the flags and the best checkpoint, which says how recordings are binned."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    utils.check_writable("--output_dir", args.output_dir)
+    checkpoint = utils.load_checkpoint(utils.checkpoint_path(args.save_dir, args.model, "best"), args.model)
+    settings = {name: checkpoint["settings"][name] for name in ("time_steps", "denoise")}
+    args, different = merge_settings(parser, argv, settings)
+    for flag, given, trained in different:
+        print(f"settings    --{flag} {given} is ignored: the network was trained with {trained}")
+        setattr(args, flag, trained)
+    return args, checkpoint
+
+
+def draw_recording(network: SpikingNetwork, frames: nmnist.Frames, name: str, args: argparse.Namespace) -> None:
+    """Draw the output layer's activity during the recording `--sample`; with `--visualize_all`, every layer's."""
+    x, label = frames.batch(torch.tensor([args.sample]))
+    with torch.no_grad(), LayerRecorder(network) as layers:
+        prediction = int(predict(network(x)[1]))
+    heading = f"{name}, test recording {args.sample}: a {int(label)}, read as {prediction}"
     names = list(layers) if args.visualize_all else ["lif_out"]
-    draw_layers(network, layers, names, label, heading, args)
-    if args.visualize_all:
-        tested = run_test_set(network, data.test, len(data.test))
-        accuracy = (tested["decisions"] == tested["labels"]).double().mean()
-        heading = f"{name}: {accuracy:.2%} of {len(data.test):,} test recordings"
-        shown = slice(args.tsne_samples)
-        output_dir = Path(args.output_dir)
-        plot_tsne(
-            *(tested[key][shown] for key in ("features", "labels", "decisions")),
-            args.seed,
-            heading,
-            list(layers)[-2],
-            output_dir / "tsne" / "tsne_features.png",
-        )
-        plot_firing_rates(tested["rates"], len(data.test), heading, output_dir / "firing_rates.png")
+    draw_layers(network, layers, names, int(label), heading, args)
+
+
+def draw_test_set(network: SpikingNetwork, frames: nmnist.Frames, name: str, args: argparse.Namespace) -> None:
+    """Draw t-SNE and firing rates over the test recordings."""
+    output_dir, tested = Path(args.output_dir), run_test_set(network, frames)
+    accuracy = (tested["predictions"] == tested["labels"]).double().mean()
+    heading = f"{name}: {accuracy:.2%} of {len(frames):,} test recordings"
+    shown = (tested[key][: args.tsne_samples] for key in ("features", "labels", "predictions"))
+    last_hidden = list(tested["rates"])[-2]
+    plot_tsne(*shown, args.seed, heading, last_hidden, output_dir / "tsne" / "tsne_features.png")
+    plot_firing_rates(tested["rates"], len(frames), heading, output_dir / "firing_rates.png")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Draw N-MNIST recordings: frames, events in space and time, event rates, mean digits, films.
+"""Draw N-MNIST recordings: frames, events in space and time, event rates, mean digits, animations.
 
 python visualize_nmnist.py --num_samples 10            # recordings of the training part
 python visualize_nmnist.py --split test --digit 7      # only recordings of a 7
-python visualize_nmnist.py --animate                   # one recording as a film, too
+python visualize_nmnist.py --animate                   # also one recording as an animation
 """
 
+import utils  # must be first: Ctrl-C during the slow imports below exits with one line
+
+# isort: split
 import argparse
 from itertools import pairwise
 from pathlib import Path
@@ -16,15 +19,15 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from tqdm import tqdm
 
 import nmnist
-import utils
 from nmnist import NMNIST, SENSOR_SIZE
 from utils import OFF_COLOUR, ON_COLOUR, UserError, number
 
 MAX_COLUMNS = 12  # frames shown of a recording; of more time steps, evenly spaced ones
+RATE_MS = 5  # bin of the event rate
 RECORDINGS_PER_DIGIT = 100  # averaged for a mean event image
-FILM_MS, SLOW_DOWN = 5, 10  # a film's frame spans so many ms, and is shown for so many times that
+GIF_FRAME_MS, SLOW_DOWN = 5, 10  # an animation's frame spans this many ms, and is shown this many times as long
 
-Sample = tuple[int, np.ndarray, int]  # a recording's place in its split, its events, its digit
+Sample = tuple[int, np.ndarray, int]  # a recording's index in its split, its events, its digit
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -41,35 +44,35 @@ def make_parser() -> argparse.ArgumentParser:
         "--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the choice (default: %(default)s)"
     )
     parser.add_argument("--output_dir", default="./visualizations", help="folder of figures (default: %(default)s)")
-    parser.add_argument("--animate", action="store_true", help="make a film of the first recording (GIF)")
+    parser.add_argument("--animate", action="store_true", help="animate the first recording (GIF)")
     nmnist.add_data_arguments(parser)
     return parser
 
 
-def read_events(recordings: NMNIST, place: int, denoise: int | None) -> np.ndarray:
+def read_events(recordings: NMNIST, index: int, denoise: int | None) -> np.ndarray:
     """Return the events of a recording, after tonic's `Denoise` where asked."""
-    events, _ = recordings[place]
+    events, _ = recordings[index]
     return tonic.transforms.Denoise(denoise)(events) if denoise else events
 
 
 def choose_samples(recordings: NMNIST, num_samples: int, digit: int | None, seed: int, denoise: int | None):
-    """Return `num_samples` random recordings as a list of (place, events, digit), ordered by digit."""
+    """Return `num_samples` random recordings as a list of (index, events, digit), ordered by digit."""
     labels = np.array(recordings.targets)
-    places = np.flatnonzero(labels == digit) if digit is not None else np.arange(len(labels))
-    if num_samples > len(places):
+    indices = np.flatnonzero(labels == digit) if digit is not None else np.arange(len(labels))
+    if num_samples > len(indices):
         what = "" if digit is None else f" of digit {digit}"
-        print(f"samples     only {len(places)} {recordings.split} recordings{what}: drawing all of them")
-    chosen = np.random.default_rng(seed).permutation(places)[:num_samples]
+        print(f"samples     only {len(indices)} {recordings.split} recordings{what}: drawing all of them")
+    chosen = np.random.default_rng(seed).permutation(indices)[:num_samples]
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]
     samples = [(int(i), read_events(recordings, i, denoise), int(labels[i])) for i in chosen]
-    for place, events, _ in samples:
+    for index, events, _ in samples:
         if len(events) == 0:
-            raise UserError(f"--denoise {denoise} leaves no event of {recordings.data[place]}: choose a longer time")
+            raise UserError(f"--denoise {denoise} leaves no event of {recordings.data[index]}: choose a longer time")
     return samples
 
 
 def plot_samples(samples: list[Sample], time_steps: int, title: str, path: Path) -> None:
-    """Draw a row per recording, its frames over time as columns, all on the same scale."""
+    """Draw one row per recording, its frames over time as columns, all on the same scale."""
     to_frame = tonic.transforms.ToFrame(sensor_size=SENSOR_SIZE, n_time_bins=time_steps)
     frames = np.stack([to_frame(events) for _, events, _ in samples])  # [samples, T, 2, 34, 34]
     steps = np.unique(np.linspace(0, time_steps - 1, min(time_steps, MAX_COLUMNS)).round().astype(int))
@@ -78,7 +81,7 @@ def plot_samples(samples: list[Sample], time_steps: int, title: str, path: Path)
         len(samples), len(steps), figsize=(0.95 * len(steps) + 0.8, 0.95 * len(samples) + 1.2), squeeze=False
     )
     duration = np.mean([events["t"][-1] - events["t"][0] for _, events, _ in samples]) / 1000
-    for row, (_, _, digit) in zip(range(len(samples)), samples, strict=True):
+    for row, (_, _, digit) in enumerate(samples):
         for column, step in enumerate(steps):
             axis = axes[row, column]
             axis.imshow(utils.event_image(frames[row, step], full), interpolation="nearest")
@@ -98,7 +101,7 @@ def plot_samples(samples: list[Sample], time_steps: int, title: str, path: Path)
 
 def plot_events_3d(sample: Sample, title: str, path: Path) -> None:
     """Draw one recording's events as a cloud over x, y and time, coloured by polarity."""
-    place, events, digit = sample
+    index, events, digit = sample
     figure = plt.figure(figsize=(10, 5))
     axis = figure.add_subplot(projection="3d")
     for polarity, colour in ((1, ON_COLOUR), (0, OFF_COLOUR)):
@@ -112,7 +115,7 @@ def plot_events_3d(sample: Sample, title: str, path: Path) -> None:
     axis.set(yticks=(0, 15, 30), zticks=(0, 15, 30))  # 33 of both would meet in a corner
     axis.xaxis.labelpad = 14
     axis.view_init(elev=18, azim=-62)
-    figure.suptitle(f"{title}: digit {digit}, recording {place}, {len(events):,} events")
+    figure.suptitle(f"{title}: digit {digit}, recording {index}, {len(events):,} events")
     utils.polarity_legend(figure)
     utils.save_figure(figure, path)
 
@@ -120,12 +123,12 @@ def plot_events_3d(sample: Sample, title: str, path: Path) -> None:
 def plot_event_rate(samples: list[Sample], title: str, path: Path) -> None:
     """Draw events per ms over time by polarity: mean and standard deviation over the samples, saccades marked."""
     end = max(events["t"].max() for _, events, _ in samples) / 1000
-    edges = np.arange(0, end + 5, 5)
+    edges = np.arange(0, end + RATE_MS, RATE_MS)
     figure, axis = plt.subplots(figsize=(9, 4.5))
     for polarity, colour, label in ((1, ON_COLOUR, "ON"), (0, OFF_COLOUR, "OFF")):
-        rates = np.stack([np.histogram(e["t"][e["p"] == polarity] / 1000, edges)[0] / 5 for _, e, _ in samples])
+        rates = np.stack([np.histogram(e["t"][e["p"] == polarity] / 1000, edges)[0] / RATE_MS for _, e, _ in samples])
         mean, spread = rates.mean(0), rates.std(0)
-        centres = edges[:-1] + 2.5
+        centres = edges[:-1] + RATE_MS / 2
         axis.plot(centres, mean, color=colour, label=f"{label}, mean of {len(samples)} recordings")
         axis.fill_between(centres, np.maximum(mean - spread, 0), mean + spread, color=colour, alpha=0.2, lw=0)
     axis.fill_between([], [], color=utils.GREY, alpha=0.2, label="± standard deviation")
@@ -144,24 +147,25 @@ def plot_digits(recordings: NMNIST, digit: int | None, denoise: int | None, titl
     labels = np.array(recordings.targets)
     digits = range(10) if digit is None else [digit]
     to_image = tonic.transforms.ToImage(sensor_size=SENSOR_SIZE)
-    means, numbers = {}, {}
+    means, counts = {}, {}
     chosen = {d: np.flatnonzero(labels == d)[:RECORDINGS_PER_DIGIT] for d in digits}
     with tqdm(desc="mean digits", total=sum(map(len, chosen.values())), unit="recording", leave=False) as bar:
-        for d, places in chosen.items():
+        for d, indices in chosen.items():
             total = np.zeros((34, 34))
-            for place in places:
-                total += to_image(read_events(recordings, place, denoise)).sum(0)
+            for index in indices:
+                events = read_events(recordings, index, denoise)
+                total += to_image(events).sum(0) if len(events) else 0  # denoising may leave none
                 bar.update()
-            means[d], numbers[d] = total / len(places), len(places)
+            means[d], counts[d] = total / len(indices), len(indices)
     full = np.quantile(np.stack(list(means.values())), 0.995)  # of a few hot pixels all would look pale
     rows, columns = (2, 5) if digit is None else (1, 1)
     figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns + 2, 2.3 * rows + 1), squeeze=False)
     for axis, d in zip(axes.flat, digits, strict=True):
-        picture = axis.imshow(means[d], cmap="magma_r", vmin=0, vmax=full, interpolation="nearest")
-        axis.set_title(f"{d}  ({numbers[d]} recordings)", fontsize=10)
+        image = axis.imshow(means[d], cmap="magma_r", vmin=0, vmax=full, interpolation="nearest")
+        axis.set_title(f"{d}  ({counts[d]} recordings)", fontsize=10)
         axis.set(xticks=[0, 16, 33], yticks=[0, 16, 33])
         axis.grid(False)
-    figure.colorbar(picture, ax=axes, label="mean events per pixel", extend="max", shrink=0.8)
+    figure.colorbar(image, ax=axes, label="mean events per pixel", extend="max", shrink=0.8)
     figure.supxlabel("x (pixels)", fontsize=10)
     figure.supylabel("y (pixels)", fontsize=10)
     figure.suptitle(f"{title}: the mean event image of {'each digit' if digit is None else f'digit {digit}'}")
@@ -170,33 +174,33 @@ def plot_digits(recordings: NMNIST, digit: int | None, denoise: int | None, titl
 
 def animate(sample: Sample, title: str, path: Path) -> None:
     """Write one recording as a GIF, `SLOW_DOWN` times slower than it was."""
-    place, events, digit = sample
-    number_of_frames = max(1, int(np.ceil((events["t"][-1] + 1) / (1000 * FILM_MS))))
-    frames = np.zeros((number_of_frames, 2, 34, 34))
-    np.add.at(frames, (events["t"] // (1000 * FILM_MS), events["p"], events["y"], events["x"]), 1)
+    index, events, digit = sample
+    num_frames = max(1, int(np.ceil((events["t"][-1] + 1) / (1000 * GIF_FRAME_MS))))
+    frames = np.zeros((num_frames, 2, 34, 34))
+    np.add.at(frames, (events["t"] // (1000 * GIF_FRAME_MS), events["p"], events["y"], events["x"]), 1)
     figure, axis = plt.subplots(figsize=(4.2, 4.8))
-    picture = axis.imshow(utils.event_image(frames[0], 2), interpolation="nearest")
+    image = axis.imshow(utils.event_image(frames[0], 2), interpolation="nearest")
     axis.set(xlabel="x (pixels)", ylabel="y (pixels)")
     axis.grid(False)
-    figure.suptitle(f"{title}\ndigit {digit}, recording {place}, {SLOW_DOWN} times slower", fontsize=10)
+    figure.suptitle(f"{title}\ndigit {digit}, recording {index}, {SLOW_DOWN} times slower", fontsize=10)
     utils.polarity_legend(figure)
 
     def draw(i):
-        picture.set_data(utils.event_image(frames[i], 2))
-        axis.set_title(f"{i * FILM_MS} to {(i + 1) * FILM_MS} ms", fontsize=10)
+        image.set_data(utils.event_image(frames[i], 2))
+        axis.set_title(f"{i * GIF_FRAME_MS} to {(i + 1) * GIF_FRAME_MS} ms", fontsize=10)
 
     draw(0)
     figure.canvas.draw()
-    figure.set_layout_engine("none")  # laid out once: anew for each frame takes most of the time
-    film = FuncAnimation(figure, draw, frames=number_of_frames)
+    figure.set_layout_engine("none")  # laid out once: again for each frame would take most of the time
+    animation = FuncAnimation(figure, draw, frames=num_frames)
     with (
         utils.atomic_path(path) as temporary,
-        tqdm(desc="film", total=number_of_frames, unit="frame", leave=False) as bar,
+        tqdm(desc="animation", total=num_frames, unit="frame", leave=False) as bar,
     ):
-        writer = PillowWriter(fps=1000 / (FILM_MS * SLOW_DOWN))
-        film.save(temporary, writer=writer, dpi=80, progress_callback=lambda *_: bar.update())
+        writer = PillowWriter(fps=1000 / (GIF_FRAME_MS * SLOW_DOWN))
+        animation.save(temporary, writer=writer, dpi=80, progress_callback=lambda *_: bar.update())
     plt.close(figure)
-    print(f"film        {path}")
+    print(f"animation   {path}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -207,12 +211,13 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = Path(args.output_dir)
     title = f"{recordings.name}, {'training' if args.split == 'train' else 'test'} recordings"
     title += f", denoised at {args.denoise:,} microseconds" if args.denoise else ""
-    plot_samples(samples, args.time_steps, title, output_dir / "samples.png")
-    plot_events_3d(samples[0], recordings.name, output_dir / "events_3d.png")
-    plot_event_rate(samples, title, output_dir / "event_rate.png")
-    plot_digits(recordings, args.digit, args.denoise, title, output_dir / "digits.png")
-    if args.animate:
-        animate(samples[0], recordings.name, output_dir / f"sample_{samples[0][0]}.gif")
+    with utils.locked(output_dir, "figures"):
+        plot_samples(samples, args.time_steps, title, output_dir / "samples.png")
+        plot_events_3d(samples[0], recordings.name, output_dir / "events_3d.png")
+        plot_event_rate(samples, title, output_dir / "event_rate.png")
+        plot_digits(recordings, args.digit, args.denoise, title, output_dir / "digits.png")
+        if args.animate:
+            animate(samples[0], recordings.name, output_dir / f"sample_{samples[0][0]}.gif")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@
 
 import argparse
 import copy
+import os
 import platform
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import snntorch
 import snntorch.functional as SF
+import snntorch.utils
 import tonic
 import torch
 from torch import nn
@@ -38,80 +40,66 @@ import utils  # noqa: E402
 
 
 class Loop(nn.Module):
-    """The loop of snnTorch's N-MNIST tutorial over the layers of one of our networks: every layer, step by step.
+    """The loop of snnTorch's tutorial 7, on N-MNIST, over the layers of one of our networks: all of them step by step.
 
-    The same topology and weights, float32, in torch's usual memory layout, with snnTorch's own neurons; only the
-    ALIF of the ResNet, which snnTorch does not have, is ours, stepped.
+    The same topology and weights, in float32 and torch's usual memory layout, with snnTorch's own neurons, which keep
+    their state (`init_hidden`) until `snntorch.utils.reset` clears it before each batch. snnTorch has no ALIF, so that
+    of the ResNet is ours.
     """
 
     def __init__(self, network: models.SpikingNetwork):
         super().__init__()
-        self.network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
-        self.residual = isinstance(network, models.SpikingResNet)
-        for name, ours in network.neuron_layers().items():
-            options = {"threshold": float(ours.threshold), "spike_grad": ours.spike_grad}
-            if isinstance(ours, models.Leaky):
-                neuron = snntorch.Leaky(beta=float(ours.beta), **options)
-            elif isinstance(ours, models.Synaptic):
-                neuron = snntorch.Synaptic(alpha=float(ours.alpha), beta=float(ours.beta), **options)
-            else:
-                neuron = SteppedALIF(ours)
-            setattr(self.network, name, neuron)
+        self.net = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+        self.step = self.step_resnet if isinstance(network, models.SpikingResNet) else self.step_cnn
+        for name, layer in network.neuron_layers().items():
+            # snntorch.utils.reset looks for types of neurons among a network's children, and clears all that a
+            # constructor made: so the neurons are new ones, and children of this module.
+            self.net.set_submodule(name, nn.Identity())
+            setattr(self, name.replace(".", "_"), new_neuron(layer.neuron))
 
     def forward(self, frames):
-        state = {}
-        outputs = [(self.step_resnet if self.residual else self.step_cnn)(x, state) for x in frames]
+        snntorch.utils.reset(self)
+        for neuron in self.children():
+            if isinstance(neuron, models.ALIF):  # which snnTorch's reset does not know
+                neuron.reset_mem()
+        outputs = [self.step(x) for x in frames]
         return tuple(torch.stack(x) for x in zip(*outputs, strict=True))
 
-    def fire(self, name: str, cur, state: dict):
-        """Advance the neurons called `name` by a step; return their spikes."""
-        neuron = getattr(self.network, name)
-        before = state.get(name) or tuple(torch.zeros_like(cur) for _ in range(neuron_states(neuron)))
-        spk, *state[name] = neuron(cur, *before)
-        return spk
-
-    def pooled(self, conv: nn.Conv2d, x):
+    def conv_pool(self, conv: nn.Conv2d, x):
         return F.max_pool2d(F.conv2d(x, conv.weight, padding=1), 2)
 
-    def step_cnn(self, x, state):
-        net = self.network
-        for i in (1, 2, 3):
-            cur = getattr(net, f"norm{i}")(self.pooled(getattr(net, f"conv{i}"), x))
-            x = self.fire(f"lif{i}", cur, state)
-        x = self.fire("lif4", net.norm4(net.fc1(x.movedim(1, -1).flatten(1))), state)
-        spk = self.fire("lif_out", net.norm_out(net.fc_out(net.dropout(x))), state)
-        return spk, state["lif_out"][-1]
+    def output(self, spk):
+        """Return (spk, mem) of the output neurons for the spikes of the last hidden layer."""
+        spk = F.dropout(spk, self.net.dropout.p, self.training)
+        return self.lif_out(self.net.norm_out(self.net.fc_out(spk))), self.lif_out.mem
 
-    def step_resnet(self, x, state):
-        net = self.network
-        x = self.fire("lif1", net.norm1(self.pooled(net.conv1, x)), state)
-        for i, block in ((1, net.res1), (2, net.res2)):
-            spk = self.fire(f"res{i}_lif1", block.norm1(self.pooled(block.conv1, x)), state)
-            cur = block.norm2(block.conv2(spk)) + block.shortcut(F.max_pool2d(x, 2))
-            x = self.fire(f"res{i}_lif2", cur, state)
-        x = self.fire("fc_syn", net.norm2(net.fc1(x.movedim(1, -1).flatten(1))), state)
-        spk = self.fire("lif_out", net.norm_out(net.fc_out(net.dropout(x))), state)
-        return spk, state["lif_out"][-1]
+    def step_cnn(self, x):
+        net = self.net
+        spk = self.lif1(net.norm1(self.conv_pool(net.conv1, x)))
+        spk = self.lif2(net.norm2(self.conv_pool(net.conv2, spk)))
+        spk = self.lif3(net.norm3(self.conv_pool(net.conv3, spk)))
+        return self.output(self.lif4(net.norm4(net.fc1(spk.movedim(1, -1).flatten(1)))))
 
+    def step_resnet(self, x):
+        net = self.net
+        spk, _adapt, _mem = self.lif1(net.norm1(self.conv_pool(net.conv1, x)))
+        spk = self.step_block(net.res1, self.res1_lif1, self.res1_lif2, spk)
+        spk = self.step_block(net.res2, self.res2_lif1, self.res2_lif2, spk)
+        return self.output(self.fc_syn(net.norm2(net.fc1(spk.movedim(1, -1).flatten(1)))))
 
-def neuron_states(neuron: nn.Module) -> int:
-    """Return the number of tensors that a neuron hands on from step to step."""
-    return {snntorch.Leaky: 1, snntorch.Synaptic: 2}.get(type(neuron), 3)
+    def step_block(self, block: models.ResidualBlock, lif1, lif2, x):
+        spk = lif1(block.norm1(self.conv_pool(block.conv1, x)))
+        return lif2(block.norm2(block.conv2(spk)) + block.shortcut(F.max_pool2d(x, 2)))
 
 
-class SteppedALIF(nn.Module):
-    """Our ALIF, a step at a time: (cur, spk, adaptation, mem) -> (spk, spk, adaptation, mem)."""
-
-    def __init__(self, neuron: models.ALIF):
-        super().__init__()
-        self.alpha, self.beta, self.kappa = (float(x) for x in (neuron.alpha, neuron.beta, neuron.kappa))
-        self.threshold, self.spike_grad = float(neuron.threshold), neuron.spike_grad
-
-    def forward(self, cur, spk, adaptation, mem):
-        mem = self.beta * mem + cur - spk.detach() * (self.threshold + self.kappa * adaptation)
-        adaptation = self.alpha * adaptation + (1 - self.alpha) * spk
-        spk = self.spike_grad(mem - self.threshold - self.kappa * adaptation)
-        return spk, spk, adaptation, mem
+def new_neuron(neuron: snntorch.SpikingNeuron) -> snntorch.SpikingNeuron:
+    """Construct a neuron with the parameters of another that keeps its state from step to step."""
+    beta, threshold, spike_grad = float(neuron.beta), float(neuron.threshold), neuron.spike_grad
+    if isinstance(neuron, models.ALIF):
+        return models.ALIF(float(neuron.rho), beta, float(neuron.adapt_scale), threshold, spike_grad)
+    if isinstance(neuron, snntorch.Synaptic):
+        return snntorch.Synaptic(float(neuron.alpha), beta, threshold, spike_grad, init_hidden=True)
+    return snntorch.Leaky(beta, threshold, spike_grad, init_hidden=True)
 
 
 class ReLU(nn.Module):
@@ -125,7 +113,7 @@ def without_spikes(network: models.SpikingNetwork) -> models.SpikingNetwork:
     """Return the same network, its precision, layout and weights, with ReLU in place of neurons."""
     network = copy.deepcopy(network)
     for name in network.neuron_layers():
-        setattr(network, name, ReLU())
+        network.set_submodule(name, ReLU())
     return network
 
 
@@ -190,7 +178,8 @@ def benchmark_speed(args: argparse.Namespace) -> None:
     utils.prepare_device(device)
     precision = utils.pick_precision(args.precision, device)
     torch.manual_seed(args.seed)
-    network = models.build_model(args.model, 0.5, 1.0, 0.9, 0.2, precision).to(device)
+    config = models.NetworkConfig(model=args.model, dropout=0.2, precision=precision)
+    network = models.build_model(config).to(device)
     batch_size = args.batch_size
     with tempfile.TemporaryDirectory() as folder:
         make_recordings(Path(folder), 1_000)
@@ -234,14 +223,14 @@ def benchmark_speed(args: argparse.Namespace) -> None:
 def report_speed(args, device, precision, first_step, speed, binning, recordings: int) -> None:
     """Print the table of `benchmark_speed`, and write it to `--json`."""
     head = {
-        "machine": f"{processor_name()}, {utils.num_cores()} cores",
+        "machine": f"{processor_name()}, {num_cores()} cores",
         "device": utils.describe_device(device),
         "versions": f"torch {torch.__version__}, snnTorch {snntorch.__version__}, tonic {tonic.__version__}",
         "model": args.model,
         "time steps": args.time_steps,
         "batch size": args.batch_size,
         "precision": f"{precision}, the loop fp32",
-        "neurons": "uncompiled" if models.Kernel.compiler_error else "compiled",
+        "neurons": "uncompiled" if models.compiler_error else "compiled",
         "rounds": args.rounds,
     }
     rates = {name: args.batch_size / seconds for name, seconds in speed.items()}
@@ -271,6 +260,11 @@ def report_speed(args, device, precision, first_step, speed, binning, recordings
         print(f"\nwritten to {args.json}")
 
 
+def num_cores() -> int:
+    """Return the number of CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def processor_name() -> str:
     """Return what the processor calls itself, where Linux tells."""
     try:
@@ -281,12 +275,11 @@ def processor_name() -> str:
     return names[0] if names else platform.machine()
 
 
-BLUR = 0.7  # pixels, of the event maps that are compared
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The simulated camera against real recordings
 # ---------------------------------------------------------------------------------------------------------
+
+BLUR = 0.7  # pixels, of the event maps that are compared
 
 
 def load_real(shared: Path):
@@ -332,7 +325,7 @@ def inter_event_times(recordings: list[np.ndarray], polarity: int) -> np.ndarray
 
 
 def compare(simulated: list[np.ndarray], real: list[np.ndarray]) -> list[tuple[str, str, str, bool]]:
-    """Return rows (what, figure, target, met) of how alike two lists of recordings of the same images are."""
+    """Return rows (what, result, target, met) of how alike two lists of recordings of the same images are."""
     maps = [np.corrcoef(a, b)[0, 1] for a, b in zip(event_maps(simulated), event_maps(real), strict=True)]
     over_time = np.corrcoef(time_histogram(simulated), time_histogram(real))[0, 1]
     numbers = [np.array([len(e) for e in recordings]) for recordings in (simulated, real)]
@@ -360,7 +353,7 @@ def time_simulation(images: np.ndarray, rounds: int = 5) -> float:
     for _ in range(rounds + 1):
         generators = [np.random.default_rng(i) for i in range(len(images))]
         start = time.perf_counter()
-        nmnist.simulate_events(images, generators)
+        list(nmnist.simulate_events(images, generators))
         times.append((time.perf_counter() - start) / len(images))
     return 1000 * float(np.median(times[1:]))  # the first is the warm-up
 
@@ -398,9 +391,9 @@ def train_on_simulated(shared: Path, images: np.ndarray, ids: np.ndarray, number
 def benchmark_simulator(args: argparse.Namespace) -> None:
     """Print how like the real recordings the simulated ones of the same images are."""
     real, images, ids = load_real(args.shared)
-    simulated = nmnist.simulate_events(images, [np.random.default_rng([args.seed, number]) for number in ids])
+    simulated = list(nmnist.simulate_events(images, [np.random.default_rng([args.seed, i]) for i in ids]))
     rows = compare(simulated, real)
-    alone = nmnist.simulate_events(images[7:8], [np.random.default_rng([args.seed, ids[7]])])[0]
+    (alone,) = nmnist.simulate_events(images[7:8], [np.random.default_rng([args.seed, ids[7]])])
     same = alone.tobytes() == simulated[7].tobytes()
     rows.append(("the same bytes alone as among others", "yes" if same else "no", "yes", same))
     milliseconds = time_simulation(images)
@@ -409,10 +402,10 @@ def benchmark_simulator(args: argparse.Namespace) -> None:
         accuracy = train_on_simulated(args.shared, images, ids, number=10_000, epochs=10)
         title = "CNN of simulated digits on real ones"
         rows.append((title, f"{accuracy:.2%}", "98.5% or more", accuracy >= 0.985))
-    machine = f"{platform.machine()}, {utils.num_cores()} cores, NumPy {np.__version__}"
+    machine = f"{platform.machine()}, {num_cores()} cores, NumPy {np.__version__}"
     print(f"\nsimulated against the {len(real)} real recordings, seed {args.seed} ({machine})")
-    for what, figure, target, met in rows:
-        print(f"{what:38} {figure:>18}   {target:14} {'met' if met else 'MISSED'}")
+    for what, result, target, met in rows:
+        print(f"{what:38} {result:>18}   {target:14} {'met' if met else 'MISSED'}")
     if not all(met for *_, met in rows):
         sys.exit(1)
 

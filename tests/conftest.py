@@ -1,4 +1,4 @@
-"""Data that the tests share: the real recordings where there are some, and recordings made here."""
+"""What the tests share: the real recordings where there are some, recordings made here, and running scripts."""
 
 import os
 import resource
@@ -41,7 +41,7 @@ def real_data_dir(tmp_path_factory):
 
 
 def make_events(digit: int, rng: np.random.Generator, number: int = 400) -> np.ndarray:
-    """Return events of a blob whose place tells the digit: two rows of five places, moving a little."""
+    """Return events of a blob that moves a little; its position, in two rows of five, gives the digit."""
     t = np.sort(rng.integers(0, 300_000, number))
     x = 4 + 6 * (digit % 5) + t // 100_000 + rng.integers(0, 3, number)
     y = 8 + 14 * (digit // 5) + rng.integers(0, 4, number)
@@ -52,14 +52,14 @@ def make_events(digit: int, rng: np.random.Generator, number: int = 400) -> np.n
 
 
 def make_recordings(data_dir: Path, train: int = 12, test: int = 3) -> Path:
-    """Write N-MNIST folders of `train` and `test` made-up recordings a digit into `data_dir`; return `data_dir`."""
+    """Write `train` and `test` made-up recordings of each digit into N-MNIST folders in `data_dir`; return it."""
     rng = np.random.default_rng(0)
     for folder, number in (("Train", train), ("Test", test)):
         for digit in range(10):
-            place = data_dir / "NMNIST" / folder / str(digit)
-            place.mkdir(parents=True)
+            path = data_dir / "NMNIST" / folder / str(digit)
+            path.mkdir(parents=True)
             for i in range(number):
-                nmnist.write_recording(place / f"{10 * i + digit + 1:05d}.bin", make_events(digit, rng))
+                nmnist.write_recording(path / f"{10 * i + digit + 1:05d}.bin", make_events(digit, rng))
     return data_dir
 
 
@@ -71,7 +71,7 @@ def made_data_dir(tmp_path_factory):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """Keep figures open instead of writing them, by file name, so that a test can look at what was drawn."""
+    """Keep figures open, by file name, instead of writing them, so that a test can check what was drawn."""
     kept = {}
     monkeypatch.setattr(utils, "save_figure", lambda figure, path: kept.update({Path(path).name: figure}))
     yield kept
@@ -80,24 +80,24 @@ def figures(monkeypatch):
 
 def run(*command, cwd=ROOT, **options) -> subprocess.CompletedProcess:
     """Run a command as a user does, from the project's folder, and return it with its output."""
-    # One thread: what is tested does not depend on it, and tests may run side by side.
+    # One thread: no result depends on the number of threads, and tests may run at the same time.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [str(part) for part in command]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=280, **options)
 
 
 def limit_files(size: int):
-    """Return what makes a started process unable to write files of more than `size` bytes, as on a full disk."""
+    """Return a `preexec_fn` after which a process can't write files of more than `size` bytes, as on a full disk."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def files_in(folder: Path) -> set[Path]:
-    """Return all files in a folder, temporary ones of writes that failed included, locks left out."""
+    """Return all files in a folder, temporary files of failed writes included, lock files left out."""
     return {path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
 
 
 def assert_refused(result: subprocess.CompletedProcess, *words: str, status: int = 1) -> None:
-    """Check for one clear line on stderr that holds `words`, no traceback, and the exit status."""
+    """Check that stderr ends with a line that has `words`, without a traceback, and check the exit status."""
     message = result.stderr.strip().splitlines()[-1]
     assert result.returncode == status, result.stderr
     assert "Traceback" not in result.stderr

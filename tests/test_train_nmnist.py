@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import filelock
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import tonic
 import torch
 from conftest import ROOT, SHARED, assert_refused, files_in, limit_files, run
 from torch import distributed
@@ -21,45 +24,46 @@ from torch import distributed
 import nmnist
 import train_nmnist
 import utils
-from models import build_model
+from models import NetworkConfig, build_model
 
 SHORT = ["--time_steps", "5", "--batch_size", "32", "--val_split", "0.2", "--device", "cpu"]
+FIGURES = ["confusion_matrix", "accuracy_over_time", "samples"]
 
 
-def places(folder, data_dir):
+def folder_flags(folder, data_dir):
     """Return the flags that put all files of a run into `folder`."""
     return ["--data_dir", data_dir, "--save_dir", folder / "checkpoints", "--log_dir", folder / "logs"]
 
 
 def train(folder, data_dir, *flags, expect=0):
     """Run train_nmnist.py as a user does, with its files in `folder`."""
-    result = run(sys.executable, "train_nmnist.py", *places(folder, data_dir), *SHORT, *flags)
+    result = run(sys.executable, "train_nmnist.py", *folder_flags(folder, data_dir), *SHORT, *flags)
     assert expect is None or result.returncode == expect, result.stderr
     return result
 
 
 def start(folder, data_dir, *flags, launcher=()):
     """Start train_nmnist.py as a user does, and return the process while it runs."""
-    command = [sys.executable, *launcher, "train_nmnist.py", *places(folder, data_dir), *SHORT, *flags]
+    return start_command(*launcher, "train_nmnist.py", *folder_flags(folder, data_dir), *SHORT, *flags)
+
+
+def start_command(*command):
+    """Start Python with these arguments in the project's folder, and return the process while it runs."""
+    command = [str(part) for part in (sys.executable, *command)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
 
 def train_here(folder, data_dir, *flags):
-    """The same in this process, which starts faster."""
-    train_nmnist.main([str(part) for part in (*places(folder, data_dir), *SHORT, *flags)])
+    """Do the same in this process, which starts faster."""
+    train_nmnist.main([str(part) for part in (*folder_flags(folder, data_dir), *SHORT, *flags)])
 
 
 def weights(folder, model="cnn", which="last"):
-    """Return the network's weights in a checkpoint."""
-    return torch.load(folder / "checkpoints" / f"{model}_{which}.pt", weights_only=True)["network"]
+    """Return the weights that a checkpoint tests, of the last one those that training continues with."""
+    checkpoint = torch.load(folder / "checkpoints" / f"{model}_{which}.pt", weights_only=True)
+    return checkpoint["state"]["network"] if which == "last" else checkpoint["network"]
 
 
 def equal(first, second):
@@ -75,12 +79,12 @@ def history(folder, model="cnn"):
 
 @pytest.fixture(scope="module", params=["cnn", "resnet"])
 def trained(request, tmp_path_factory, made_data_dir):
-    """A network of either kind, trained and tested with pictures: (model, folder, output)."""
+    """A network of either kind, trained and tested with figures: (model, folder, output)."""
     folder = tmp_path_factory.mktemp(request.param)
     return request.param, folder, train(folder, made_data_dir, "--model", request.param, "--epochs", 8, "--visualize")
 
 
-def test_training_learns_and_says_so(trained):
+def test_training_learns_and_reports_every_epoch(trained):
     model, folder, result = trained
     entries = json.loads((folder / "logs" / f"{model}_history.json").read_text())
     names = "epoch train_loss train_accuracy val_loss val_accuracy test_loss test_accuracy lr precision neuron_backend"
@@ -96,23 +100,19 @@ def test_training_learns_and_says_so(trained):
     assert "epoch 1/8" in result.stderr  # the progress bar
 
 
-def test_metrics_hang_together(trained, made_data_dir):
+def test_metrics_agree_with_one_another(trained):
     model, folder, result = trained
     metrics = json.loads((folder / "logs" / f"{model}_test_metrics.json").read_text())
     confusion = np.array(metrics["confusion_matrix"])
-    assert (metrics["dataset"], metrics["model"], metrics["num_recordings"], metrics["seed"]) == (
-        "NMNIST",
-        model,
-        30,
-        0,
-    )
+    facts = [metrics[name] for name in ("dataset", "trained_on", "model", "num_recordings", "seed")]
+    assert facts == ["NMNIST", "NMNIST", model, 30, 0]
     assert confusion.sum(1).tolist() == [3] * 10  # rows are true digits, and there are 3 of each
     assert metrics["accuracy"] == pytest.approx(np.trace(confusion) / 30)
     assert len(metrics["accuracy_over_time"]) == 5
     assert metrics["accuracy_over_time"][-1] == metrics["accuracy"]
     assert 0 < metrics["synaptic_operations"] < metrics["macs"]
     assert all(0 < rate < 1 for rate in metrics["firing_rate"].values())
-    assert metrics["parameters"] == sum(p.numel() for p in build_model(model, 0.5, 1, 0.9, 0).parameters())
+    assert metrics["parameters"] == sum(p.numel() for p in build_model(NetworkConfig(model)).parameters())
     assert f"test accuracy        {metrics['accuracy']:.2%}\n" in result.stdout
     assert "data set             NMNIST, 30 test recordings\n" in result.stdout
     assert metrics["precision"] == utils.pick_precision("auto", torch.device("cpu"))
@@ -130,20 +130,22 @@ def test_the_best_checkpoint_is_chosen_on_validation(trained):
     assert metrics["accuracy"] == entries[expected - 1]["test_accuracy"]
 
 
-def test_testing_again_gives_the_same_whatever_the_flags(trained, made_data_dir, capsys):
-    """The checkpoint holds the settings of its network: time_steps and beta are taken from it."""
+def test_testing_again_gives_the_same_metrics_and_ignores_contradicting_flags(trained, made_data_dir, capsys):
+    """Settings of the network and of the frames are the checkpoint's."""
     model, folder, _ = trained
     path = folder / "logs" / f"{model}_test_metrics.json"
     before = json.loads(path.read_text())
-    flags = [*places(folder, made_data_dir), "--model", model, "--test_only", "--beta", 0.9, "--time_steps", 9]
+    flags = [*folder_flags(folder, made_data_dir), "--model", model, "--test_only", "--beta", 0.9, "--time_steps", 9]
     train_nmnist.main([str(part) for part in flags])
-    assert "--beta 0.9 is ignored" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "--beta 0.9 is ignored" in output
+    assert "--time_steps 9 is ignored" in output
     assert json.loads(path.read_text()) == before
 
 
-def test_figures_have_their_parts(trained):
+def test_figures_are_written(trained):
     model, folder, result = trained
-    names = ["training_results", f"{model}_confusion_matrix", f"{model}_accuracy_over_time", f"{model}_samples"]
+    names = ["training_results", *(f"{model}_{name}" for name in FIGURES)]
     for name in [*names, *(["resnet_filters"] if model == "resnet" else [])]:
         path = folder / "logs" / f"{name}.png"
         assert f"figure      {path}" in result.stdout
@@ -152,26 +154,40 @@ def test_figures_have_their_parts(trained):
         assert height > 500
 
 
-def test_samples_show_the_mistakes_first(made_data_dir, figures):
+def test_samples_show_mistakes_first_then_every_digit(made_data_dir, figures):
     recordings = nmnist.NMNIST(made_data_dir, "test")
     frames = nmnist.load_frames(recordings, 5)
-    decisions = torch.tensor(recordings.targets)
-    decisions[[4, 17]] = 8  # a 1 and a 5, read as 8
-    train_nmnist.plot_samples(frames, decisions, "title", "samples.png")
+    predictions = torch.tensor(recordings.targets)
+    predictions[[4, 17]] = 8  # a 1 and a 5, read as 8
+    train_nmnist.draw_samples(frames, predictions, "title", Path("samples.png"))
     figure = figures["samples.png"]
     titles = [axis.get_title() for axis in figure.axes if axis.images]
     assert len(titles) == 20
     assert titles[0] == "mistake: 1 read as 8\nrecording 4"
     assert titles[1] == "mistake: 5 read as 8\nrecording 17"
     assert titles[2] == "0 read as 0\nrecording 0"
+    digits = [recordings.targets[int(title.split()[-1])] for title in titles[2:]]
+    assert digits == [*range(10), *range(8)]
     assert "2 mistakes" in figure.get_suptitle()
 
 
+def test_samples_show_the_middle_of_the_first_saccade(made_data_dir, figures):
+    """37 to 62 of 308 ms: a pixel is white where no event fell in that time."""
+    recordings = nmnist.NMNIST(made_data_dir, "test")
+    frames = nmnist.load_frames(recordings, 100)
+    train_nmnist.draw_samples(frames, torch.tensor(recordings.targets), "title", Path("samples.png"))
+    axes = [axis for axis in figures["samples.png"].axes if axis.images]
+    assert len(axes) == 20
+    for axis in axes:
+        events, _ = recordings[int(axis.get_title().split()[-1])]
+        counts = tonic.transforms.ToFrame(sensor_size=(34, 34, 2), n_time_bins=100)(events)[12:20].sum((0, 1))
+        np.testing.assert_array_equal(axis.images[0].get_array().sum(-1) < 3, counts > 0)
+
+
 def test_filters_are_the_first_layers_weights(figures):
-    network = build_model("resnet", 0.5, 1.0, 0.9, 0.2)
-    train_nmnist.plot_filters(network, "title", "filters.png")
+    weight = build_model(NetworkConfig("resnet")).conv1.weight.detach()
+    utils.plot_filters(weight, "title", Path("filters.png"))
     off, on = (axis.images[0].get_array() for axis in figures["filters.png"].axes[:2])
-    weight = network.conv1.weight.detach().numpy()
     for grid, polarity in ((off, 0), (on, 1)):
         # Four a row, with a line of a pixel between and around them.
         np.testing.assert_array_equal(grid[1:4, 1:4], weight[0, polarity])
@@ -190,9 +206,9 @@ def test_the_same_command_twice_gives_the_same_numbers(tmp_path, made_data_dir):
 
 
 @pytest.mark.parametrize("flags", [[], ["--scheduler", "--optimizer", "sgd", "--model", "resnet"]])
-def test_a_stopped_and_resumed_run_ends_as_an_unbroken_one(tmp_path, made_data_dir, monkeypatch, flags):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, made_data_dir, monkeypatch, flags):
     model = "resnet" if flags else "cnn"
-    train_here(tmp_path / "whole", made_data_dir, "--epochs", 4, *flags)
+    train_here(tmp_path / "uninterrupted", made_data_dir, "--epochs", 4, *flags)
 
     class Stop(Exception):
         pass
@@ -205,22 +221,49 @@ def test_a_stopped_and_resumed_run_ends_as_an_unbroken_one(tmp_path, made_data_d
     with monkeypatch.context() as patch:
         patch.setattr(train_nmnist, "print_epoch", stop)
         with pytest.raises(Stop):
-            train_here(tmp_path / "broken", made_data_dir, "--epochs", 4, *flags)
-    assert len(history(tmp_path / "broken", model)) == 2
+            train_here(tmp_path / "stopped", made_data_dir, "--epochs", 4, *flags)
+    assert len(history(tmp_path / "stopped", model)) == 2
     # The settings come from the checkpoint: only the model is named.
-    train_here(tmp_path / "broken", made_data_dir, "--resume", "--model", model)
+    train_here(tmp_path / "stopped", made_data_dir, "--resume", "--model", model)
     for which in ("last", "best"):
-        assert equal(weights(tmp_path / "whole", model, which), weights(tmp_path / "broken", model, which))
-    assert history(tmp_path / "whole", model) == history(tmp_path / "broken", model)
+        assert equal(weights(tmp_path / "uninterrupted", model, which), weights(tmp_path / "stopped", model, which))
+    assert history(tmp_path / "uninterrupted", model) == history(tmp_path / "stopped", model)
+
+
+@pytest.mark.parametrize("epochs", [1, 4, 15])
+def test_the_scheduler_equals_torchs_cosine_annealing(epochs):
+    args, _ = train_nmnist.parse_args(["--scheduler", "--epochs", str(epochs), "--lr", "0.3"])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+    for epoch in range(1, epochs + 1):
+        assert train_nmnist.learning_rate(args, epoch) == pytest.approx(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    for flags, constant in (([], 5e-3), (["--optimizer", "sgd"], 0.1), (["--lr", "0.3"], 0.3)):
+        args, _ = train_nmnist.parse_args(["--epochs", str(epochs), *flags])
+        assert {train_nmnist.learning_rate(args, epoch) for epoch in range(1, epochs + 1)} == {constant}
+
+
+def test_every_epoch_trains_at_its_learning_rate(tmp_path, made_data_dir, monkeypatch):
+    used = []
+
+    def train_one_epoch(state, batches, bar, train_one_epoch=train_nmnist.train_one_epoch):
+        used.append(state.optimizer.param_groups[0]["lr"])
+        return train_one_epoch(state, batches, bar)
+
+    monkeypatch.setattr(train_nmnist, "train_one_epoch", train_one_epoch)
+    train_here(tmp_path, made_data_dir, "--epochs", 2, "--scheduler", "--lr", 0.01)
+    assert used == pytest.approx([0.01, 0.005])
+    assert [entry["lr"] for entry in history(tmp_path)] == used
 
 
 def test_a_resumed_run_refuses_other_settings(tmp_path, made_data_dir):
     train_here(tmp_path, made_data_dir, "--epochs", 1)
-    with pytest.raises(utils.UserError, match=r"cnn_best\.pt: it holds the network alone; go on from .*cnn_last\.pt"):
+    with pytest.raises(utils.UserError, match=r"cnn_best\.pt: it holds the network alone; resume .*cnn_last\.pt"):
         train_here(tmp_path, made_data_dir, "--resume", tmp_path / "checkpoints" / "cnn_best.pt")
     train_here(tmp_path, made_data_dir, "--resume", "--epochs", 2)  # growing is allowed
     assert len(history(tmp_path)) == 2
-    with pytest.raises(utils.UserError, match=r"--epochs 1: .*cnn_last\.pt has seen 2 epochs already"):
+    with pytest.raises(utils.UserError, match=r"--epochs 1: .*cnn_last\.pt has 2 epochs already"):
         train_here(tmp_path, made_data_dir, "--resume", "--epochs", 1)
     for flag, value in (("--lr", 0.1), ("--beta", 0.9)):
         with pytest.raises(utils.UserError, match=f"{flag} {value}: .*cnn_last.pt was trained with"):
@@ -253,26 +296,36 @@ def test_only_training_recordings_are_augmented(tmp_path, made_data_dir, monkeyp
     assert not equal(weights(tmp_path / "augmented"), weights(tmp_path / "plain"))
 
 
-def test_the_average_follows_the_weights():
+def test_the_moving_average_equals_a_hand_computation():
     """The first weights count wholly, the next nine tenths, nine elevenths, ... and at last a hundredth."""
-    layer = torch.nn.Linear(1, 1, bias=False)
-    average = train_nmnist.Average(layer)
-    expected = 0.0
-    for step in range(1000):
-        value = float(np.sin(step / 10))
-        layer.weight.data.fill_(value)
-        average.update(layer)
+    args, _ = train_nmnist.parse_args(["--precision", "fp32"])
+    state = train_nmnist.make_state(args, torch.device("cpu"))
+    norm, averaged = state.network.norm_out, state.ema.module.norm_out
+    weight, mean = 0.0, 0.0
+    for step in (*range(30), *range(880, 910)):  # the share falls to a hundredth at step 891
+        if step == 880:
+            assert state.ema.n_averaged == 30
+            state.ema.n_averaged.fill_(step)
+        norm.weight.data.fill_(np.sin(step / 10))
+        norm.running_mean.fill_(np.cos(step / 10))
+        norm.num_batches_tracked.fill_(step + 7)
+        state.ema.update_parameters(state.network)
         share = max(0.01, 9 / (9 + step))
-        expected = (1 - share) * expected + share * value
-    assert average.network.weight.item() == pytest.approx(expected, abs=1e-5)
+        weight = (1 - share) * weight + share * np.sin(step / 10)
+        mean = (1 - share) * mean + share * np.cos(step / 10)
+        assert averaged.num_batches_tracked == step + 7
+    torch.testing.assert_close(averaged.weight.data, torch.full((10,), weight), atol=1e-5, rtol=0)
+    torch.testing.assert_close(averaged.running_mean, torch.full((10,), mean), atol=1e-5, rtol=0)
 
 
-def test_the_best_checkpoint_holds_the_average(tmp_path, made_data_dir):
+def test_the_best_checkpoint_holds_the_moving_average(tmp_path, made_data_dir):
     train_here(tmp_path, made_data_dir, "--epochs", 1)
     last = torch.load(tmp_path / "checkpoints" / "cnn_last.pt", weights_only=True)
-    assert equal(weights(tmp_path, which="best"), last["average"]["network"])
-    assert not equal(last["network"], last["average"]["network"])
-    assert last["average"]["steps"] == 3
+    assert int(last["state"]["ema"].pop("n_averaged")) == 3
+    averaged = {name.removeprefix("module."): value for name, value in last["state"]["ema"].items()}
+    assert equal(weights(tmp_path, which="best"), averaged)
+    assert equal(last["network"], averaged)
+    assert not equal(last["state"]["network"], averaged)
 
 
 def test_backends_train_alike(tmp_path, made_data_dir):
@@ -285,12 +338,12 @@ def test_backends_train_alike(tmp_path, made_data_dir):
         assert a["val_loss"] == pytest.approx(b["val_loss"], rel=0.05)
 
 
-def test_a_run_resumed_elsewhere_brings_its_best_network_along(tmp_path, made_data_dir):
+def test_resuming_into_other_folders_copies_checkpoints_and_history(tmp_path, made_data_dir):
     train_here(tmp_path / "here", made_data_dir, "--epochs", 2)
     train_here(tmp_path / "there", made_data_dir, "--resume", tmp_path / "here" / "checkpoints" / "cnn_last.pt")
     assert equal(weights(tmp_path / "here", which="best"), weights(tmp_path / "there", which="best"))
     assert history(tmp_path / "here") == history(tmp_path / "there")
-    assert equal(weights(tmp_path / "here"), weights(tmp_path / "there"))  # so that it can go on from there
+    assert equal(weights(tmp_path / "here"), weights(tmp_path / "there"))  # so that it can be resumed there
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -299,7 +352,7 @@ def test_a_run_resumed_elsewhere_brings_its_best_network_along(tmp_path, made_da
 
 
 def wait_for(path, seconds=120):
-    """Wait until a file is there."""
+    """Wait until a file exists."""
     end = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < end, f"no {path}"
@@ -307,12 +360,12 @@ def wait_for(path, seconds=120):
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
-def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path, made_data_dir, kills):
+def test_a_run_killed_at_any_moment_and_resumed_equals_an_uninterrupted_one(tmp_path, made_data_dir, kills):
     """Binning, each epoch and every save are among the moments. Two runs at a time, each with a cache of its own."""
     flags = ["--epochs", 12, "--neuron_backend", "step", "--time_steps", 2, "--resume"]
-    whole = tmp_path / "whole"
+    uninterrupted = tmp_path / "uninterrupted"
     begin = time.monotonic()
-    train(whole, made_data_dir, *flags)
+    train(uninterrupted, made_data_dir, *flags)
     seconds = time.monotonic() - begin
     rng = random.Random(0)
     for i in range(kills // 2):
@@ -331,14 +384,14 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path, made_data
             assert process.returncode == 0, stderr
         for folder in folders:
             for which in ("last", "best"):
-                assert equal(weights(whole, which=which), weights(folder, which=which))
-            assert history(whole) == history(folder)
+                assert equal(weights(uninterrupted, which=which), weights(folder, which=which))
+            assert history(uninterrupted) == history(folder)
             assert not [path for path in files_in(folder) if ".tmp" in path.name]
             shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_says_how_to_go_on(tmp_path, made_data_dir, number, status):
+def test_an_interrupted_run_prints_the_command_that_continues_it(tmp_path, made_data_dir, number, status):
     last = tmp_path / "checkpoints" / "cnn_last.pt"
     process = start(tmp_path, made_data_dir, "--epochs", 10_000, "--neuron_backend", "step", "--time_steps", 2)
     wait_for(last)
@@ -348,23 +401,49 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, made_data_dir, number, status
     assert "Traceback" not in stderr
     saved = torch.load(last, weights_only=True)["epoch"]
     message = stderr.strip().splitlines()[-1]
-    assert (
-        f"{last} keeps epoch {saved}; go on with: python train_nmnist.py --model cnn --resume --epochs 10000" in message
-    )
+    command = "python train_nmnist.py --model cnn --resume --epochs 10000"
+    assert f"{last} holds epoch {saved}; continue with: {command}" in message
     assert not [path for path in files_in(tmp_path) if ".tmp" in path.name]
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, made_data_dir):
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what a process has imported on Linux alone")
+@pytest.mark.parametrize(
+    ("script", "library", "seconds"),
+    [
+        *(("train_nmnist.py", "numpy", 0), ("train_nmnist.py", "libtorch_cpu", 0), ("train_nmnist.py", "numpy", 0.5)),
+        *(("nmnist.py", "numpy", 0), ("visualize_nmnist.py", "numpy", 0), ("visualize_activations.py", "numpy", 0)),
+    ],
+)
+def test_ctrl_c_during_imports_ends_in_one_line(tmp_path, script, library, seconds):
+    """A moment after the first of the script's imports, NumPy, and after PyTorch has begun to load."""
+    process = start_command(script, "--data_dir", tmp_path)
+    maps, end = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
+    while library not in maps.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert stderr.strip() == f"{script}: interrupted"
+    assert not stdout
+
+
+def test_importing_utils_outside_the_scripts_keeps_pythons_ctrl_c():
+    assert signal.getsignal(signal.SIGINT) is not utils.end_at_once
+
+
+def test_a_full_disk_keeps_the_checkpoint_of_the_epoch_before(tmp_path, made_data_dir):
     flags = ["--neuron_backend", "step", "--time_steps", 2]
     train_here(tmp_path, made_data_dir, "--epochs", 1, *flags)
     before = {path: path.read_bytes() for path in files_in(tmp_path) if path.name != "cnn_best.pt"}
-    command = [sys.executable, "train_nmnist.py", *places(tmp_path, made_data_dir), "--resume", "--epochs", 2]
+    command = [sys.executable, "train_nmnist.py", *folder_flags(tmp_path, made_data_dir), "--resume", "--epochs", 2]
     result = run(*command, preexec_fn=limit_files(1_000_000))  # enough for the best, not for the last
     assert_refused(result, str(tmp_path / "checkpoints" / "cnn_last.pt"), "can't be written")
     assert (tmp_path / "checkpoints" / "cnn_last.pt").read_bytes() == before[tmp_path / "checkpoints" / "cnn_last.pt"]
     assert files_in(tmp_path) == {*before, tmp_path / "checkpoints" / "cnn_best.pt"}
     # Figures: the metrics, which are small, are written; the first figure is not.
-    command = [sys.executable, "train_nmnist.py", *places(tmp_path, made_data_dir), "--test_only", "--visualize"]
+    command = [sys.executable, "train_nmnist.py", *folder_flags(tmp_path, made_data_dir), "--test_only", "--visualize"]
     result = run(*command, preexec_fn=limit_files(10_000))
     assert_refused(result, str(tmp_path / "logs" / "training_results.png"), "can't be written: File too large")
     assert files_in(tmp_path) == {*before, tmp_path / "checkpoints" / "cnn_best.pt"}
@@ -376,31 +455,75 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(tmp_path, made_data_dir,
     assert not files_in(tmp_path)
     monkeypatch.setattr(train_nmnist, "learning_rate", lambda _args, epoch: 1e38 if epoch == 3 else 0.01)
     last = tmp_path / "checkpoints" / "cnn_last.pt"
-    with pytest.raises(utils.UserError, match=rf"not finite in epoch 3, .*; {last} keeps epoch 2"):
+    with pytest.raises(utils.UserError, match=rf"not finite in epoch 3, .*; {last} holds epoch 2"):
         train_here(tmp_path, made_data_dir, "--epochs", 5, "--optimizer", "sgd")
     assert torch.load(last, weights_only=True)["epoch"] == 2
     assert all(torch.isfinite(values).all() for values in weights(tmp_path).values())
 
 
-def test_two_runs_of_a_model_into_the_same_folder_are_refused(tmp_path, made_data_dir, monkeypatch):
-    monkeypatch.setattr(utils, "_lock", lambda file, _seconds, lock=utils._lock: lock(file, 0))  # no patience
-    for flag in ("--save_dir", "--log_dir"):
-        folder = tmp_path / ("checkpoints" if flag == "--save_dir" else "logs")
-        with (
-            utils.locked({flag: folder}, "cnn"),
-            pytest.raises(utils.UserError, match=f"{flag} {folder}: another run of cnn writes there"),
-        ):
+@pytest.fixture
+def impatient(monkeypatch):
+    """Make `utils.locked` not wait for a process that may be on its way out."""
+
+    def acquire(lock, timeout=-1, acquire=filelock.FileLock.acquire):
+        return acquire(lock, min(timeout, 0))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+
+
+def test_two_runs_of_a_model_into_the_same_folder_are_refused(tmp_path, made_data_dir, impatient):
+    for flag, folder in (("--save_dir", tmp_path / "checkpoints"), ("--log_dir", tmp_path / "logs")):
+        message = f"{flag} {folder}: another run of cnn writes there"
+        with utils.locked(folder, "cnn"), pytest.raises(utils.UserError, match=message):
             train_here(tmp_path, made_data_dir, "--epochs", 1)
-        with utils.locked({flag: folder}, "cnn"), utils.locked({flag: folder}, "resnet", seconds=0):
-            pass  # of another model is welcome
+    assert not files_in(tmp_path)
+    with utils.locked(tmp_path / "checkpoints", "resnet"), utils.locked(tmp_path / "logs", "resnet"):
+        train_here(tmp_path, made_data_dir, "--epochs", 1)  # another model may
+
+
+def test_one_folder_for_checkpoints_and_logs_is_locked_once(tmp_path, impatient):
+    (tmp_path / "link").symlink_to(tmp_path)
+    for log_dir in (tmp_path, tmp_path / "link"):
+        flags = ["--save_dir", str(tmp_path), "--log_dir", str(log_dir)]
+        args = train_nmnist.make_parser().parse_args(flags)
+        with (
+            train_nmnist.locked_folders(args),
+            pytest.raises(utils.UserError, match=f"--save_dir {tmp_path}: another run of cnn writes there"),
+            train_nmnist.locked_folders(args),
+        ):
+            pass
+        with train_nmnist.locked_folders(args):
+            pass
+
+
+def test_tests_into_the_same_folder_wait_for_one_another(tmp_path, made_data_dir, impatient, capsys):
     train_here(tmp_path, made_data_dir, "--epochs", 1)
+    logs = tmp_path / "logs"
+    metrics = logs / "cnn_test_metrics.json"
+    before = json.loads(metrics.read_text())
+    metrics.unlink()
+    with ThreadPoolExecutor(2) as pool:
+        with utils.locked(logs, "test"):
+            flags = [tmp_path, made_data_dir, "--test_only", "--visualize"]
+            tests, stderr, end = [pool.submit(train_here, *flags) for _ in range(2)], "", time.monotonic() + 60
+            while stderr.count(f"waiting     for another process that writes to {logs}\n") < 2:
+                assert time.monotonic() < end, stderr
+                assert not any(test.done() for test in tests), stderr
+                time.sleep(0.02)
+                stderr += capsys.readouterr().err
+            assert {path.name for path in files_in(logs)} == {"cnn_history.json"}
+        for test in tests:
+            test.result()
+    assert json.loads(metrics.read_text()) == before
+    names = ["training_results.png", *(f"cnn_{name}.png" for name in FIGURES), metrics.name, "cnn_history.json"]
+    assert {path.name for path in files_in(logs)} == set(names)
 
 
 @pytest.mark.parametrize("flag", ["--save_dir", "--log_dir"])
-def test_folders_that_cannot_be_written_to_are_found_before_training(tmp_path, made_data_dir, monkeypatch, flag):
+def test_folders_that_cannot_be_written_to_are_refused_before_training(tmp_path, made_data_dir, monkeypatch, flag):
     monkeypatch.setattr(train_nmnist, "train", None)
     (tmp_path / "file").touch()
-    with pytest.raises(utils.UserError, match=f"{flag} {tmp_path / 'file' / 'folder'}: .*file is no folder"):
+    with pytest.raises(utils.UserError, match=f"{flag} {tmp_path / 'file' / 'folder'}: .*file is not a folder"):
         train_here(tmp_path, made_data_dir, flag, tmp_path / "file" / "folder")
     assert files_in(tmp_path) == {tmp_path / "file"}
 
@@ -417,12 +540,12 @@ def alone(tmp_path, monkeypatch):
     def join(_device):
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
 
-    monkeypatch.setattr(utils, "join_processes", join)
+    monkeypatch.setattr(utils, "init_distributed", join)
     yield
-    utils.leave_processes()
+    utils.destroy_distributed()
 
 
-def test_two_processes_train_as_one_does(tmp_path, made_data_dir, alone):
+def test_two_processes_train_like_one(tmp_path, made_data_dir, alone):
     """The last batch holds a single recording: one of the two has none of it. A small rate: rounding stays rounding."""
     flags = ["--batch_size", 19, "--lr", 1e-4, "--precision", "fp32"]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
@@ -432,7 +555,11 @@ def test_two_processes_train_as_one_does(tmp_path, made_data_dir, alone):
     assert both.returncode == 0, stderr
     assert stdout.count("data set    NMNIST") == 1  # only the first prints
     assert "2 processes" in stdout
-    # What two began, one goes on with.
+    testing = start(tmp_path / "two", made_data_dir, "--test_only", launcher=torchrun)
+    stdout, stderr = testing.communicate(timeout=120)
+    assert testing.returncode == 0, stderr
+    assert stdout.count("test accuracy") == 1
+    # One process resumes what two began.
     train_here(tmp_path / "two", made_data_dir, *flags, "--resume", "--epochs", 2)
     for one, two in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
         for name in ("train_loss", "val_loss", "test_loss"):
@@ -442,16 +569,16 @@ def test_two_processes_train_as_one_does(tmp_path, made_data_dir, alone):
 
 
 def test_processes_that_differ_are_refused(tmp_path, made_data_dir, monkeypatch):
-    monkeypatch.setattr(utils, "gather", lambda own: [own, {**own, "training recordings": 7}])
+    monkeypatch.setattr(utils, "all_gather", lambda own: [own, {**own, "training recordings": 7}])
     with pytest.raises(utils.UserError, match="processes differ in training recordings: 120, and 7 in process 1"):
         train_here(tmp_path, made_data_dir, "--epochs", 1)
-    monkeypatch.setattr(utils, "num_processes", lambda: 64)
+    monkeypatch.setattr(utils, "world_size", lambda: 64)
     with pytest.raises(utils.UserError, match="--batch_size 32: fewer than the 64 processes"):
         train_here(tmp_path, made_data_dir, "--epochs", 1)
     assert not files_in(tmp_path)
 
 
-def test_a_process_that_dies_ends_them_all(tmp_path, made_data_dir):
+def test_when_one_process_dies_all_end(tmp_path, made_data_dir):
     flags = ["--epochs", 10_000, "--neuron_backend", "step", "--time_steps", 2]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
     both = start(tmp_path, made_data_dir, *flags, launcher=torchrun)
@@ -470,24 +597,29 @@ def test_a_process_that_dies_ends_them_all(tmp_path, made_data_dir):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_figures_draw_what_was_measured(trained, figures):
+def test_figures_show_the_history_and_the_metrics(trained, figures):
     model, folder, _ = trained
     entries = json.loads((folder / "logs" / f"{model}_history.json").read_text())
     metrics = json.loads((folder / "logs" / f"{model}_test_metrics.json").read_text())
-    train_nmnist.plot_history(entries, "title", "history.png")
+    utils.plot_history(entries, "title", Path("history.png"))
     loss, accuracy = figures["history.png"].axes
     for name, label in (("train", "training"), ("val", "validation"), ("test", "test")):
         for axis, quantity, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
             (line,) = [line for line in axis.lines if line.get_label() == label]
             np.testing.assert_allclose(line.get_ydata(), [scale * e[f"{name}_{quantity}"] for e in entries])
-    train_nmnist.plot_confusion_matrix(metrics, "title", "confusion.png")
+    utils.plot_confusion_matrix(np.array(metrics["confusion_matrix"]), "title", Path("confusion.png"))
     axis = figures["confusion.png"].axes[0]
     texts = [text.get_text().split("\n")[0] or "0" for text in axis.texts]
     assert [int(text) for text in texts] == np.array(metrics["confusion_matrix"]).ravel().tolist()
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted digit", "true digit")
-    train_nmnist.plot_accuracy_over_time(metrics, "title", "over_time.png")
-    curve = figures["over_time.png"].axes[0].lines[0]
-    np.testing.assert_allclose(curve.get_ydata(), 100 * np.array(metrics["accuracy_over_time"]))
+    accuracy = np.array(metrics["accuracy_over_time"])
+    ends = train_nmnist.saccade_ends(5)[:2]
+    utils.plot_accuracy_over_time(accuracy, ends, "title", Path("over_time.png"))
+    curve, _chance, *saccades = figures["over_time.png"].axes[0].lines
+    np.testing.assert_allclose(curve.get_xdata(), [1, 2, 3, 4, 5])
+    np.testing.assert_allclose(curve.get_ydata(), 100 * accuracy)
+    # 100 and 220 of 308 ms; step 1, drawn at 1, takes 0.5 to 1.5.
+    np.testing.assert_allclose([line.get_xdata()[0] for line in saccades], [0.5 + 500 / 308, 0.5 + 1100 / 308])
 
 
 def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path, made_data_dir):
@@ -497,14 +629,14 @@ def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path, made_dat
     assert not list(tmp_path.iterdir())
 
 
-def test_testing_on_other_data_than_trained_on_is_said(tmp_path, made_data_dir, capsys):
+def test_testing_on_other_data_than_trained_on_warns(tmp_path, made_data_dir, capsys):
     train_here(tmp_path, made_data_dir, "--epochs", 1)
     simulated = tmp_path / "data"
     shutil.copytree(made_data_dir / "NMNIST", simulated / "NMNIST")
     (simulated / "NMNIST" / nmnist.SIMULATOR_FILE).write_text(json.dumps({"images": "x"}))
     capsys.readouterr()
     train_here(tmp_path, simulated, "--test_only")
-    assert "trained on NMNIST, tested on SimulatedNMNIST (x)" in capsys.readouterr().out
+    assert "WARNING: trained on NMNIST, tested on SimulatedNMNIST (x)\n" in capsys.readouterr().err
     metrics = json.loads((tmp_path / "logs" / "cnn_test_metrics.json").read_text())
     assert (metrics["dataset"], metrics["trained_on"]) == ("SimulatedNMNIST (x)", "NMNIST")
     with pytest.raises(
@@ -519,8 +651,8 @@ def test_a_single_time_step_and_a_last_batch_of_one(tmp_path, made_data_dir):
 
 
 @pytest.mark.parametrize("time_steps", [1, 5, 25])
-def test_losses_worked_by_hand(time_steps):
-    """The right neuron of ten fires at every step, the others never; its membrane is at 2, the others' at 0."""
+def test_losses_equal_a_hand_computation(time_steps):
+    """The correct neuron of ten fires at every step, the others never; its membrane is at 2, the others' at 0."""
     labels = torch.tensor([3, 7, 7])
     spk = torch.nn.functional.one_hot(labels, 10).float().expand(time_steps, 3, 10)
     mem = 2 * spk
@@ -529,33 +661,19 @@ def test_losses_worked_by_hand(time_steps):
     assert losses["mse"] == 0
     assert losses["count"] == pytest.approx(math.log(1 + 9 * math.exp(-5)), rel=1e-5)  # whatever the number of steps
     assert float(train_nmnist.make_loss("mse")(0 * spk, mem, labels)) > 0
-    assert math.isnan(float(train_nmnist.make_loss("count")(spk, mem * math.inf, labels)))
+    # Spikes stay finite where a membrane potential is not, and so would a loss of them alone.
+    mem[-1, 1, 0] = math.inf
+    for name in ("mse", "count"):
+        assert math.isnan(float(train_nmnist.make_loss(name)(spk, mem, labels)))
 
 
 @pytest.mark.parametrize(
     ("loss", "optimizer"), [("ce", "sgd"), ("ce", "adamw"), ("mse", "adam"), ("mse", "sgd"), ("count", "adam")]
 )
-def test_losses_and_optimizers_learn(tmp_path, made_data_dir, loss, optimizer):
+def test_every_loss_and_optimizer_lowers_the_loss(tmp_path, made_data_dir, loss, optimizer):
     train_here(tmp_path, made_data_dir, "--epochs", 3, "--loss", loss, "--optimizer", optimizer)
     losses = [entry["train_loss"] for entry in history(tmp_path)]
     assert losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        *(["--beta", "1.1"], ["--beta", "-0.1"], ["--beta", "nan"], ["--alpha", "2"], ["--threshold", "0"]),
-        *(["--dropout", "1"], ["--epochs", "0"], ["--batch_size", "0"], ["--time_steps", "0"], ["--lr", "0"]),
-        *(["--weight_decay", "-1"], ["--optimizer", "lion"], ["--loss", "hinge"], ["--model", "mlp"]),
-        *(["--device", "tpu"], ["--seed", "-1"], ["--val_split", "1"], ["--denoise", "0"], ["--dataset", "mnist"]),
-    ],
-)
-def test_wrong_flags_are_refused_before_anything_is_loaded(flags, capsys, monkeypatch):
-    monkeypatch.setattr(nmnist, "open_recordings", None)
-    with pytest.raises(SystemExit) as stop:
-        train_nmnist.main(flags)
-    assert stop.value.code == 2
-    assert f"error: argument {flags[0]}" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -1,17 +1,21 @@
-"""Errors, flag types, seeds and files."""
+"""Errors, flag types, seeds, norms of several processes, files and figures."""
 
 import argparse
+import copy
+import errno
 import os
 import pickle
-import platform
 import random
 import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
+from torch import distributed
 
 import utils
 
@@ -49,7 +53,7 @@ def test_number_accepts_its_range_only(kind, limits, good, bad):
             parse(text)
 
 
-def test_seeds_give_streams_of_their_own():
+def test_each_seed_gives_its_own_random_numbers():
     draws = {}
     for parts in ((0,), (1,), (0, 1), (1, 0), (0, 2)):
         utils.set_seed(*parts)
@@ -59,10 +63,17 @@ def test_seeds_give_streams_of_their_own():
     assert len(set(draws.values())) == len(draws)
 
 
-@pytest.mark.parametrize(("amx", "avx512_bf16", "expected"), [(0, 0, "fp32"), (0, 1, "bf16"), (1, 0, "bf16")])
-def test_precision_is_what_the_processor_is_built_for(monkeypatch, amx, avx512_bf16, expected):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512_bf16))
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ({}, "fp32"),  # not an x86 processor
+        ({"amx_tile": False, "avx512_bf16": False}, "fp32"),
+        ({"amx_tile": False, "avx512_bf16": True}, "bf16"),
+        ({"amx_tile": True, "avx512_bf16": False}, "bf16"),
+    ],
+)
+def test_auto_precision_follows_the_hardware(monkeypatch, features, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert utils.pick_precision("auto", cpu) == expected
     for name in ("bf16", "fp32"):
@@ -70,6 +81,48 @@ def test_precision_is_what_the_processor_is_built_for(monkeypatch, amx, avx512_b
     for capability, precision in (((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, c=capability: c)
         assert utils.pick_precision("auto", cuda) == precision
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's list of features is Linux's")
+def test_the_precision_of_this_cpu_is_that_of_the_kernels_list_of_features():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    expected = "bf16" if {"amx_tile", "avx512_bf16"} & set(flags) else "fp32"
+    assert utils.pick_precision("auto", torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("shape", [(12, 3, 4, 4), (12, 3)])
+def test_sync_batch_norm_of_one_process_equals_torchs(shape):
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        ours = (torch.nn.BatchNorm2d if len(shape) == 4 else torch.nn.BatchNorm1d)(3, momentum=0.2)
+        torch.nn.init.uniform_(ours.weight)
+        torch.nn.init.uniform_(ours.bias)
+        torchs = copy.deepcopy(ours)
+        utils.sync_batch_norm(ours)
+        for training in (True, True, False):
+            x = (3 + 2 * torch.randn(shape)).requires_grad_()
+            results = []
+            for norm in (ours, torchs):
+                out = norm.train(training)(x)
+                grads = torch.autograd.grad(out.square().mul(x.detach()).sum(), (x, norm.weight, norm.bias))
+                results.append((out, *grads, *norm.buffers()))
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("size", "processes"), [(7, 3), (1, 2), (0, 2), (128, 4)])
+def test_shards_are_consecutive_and_as_even_as_possible(size, processes, monkeypatch):
+    monkeypatch.setattr(utils, "world_size", lambda: processes)
+    shards = []
+    for rank in range(processes):
+        monkeypatch.setenv("RANK", str(rank))
+        shards.append(range(size)[utils.shard(size)])
+    assert [i for shard in shards for i in shard] == list(range(size))
+    lengths = [len(shard) for shard in shards]
+    assert max(lengths) - min(lengths) <= 1
 
 
 class Exploit:
@@ -82,7 +135,7 @@ class Exploit:
         return Path.touch, (self.path,)
 
 
-def test_checkpoints_that_are_none_are_refused_and_never_run(tmp_path):
+def test_files_that_are_not_checkpoints_are_refused_and_never_run(tmp_path):
     marker = tmp_path / "marker"
     files = {"empty": b"", "text": b"hello", "evil": pickle.dumps(Exploit(marker))}
     for name, content in files.items():
@@ -91,22 +144,40 @@ def test_checkpoints_that_are_none_are_refused_and_never_run(tmp_path):
         with pytest.raises(utils.UserError, match=f"{name}.pt"):
             utils.load_checkpoint(path, "cnn")
     torch.save({"other": 1}, tmp_path / "other.pt")
-    torch.save({"network_settings": Exploit(marker)}, tmp_path / "evil2.pt")
+    torch.save({"network": Exploit(marker)}, tmp_path / "evil2.pt")
     for name in ("other", "evil2"):
         with pytest.raises(utils.UserError, match=f"{name}.pt"):
             utils.load_checkpoint(tmp_path / f"{name}.pt", "cnn")
-    torch.save({"network_settings": {"model": "cnn"}}, tmp_path / "old.pt")
-    with pytest.raises(utils.UserError, match=r"old\.pt was written by another version of this project"):
-        utils.load_checkpoint(tmp_path / "old.pt", "cnn")
+    torch.save({"network": {}, "format": utils.CHECKPOINT_FORMAT}, tmp_path / "parts.pt")
+    with pytest.raises(utils.UserError, match=r"parts\.pt lacks parts of a checkpoint"):
+        utils.load_checkpoint(tmp_path / "parts.pt", "cnn")
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(utils.UserError, match=r"folder\.pt is a folder, not a checkpoint"):
+        utils.load_checkpoint(tmp_path / "folder.pt", "cnn")
     with pytest.raises(utils.UserError, match=r"missing\.pt.*python train_nmnist.py --model cnn"):
         utils.load_checkpoint(tmp_path / "missing.pt", "cnn")
     assert not marker.exists()
 
 
-def test_damaged_checkpoints_are_refused_or_whole(tmp_path):
+@pytest.mark.parametrize("number", [None, 2])
+def test_checkpoints_of_older_formats_are_refused(tmp_path, number):
+    """The content of a checkpoint before format 3; the first ones had no format."""
+    settings = {"model": "cnn", "beta": 0.5, "threshold": 1.0, "alpha": 0.9, "dropout": 0.0, "precision": "fp32"}
+    old = {"network_settings": settings, "settings": settings | {"time_steps": 25}, "dataset": "NMNIST"}
+    old |= {"num_recordings": 120, "neuron_backend": "fused", "network": {"fc_out.weight": torch.zeros(10, 128)}}
+    old |= {"epoch": 1, "score": [0.9, -0.1]} | ({} if number is None else {"format": number})
+    path = tmp_path / "cnn_best.pt"
+    torch.save(old, path)
+    with pytest.raises(utils.UserError) as error:
+        utils.load_checkpoint(path, "cnn")
+    again = "make one with `python train_nmnist.py --model cnn`"
+    assert str(error.value) == f"{path} was written by another version of this project: {again}"
+
+
+def test_damaged_checkpoints_are_refused_or_unchanged(tmp_path):
     """Cut anywhere, or with any bit flipped, a checkpoint is refused, or what it holds is unchanged."""
-    settings = {"model": "cnn", "beta": 0.5}
-    whole = dict.fromkeys(utils.CHECKPOINT_KEYS, 1) | {"format": utils.CHECKPOINT_FORMAT, "network_settings": settings}
+    config = {"model": "cnn", "beta": 0.5}
+    whole = dict.fromkeys(utils.CHECKPOINT_KEYS, 1) | {"format": utils.CHECKPOINT_FORMAT, "network_config": config}
     whole["network"] = {"weight": torch.arange(100.0)}
     path = tmp_path / "cnn_last.pt"
     utils.save_tensors(path, whole)
@@ -132,30 +203,61 @@ def test_damaged_checkpoints_are_refused_or_whole(tmp_path):
     assert refused > 250
 
 
-def test_locks_are_held_by_one_and_given_back(tmp_path):
-    folders = {"--save_dir": tmp_path / "a", "--log_dir": tmp_path / "a"}  # one folder by two flags is locked once
-    with (
-        utils.locked(folders, "cnn"),
-        pytest.raises(utils.UserError, match=r"--save_dir .*a: another run of cnn"),
-        utils.locked({"--save_dir": tmp_path / "a"}, "cnn", seconds=0),
-    ):
-        pass
-    with utils.locked(folders, "cnn", seconds=0):
+@pytest.fixture
+def impatient(monkeypatch):
+    """Make `utils.locked` give up at once where it waits a while for a process on its way out."""
+
+    class Impatient(filelock.FileLock):
+        def acquire(self, timeout=-1, **options):
+            return super().acquire(min(timeout, 0), **options)
+
+    monkeypatch.setattr(utils, "FileLock", Impatient)
+
+
+HOLD = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
+
+
+def test_a_lock_is_held_by_one_process_at_a_time(tmp_path, impatient):
+    with utils.locked(tmp_path / "a", "cnn"):
+        with pytest.raises(utils.UserError, match="busy"), utils.locked(tmp_path / "a", "cnn", "busy"):
+            pass
+        with utils.locked(tmp_path / "a", "resnet", "busy"), utils.locked(tmp_path / "b", "cnn", "busy"):
+            pass  # another name, another folder
+    with utils.locked(tmp_path / "a", "cnn", "busy"):
         pass
 
 
-def test_files_left_over_by_a_killed_process_are_removed_and_no_others(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    host = platform.node()
-    gone = [tmp_path / f".cnn_last.pt.{host}.{process.pid}.tmp.pt", tmp_path / f".NMNIST.{host}.{process.pid}.tmp"]
-    alive = utils.temporary_beside(tmp_path / "cnn_last.pt")
-    elsewhere = tmp_path / f".cnn_last.pt.other{host}.{process.pid}.tmp.pt"
-    gone[1].mkdir()
-    for path in (gone[0], gone[1] / "x.bin", alive, elsewhere):
-        path.touch()
-    utils.remove_left_over(tmp_path)
-    assert set(tmp_path.iterdir()) == {alive, elsewhere}
+def test_a_killed_process_holds_no_lock(tmp_path, impatient):
+    path = tmp_path / ".cnn.lock"
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], **options) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(utils.UserError, match="busy"), utils.locked(tmp_path, "cnn", "busy"):
+            pass
+        process.kill()
+    with utils.locked(tmp_path, "cnn", "busy"):
+        pass
+
+
+def test_a_folder_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+    def refuse(*_args, **_options):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(utils.FileLock, "acquire", refuse)
+    with utils.locked(tmp_path, "cnn", "busy"):
+        pass
+    warning = f"WARNING: {tmp_path} can't be locked ([Errno {errno.ENOLCK}] No locks available): "
+    assert capsys.readouterr().err == warning + "let no other process write to it\n"
+
+
+def test_what_a_killed_process_left_half_written_is_replaced(tmp_path):
+    target = tmp_path / "cnn_last.pt"
+    hidden = utils.temporary_path(target)
+    assert hidden.name.startswith(".")
+    hidden.write_bytes(b"half" * 1000)
+    utils.save_tensors(target, {"x": torch.arange(3)})
+    assert utils.read_tensors(target)["x"].tolist() == [0, 1, 2]
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_user_errors_are_one_line_and_status_1(capsys, monkeypatch):
@@ -169,11 +271,26 @@ def test_user_errors_are_one_line_and_status_1(capsys, monkeypatch):
     assert stop.value.code == "script.py: error: x.bin is damaged"  # a text is printed, and the status is 1
 
 
-def test_saved_figures_say_where_they_are(tmp_path, capsys):
+def test_save_figure_writes_prints_and_closes(tmp_path, capsys):
     figure, axis = plt.subplots()
     axis.plot([1, 2])
     path = tmp_path / "new" / "figure.png"
     utils.save_figure(figure, path)
     assert plt.imread(path).shape[2] == 4
-    assert str(path) in capsys.readouterr().out
+    assert capsys.readouterr().out == f"figure      {path}\n"
     assert not plt.fignum_exists(figure.number)
+
+
+def test_mistakes_come_first_then_the_digits_in_turn():
+    labels = np.repeat(np.arange(10), 5)
+    correct = utils.mistakes_first(labels, labels, 20)
+    assert labels[correct].tolist() == [*range(10), *range(10)]
+    assert correct.tolist() == [*range(0, 50, 5), *range(1, 50, 5)]
+    predictions = labels.copy()
+    predictions[[0, 7, 49]] = 3, 4, 0
+    chosen = utils.mistakes_first(labels, predictions, 20)
+    assert chosen[:3].tolist() == [0, 7, 49]
+    assert labels[chosen[3:]].tolist() == [*range(10), *range(7)]
+    assert (labels[chosen[3:]] == predictions[chosen[3:]]).all()
+    assert len(set(chosen)) == 20
+    assert sorted(utils.mistakes_first(labels[:6], labels[:6], 20)) == [*range(6)]  # fewer than asked for
