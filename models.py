@@ -75,10 +75,13 @@ class SpikingNetwork(nn.Module):
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map frames [T, B, 2, 34, 34] to (spk, mem) of the output neurons, both float32 [T, B, 10].
 
-        Raises `ValueError` for frames of another shape.
+        Raises `ValueError` for frames of another shape, `TypeError` if the weights are not float32.
         """
         if frames.dim() != 5 or frames.shape[2:] != (2, 34, 34):
             raise ValueError(f"frames have the shape {list(frames.shape)}; it must be [T, B, 2, 34, 34]")
+        weight_dtype = self.fc_out.weight.dtype
+        if weight_dtype != torch.float32:
+            raise TypeError(f"the weights are {weight_dtype}; they must stay float32: use precision='bf16' instead")
         frames = to_channels_first(to_channels_last(frames.to(self.dtype)).contiguous())
         with torch.autocast(frames.device.type, self.dtype, enabled=self.config.precision == "bf16"):
             spk, mem = self.forward_layers(frames)
@@ -269,14 +272,14 @@ class OverTime(nn.Module):
         self.neuron.reset_mem()
         spks, mems = [], []
         try:
-            for step_cur in cur:
+            for step_cur in cur.float():  # as in the kernels: membrane potentials in bfloat16 stop at small currents
                 out = self.neuron(step_cur)
                 spks.append(out[0] if isinstance(out, tuple) else out)
                 mems.append(self.neuron.mem)
         finally:
             for name, buffer in before.items():
                 setattr(self.neuron, name, buffer)
-        return stack_steps(spks), stack_steps(mems)
+        return stack_steps(spks).to(cur.dtype), stack_steps(mems).to(cur.dtype)
 
 
 class Fused(OverTime):
@@ -476,7 +479,11 @@ def probe_compiler(device: torch.device, dtype: torch.dtype) -> None:
     except Exception as error:  # compilers fail in many ways
         compiler_error = next(iter(str(error).splitlines()), type(error).__name__)
         torch.compiler.set_stance("force_eager")
-        print(f"WARNING: neurons run uncompiled, with the same results but slower: {compiler_error}", file=sys.stderr)
+        print(
+            "WARNING: no C++ compiler (g++) or Triton works here: neurons run uncompiled, with the same results but "
+            f"several times slower ({compiler_error})",
+            file=sys.stderr,
+        )
 
 
 def describe_backend(network: SpikingNetwork) -> str:
@@ -605,6 +612,7 @@ class FusedNeuron(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_spk, grad_mem):
+        refuse_second_derivative()
         spk, mem, adapt, *params = ctx.saved_tensors
         grad_spk = torch.zeros_like(spk) if grad_spk is None else grad_spk.contiguous()
         # If there are no gradients of mem, grad_spk scaled by 0 stands in, so that no other variant is compiled.
@@ -621,6 +629,12 @@ class FusedNeuron(torch.autograd.Function):
                 unbind_steps(grad_cur[chunk]), grads, grad_mem_scale, *forward, state, grad_beta, tuple(params)
             )
         return grad_cur, None if grad_beta is None else grad_beta.sum(), None, None, None, None
+
+
+def refuse_second_derivative() -> None:
+    """Raise `RuntimeError` in a backward pass that is to be differentiated again (`create_graph=True`)."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the fused backend has no second derivatives: use --neuron_backend step")
 
 
 @compile_kernel
@@ -679,6 +693,7 @@ class FusedMaxPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        refuse_second_derivative()
         (index,) = ctx.saved_tensors
         grad_x = max_unpool(grad.movedim(1, -1).contiguous(), index)
         return F.pad(grad_x, (0, 0, 0, ctx.odd[1], 0, ctx.odd[0])).movedim(-1, 1)
@@ -722,6 +737,7 @@ class FusedConvPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        refuse_second_derivative()
         x, weight, index = ctx.saved_tensors
         grad = grad.movedim(1, -1).contiguous()
         needed = [ctx.needs_input_grad[0], True, False]

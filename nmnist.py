@@ -62,7 +62,7 @@ class NMNIST(tonic.datasets.NMNIST):
     tonic considers a split complete once there are 10,000 files and a zip. It therefore accepts an interrupted
     extraction, and downloads recordings whose zip was deleted. Here recordings are used as they are; if a zip lies
     beside them, those missing or cut short are extracted again. tonic's constructor calls `_check_exists` and, if that
-    is false, `download`; then it fills `data` (paths) and `targets` (labels).
+    is false, `download`.
 
     Raises `DownloadError` if nothing is on disk and nothing can be downloaded, `UserError` if the folders are not
     N-MNIST's.
@@ -73,7 +73,12 @@ class NMNIST(tonic.datasets.NMNIST):
 
     def __init__(self, data_dir: str | Path, split: str):
         self.split = split
-        super().__init__(save_to=str(data_dir), train=split == "train")
+        with contextlib.suppress(ValueError):  # of a label that tonic reads from the name of a hidden folder
+            super().__init__(save_to=str(data_dir), train=split == "train")
+        # tonic lists hidden files, too: what macOS adds, and what half-written copies leave.
+        files = sorted((self.root / self.folder_name).glob("[0-9]/*.bin"))
+        files = [file for file in files if not file.name.startswith(".")]
+        self.data, self.targets = [str(file) for file in files], [int(file.parent.name) for file in files]
         for digit in sorted(set(range(NUM_DIGITS)) - set(self.targets)):
             folder = self.root / self.folder_name / str(digit)
             raise UserError(f"no recordings of digit {digit} in {folder}: download or unpack them again")
@@ -129,7 +134,8 @@ class NMNIST(tonic.datasets.NMNIST):
         digits = [str(digit) for digit in range(NUM_DIGITS)]
         for path in sorted([*folder.glob("*"), *folder.glob("[0-9]/*/")]):
             is_digit = path.parent == folder and path.name in digits and path.is_dir()
-            if not is_digit and (path.is_dir() or path.suffix == ".bin"):
+            is_ignored = is_digit or path.name.startswith(".") or path.name == "__MACOSX"
+            if not is_ignored and (path.is_dir() or path.suffix == ".bin"):
                 raise UserError(
                     f"{path} does not belong here: {folder} holds a folder for each digit 0 to 9, "
                     "and those hold nothing but recordings"
@@ -175,6 +181,8 @@ class NMNIST(tonic.datasets.NMNIST):
                         raise OSError(error.errno, reason, str(self.root / member.filename)) from None
         except (zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{archive} is damaged ({error}): delete it, and it is downloaded again") from None
+        except (NotImplementedError, RuntimeError) as error:  # compressed in another way, or encrypted
+            raise UserError(f"{archive} can't be extracted here ({error}): extract it by another program") from None
 
 
 def download(url: str, md5: str, path: Path, connect_seconds: float) -> None:
@@ -224,7 +232,7 @@ def wait_for_answer(url: str, seconds: float) -> None:
 
 # --- Frames and their cache ------------------------------------------------------------------------------
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 
 
 @dataclass
@@ -236,12 +244,13 @@ class Frames:
     """
 
     bin_index: torch.Tensor  # int16 [non-zero bins]
-    count: torch.Tensor  # uint8 or int16 [non-zero bins]: events in the bin
+    count: torch.Tensor  # uint8, int16 or int32 [non-zero bins]: events in the bin
     nnz_per_frame: torch.Tensor  # int16 [N, T]: non-zero bins of each frame
     labels: torch.Tensor  # uint8 [N]
     events: torch.Tensor  # int32 [N]: events of each recording, before --denoise
     on_events: torch.Tensor  # int32 [N]: those of polarity 1
     duration: torch.Tensor  # int32 [N]: microseconds from the first event to the last
+    sha256: torch.Tensor  # uint8 [32]: of all recordings' contents and labels, whatever their files' names and dates
 
     def __post_init__(self):
         self._length = self.nnz_per_frame.sum(1, dtype=torch.int64)
@@ -255,6 +264,11 @@ class Frames:
     def time_steps(self) -> int:
         """The number of frames per recording, T."""
         return self.nnz_per_frame.shape[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """`sha256` as text: equal for the same recordings in the same order."""
+        return bytes(self.sha256.tolist()).hex()
 
     def to(self, device: torch.device) -> "Frames":
         """Return the same frames on `device`."""
@@ -355,15 +369,17 @@ def _write_cache(path: Path, frames: Frames) -> None:
 
 def bin_recordings(recordings: NMNIST, time_steps: int, denoise: int | None = None) -> Frames:
     """Bin recordings as tonic's `ToFrame(n_time_bins=time_steps)`, after its `Denoise` if asked."""
-    indices, counts, nnz, facts = [], [], [], []
+    indices, counts, nnz, facts, sha256 = [], [], [], [], hashlib.sha256()
     for i in tqdm(range(len(recordings)), desc=f"bin {recordings.split}", unit="recording"):
-        events, _ = recordings[i]
+        events, label = recordings[i]
+        sha256.update(bytes([label]) + Path(recordings.data[i]).read_bytes())
         facts.append((len(events), events["p"].sum(), events["t"][-1] - events["t"][0]))
         if denoise:
             events = tonic.transforms.Denoise(denoise)(events)
         frame, bin_index, count = bin_events(events, time_steps)
         indices.append(bin_index.astype(np.int16))
-        counts.append(count.astype(np.uint8 if count.max(initial=0) < 256 else np.int16))
+        largest = count.max(initial=0)
+        counts.append(count.astype(np.uint8 if largest < 2**8 else np.int16 if largest < 2**15 else np.int32))
         nnz.append(np.bincount(frame, minlength=time_steps).astype(np.int16))
     num_events, on_events, duration = np.array(facts, dtype=np.int32).T
     arrays = {
@@ -374,8 +390,9 @@ def bin_recordings(recordings: NMNIST, time_steps: int, denoise: int | None = No
         "events": num_events,
         "on_events": on_events,
         "duration": duration,
+        "sha256": np.frombuffer(sha256.digest(), np.uint8),
     }
-    return Frames(**{name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
+    return Frames(**{name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
 
 
 def bin_events(events: np.ndarray, time_steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -768,9 +785,10 @@ class Images:
 
 
 def record_data_set(root: Path, splits: dict[str, Images], simulator: dict) -> None:
-    """Record the images of 'Train' and 'Test' into `root`, which must not exist and appears once it is complete.
+    """Record the images of 'Train' and 'Test' into `root`, where they appear once all of them are there.
 
-    `simulator` says what they were made of, and is written to SIMULATOR_FILE; its "seed" draws the noise.
+    `simulator` says what they were made of, and is written to SIMULATOR_FILE; its "seed" draws the noise. Where `root`
+    exists, recordings of the same names are replaced, SIMULATOR_FILE last, and other files stay.
     """
     temporary = utils.temporary_path(root)
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
@@ -778,7 +796,12 @@ def record_data_set(root: Path, splits: dict[str, Images], simulator: dict) -> N
         for folder, part in splits.items():
             record_images(part, temporary / folder, (simulator["seed"], ("Train", "Test").index(folder)))
         utils.write_json(temporary / SIMULATOR_FILE, simulator)
-        temporary.rename(root)
+        if root.exists():
+            for path in [*temporary.glob("*/*/*.bin"), temporary / SIMULATOR_FILE]:
+                (root / path.relative_to(temporary)).parent.mkdir(parents=True, exist_ok=True)
+                path.replace(root / path.relative_to(temporary))
+        else:
+            temporary.rename(root)
     except OSError as error:
         raise OSError(error.errno, f"can't be written: {error.strerror}", str(root)) from None
     finally:
@@ -811,9 +834,13 @@ class SimulatedNMNIST(NMNIST):
         return found == describe_simulator(BUILT_IN_IMAGES, self.seed)
 
     def _prepare(self) -> None:
-        """Record the digits: a fixed, stratified split."""
-        if self.root.exists():  # recordings of an older camera
-            shutil.rmtree(self.root)
+        """Record the digits: a fixed, stratified split. Recordings of an older camera are replaced, and only they."""
+        try:
+            ours = json.loads((self.root / SIMULATOR_FILE).read_text())["images"] == BUILT_IN_IMAGES
+        except (OSError, ValueError, KeyError, TypeError):
+            ours = False
+        if self.root.exists() and not ours:
+            raise UserError(f"{self.root} exists, and this project did not make it: move it away")
         images, labels = sklearn_images()
         chosen = train_test_split(np.arange(len(labels)), test_size=TEST_DIGITS, stratify=labels, random_state=0)
         parts = (Images(images[np.sort(i)], labels[np.sort(i)], np.sort(i) + 1) for i in chosen)

@@ -150,7 +150,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
     checkpoint = utils.load_checkpoint(path, args.model)
     args, different = merge_settings(parser, argv, checkpoint["network_config"] | checkpoint["settings"])
     for name, given, trained in different:
-        if args.test_only and name != "batch_size":  # which changes no result
+        if (name, given) == ("precision", "auto"):
+            args.precision = trained
+        elif args.test_only and name != "batch_size":  # which changes no result
             print(f"settings    --{name} {given} is ignored: {path} was trained with {trained}")
             setattr(args, name, trained)
         elif not args.test_only and name != "epochs":
@@ -241,17 +243,20 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     try:
         for epoch in range(saved + 1, args.epochs + 1):
             entry = run_epoch(args, epoch, state, data, train_indices, val_indices)
-            print_epoch(entry, args.epochs)
             history.append(entry)
             if utils.rank() == 0:
+                if epoch == 1:
+                    utils.keep_earlier_run(args.save_dir, args.log_dir, args.model)
                 best = save(args, state, history, best, data)
             saved = epoch
+            print_epoch(entry, args.epochs)  # after saving: a line that can't be printed loses nothing
     except FloatingPointError as error:
         kept = f"{last} holds epoch {saved}" if saved else "no epoch was finished, so there is no checkpoint"
         raise UserError(f"loss not finite in epoch {saved + 1}, {error}: choose a smaller --lr; {kept}") from None
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, BrokenPipeError) as stop:
         command = resume_command(args, "--resume", "--epochs", str(args.epochs))
-        stop.args = (f"{last} holds epoch {saved}; continue with: {command}",) if saved else ()
+        if saved:
+            raise type(stop)(f"{last} holds epoch {saved}; continue with: {command}") from None
         raise
 
 
@@ -425,8 +430,8 @@ def save(args, state: TrainState, history: list[dict], best: dict | None, data: 
         "format": utils.CHECKPOINT_FORMAT,
         "network_config": asdict(network_config(args)),
         "settings": {name: getattr(args, name) for name in TRAINING_FLAGS},
-        "dataset": data.name,
-        "num_recordings": len(data.train),
+        "data": describe_data(data),
+        "threads": torch.get_num_threads(),
         "neuron_backend": describe_backend(state.network),
         "network": {name: value.cpu().clone() for name, value in state.ema.module.state_dict().items()},
         "epoch": len(history),
@@ -445,22 +450,38 @@ def save(args, state: TrainState, history: list[dict], best: dict | None, data: 
 def restore(args, state: TrainState, checkpoint: dict, data: Data) -> tuple[list[dict], dict]:
     """Put the state that `save` wrote back; return the history and the best checkpoint so far.
 
-    Raises `UserError` if the data are not those of the checkpoint.
+    Raises `UserError` if the data are not those of the checkpoint. Another number of threads gives a warning.
     """
-    trained_on = (checkpoint["dataset"], checkpoint["num_recordings"])
-    if trained_on != (data.name, len(data.train)):
-        there, here = (
-            f"{name} with {count:,} recordings" for name, count in (trained_on, (data.name, len(data.train)))
+    here = describe_data(data)
+    for name, trained in checkpoint["data"].items():
+        if here[name] != trained:
+            raise UserError(f"--resume: trained with another {name}: {trained}, and this is {here[name]}")
+    if checkpoint["threads"] != torch.get_num_threads():
+        utils.warn(
+            f"resuming with {torch.get_num_threads()} threads a run of {checkpoint['threads']}: "
+            "it will not be equal bit for bit to one that was not stopped (OMP_NUM_THREADS)"
         )
-        raise UserError(f"--resume: trained on {there}, and this is {here}")
     for name, values in checkpoint["state"].items():
         getattr(state, name).load_state_dict(values)
     history, best = checkpoint["history"], checkpoint["best"]
     if utils.rank() == 0:  # save_dir or log_dir may be others than before
+        last = utils.checkpoint_path(args.save_dir, args.model, "last")
+        if args.resume != "last" and Path(args.resume).resolve() != last.resolve():
+            utils.keep_earlier_run(args.save_dir, args.log_dir, args.model)
         write_best_and_history(args, best, history)
-        utils.save_tensors(utils.checkpoint_path(args.save_dir, args.model, "last"), checkpoint)
+        utils.save_tensors(last, checkpoint)
     print(f"resume      after epoch {len(history)} of {args.epochs}")
     return history, best
+
+
+def describe_data(data: Data) -> dict[str, str]:
+    """Return what tells a data set from another: its name, and the number and a fingerprint of each part's recordings.
+
+    The fingerprint is of contents and labels, so copied or touched files are the same data.
+    """
+    parts = {"training part": data.train, "test part": data.test}
+    described = {name: f"{len(part):,} recordings ({part.fingerprint[:12]})" for name, part in parts.items()}
+    return {"data set": data.name} | described
 
 
 def write_best_and_history(args: argparse.Namespace, best: dict, history: list[dict]) -> None:
@@ -477,15 +498,18 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
     path = utils.checkpoint_path(args.save_dir, args.model, "best")
     checkpoint = utils.load_checkpoint(path, args.model)
     network = load_network(checkpoint, device)
-    if checkpoint["dataset"] != data.name:
-        utils.warn(f"trained on {checkpoint['dataset']}, tested on {data.name}")
+    trained_with, here = checkpoint["data"], describe_data(data)
+    for part in ("data set", "test part"):
+        if trained_with[part] != here[part]:
+            utils.warn(f"tested on another {part} than in training: {here[part]}, not {trained_with[part]}")
     loss_fn, indices = make_loss(checkpoint["settings"]["loss"]), torch.arange(len(data.test))
     with progress("test", len(indices)) as bar, ActivityMeter(network) as meter:
         result = evaluate(network, data.test, indices, loss_fn, args.batch_size, bar)
     labels, predictions = result["labels"], result["predictions"]
     metrics = {
         "dataset": data.name,
-        "trained_on": checkpoint["dataset"],
+        "trained_on": trained_with["data set"],
+        "data": here,
         "model": args.model,
         "num_recordings": len(labels),
         "accuracy": result["accuracy"],
@@ -539,8 +563,11 @@ def visualize(args, metrics: dict, network: SpikingNetwork, frames: Frames, pred
     log_dir, name, model = Path(args.log_dir), type(network).__name__, args.model
     history_path = log_dir / f"{model}_history.json"
     if history_path.is_file():
-        history = json.loads(history_path.read_text())
-        utils.plot_history(history, f"{name} on {metrics['trained_on']}", log_dir / "training_results.png")
+        try:
+            history = json.loads(history_path.read_text())
+            utils.plot_history(history, f"{name} on {metrics['trained_on']}", log_dir / "training_results.png")
+        except (ValueError, TypeError, KeyError):
+            utils.warn(f"{history_path} is damaged: training_results.png is not drawn; --resume writes it again")
     tested = f"{metrics['accuracy']:.2%} of {metrics['num_recordings']:,} test recordings"
     title = f"{name} on {metrics['dataset']}: {tested}"
     counts = np.array(metrics["confusion_matrix"])
@@ -610,7 +637,7 @@ def locked_folders(args: argparse.Namespace) -> Iterator[None]:
 def check_processes_agree(args: argparse.Namespace, checkpoint: dict | None, data: Data) -> None:
     """Raise `UserError` if processes, of several machines perhaps, differ in settings or data."""
     own = {f"--{name}": getattr(args, name) for name in (*NETWORK_FLAGS, *TRAINING_FLAGS)}
-    own |= {"data set": data.name, "training recordings": len(data.train), "test recordings": len(data.test)}
+    own |= describe_data(data)
     own["epochs in the checkpoint"] = checkpoint["epoch"] if checkpoint else 0
     for rank, theirs in enumerate(utils.all_gather(own)):
         for name, value in theirs.items():

@@ -7,6 +7,7 @@ import ctypes
 import datetime
 import errno
 import functools
+import itertools
 import json
 import os
 import platform
@@ -56,14 +57,25 @@ def run_script(main: Callable[[], None]) -> None:
     first prints to stdout, and the first of each machine reports errors.
     """
     script, first = Path(sys.argv[0]).name, rank() == 0
+    make_output_safe()
     signal.signal(signal.SIGINT, signal.default_int_handler if first else signal.SIG_DFL)
     signal.signal(signal.SIGTERM, _terminate if first else signal.SIG_DFL)
     if not first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         main()
+        if sys.stdout:
+            sys.stdout.flush()  # here, where an error becomes a line
+    except BrokenPipeError as error:  # of `| head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python still flushes at its end
+        what = "all files are whole; run the command again" if error.errno else error
+        print(f"{script}: output closed: {what}", file=sys.stderr)
+        sys.exit(141)
     except (UserError, OSError) as error:
-        sys.exit(f"{script}: error: {describe_error(error)}" if local_rank() == 0 else 1)
+        text = describe_error(error)
+        if isinstance(error, OSError) and not error.filename:  # all but the streams have a name
+            text = f"output can't be written: {text}"
+        sys.exit(f"{script}: error: {text}" if local_rank() == 0 else 1)
     except KeyboardInterrupt as stop:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_IGN)  # a second one must not stop the exit
@@ -81,6 +93,32 @@ def _terminate(_signal, _frame):
     raise Terminated
 
 
+class SafeStderr:
+    """stderr for progress bars and warnings: where it is closed or its disk is full, they are lost, not the run."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+def make_output_safe() -> None:
+    """Let no character end a script that the terminal can't show, and no progress bar that can't be drawn."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stderr = SafeStderr(sys.stderr or open(os.devnull, "w"))  # noqa: SIM115
+
+
 def warn(text: str) -> None:
     """Print a warning to stderr, in the first process only."""
     if rank() == 0:
@@ -89,8 +127,8 @@ def warn(text: str) -> None:
 
 def describe_error(error: Exception) -> str:
     """Return an error as a line for the user; for one of the operating system, file and reason without its number."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
 
 
@@ -99,20 +137,28 @@ def first_line(error: Exception) -> str:
     return next(iter(describe_error(error).splitlines()), type(error).__name__)
 
 
-def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False, open_high: bool = False):
-    """Make an argparse type: a finite number of type `kind` from `low` to `high`, both included unless open."""
+# The largest numbers that fit everywhere: 32-bit integers, and float32.
+LARGEST = {int: 2**31 - 1, float: float(np.finfo(np.float32).max)}
+
+
+def number(kind: type, low: float, high: float | None = None, open_low: bool = False, open_high: bool = False):
+    """Make an argparse type: a number of type `kind` from `low` to `high`, both included unless open.
+
+    Without `high`, the largest 32-bit number. A float that float32 rounds to 0 counts as 0.
+    """
+    high = LARGEST[kind] if high is None else high
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a valid {kind.__name__}") from None
-        above = value > low if open_low else value >= low
-        below = value < high if open_high or high == float("inf") else value <= high
+        size = float(np.float32(value)) if kind is float and abs(value) < 1 else value
+        above = size > low if open_low else size >= low
+        below = value < high if open_high else value <= high
         if not (above and below):
-            limits = f"{'above' if open_low else 'at least'} {low}"
-            if high != float("inf"):
-                limits += f" and {'below' if open_high else 'at most'} {high}"
+            largest = f"{high:.9g}" if kind is float else high
+            limits = f"{'above' if open_low else 'at least'} {low} and {'below' if open_high else 'at most'} {largest}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limits}")
         return value
 
@@ -403,7 +449,7 @@ def read_tensors(path: str | Path, mmap: bool = False) -> dict:
 # --- Checkpoints -----------------------------------------------------------------------------------------
 
 CHECKPOINT_FORMAT = 3  # increased if older checkpoints can't be used
-CHECKPOINT_KEYS = ("network_config", "settings", "dataset", "num_recordings", "network", "epoch", "score")
+CHECKPOINT_KEYS = ("network_config", "settings", "data", "threads", "network", "epoch", "score")
 
 
 def checkpoint_path(save_dir: str | Path, model: str, which: str) -> Path:
@@ -436,6 +482,23 @@ def load_checkpoint(path: str | Path, model: str) -> dict:
     if found != model:
         raise UserError(f"{path} holds a {found}, not a {model}: choose --model {found}, or {make_one}")
     return checkpoint
+
+
+def keep_earlier_run(save_dir: str | Path, log_dir: str | Path, model: str) -> None:
+    """Rename the files of an earlier run of `model` to the first free number, such as cnn_best.1.pt; print it."""
+    names = [Path(save_dir) / f"{model}_{which}.pt" for which in ("last", "best")]
+    names += [Path(log_dir) / f"{model}_{which}.json" for which in ("history", "test_metrics")]
+    earlier = [path for path in names if path.exists()]
+    if not earlier:
+        return
+    n = next(n for n in itertools.count(1) if not any(_numbered(path, n).exists() for path in names))
+    for path in earlier:
+        path.rename(_numbered(path, n))
+    print(f"earlier     run kept as {', '.join(str(_numbered(path, n)) for path in earlier)}")
+
+
+def _numbered(path: Path, n: int) -> Path:
+    return path.with_name(f"{path.stem}.{n}{path.suffix}")
 
 
 # --- Plots -----------------------------------------------------------------------------------------------

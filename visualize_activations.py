@@ -263,9 +263,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--sample {args.sample}: there are {len(data.test):,} test recordings, counted from 0")
     network = load_network(checkpoint, device).eval()
     name = f"{type(network).__name__} on {data.name}"
-    if checkpoint["dataset"] != data.name:
-        name = f"{type(network).__name__}, trained on {checkpoint['dataset']}, on {data.name}"
-        utils.warn(f"trained on {checkpoint['dataset']}, drawn on {data.name}")
+    trained_on = checkpoint["data"]["data set"]
+    if trained_on != data.name:
+        name = f"{type(network).__name__}, trained on {trained_on}, on {data.name}"
+        utils.warn(f"trained on {trained_on}, drawn on {data.name}")
     with utils.locked(args.output_dir, "figures"):
         draw_recording(network, data.test, name, args)
         if args.visualize_all:

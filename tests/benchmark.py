@@ -289,8 +289,8 @@ def load_real(shared: Path):
     recordings = [part[i][0] for part in parts for i in range(len(part))]
     ids = np.array([int(Path(path).stem) for path in paths])
     mnist = np.load(shared / "mnist.npz")
-    place = {int(number): i for i, number in enumerate(mnist["train_ids"])}
-    return recordings, mnist["train_images"][[place[number] for number in ids]], ids
+    index = {int(number): i for i, number in enumerate(mnist["train_ids"])}
+    return recordings, mnist["train_images"][[index[number] for number in ids]], ids
 
 
 def event_maps(recordings: list[np.ndarray]) -> np.ndarray:
@@ -380,9 +380,9 @@ def train_on_simulated(shared: Path, images: np.ndarray, ids: np.ndarray, number
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(path.resolve())
         recipe = ["--time_steps", "10", "--batch_size", "64", "--scheduler"]
-        places = ["--save_dir", f"{folder}/checkpoints", "--log_dir", f"{folder}/logs"]
-        train_nmnist.main(["--data_dir", str(simulated), "--epochs", str(epochs), *recipe, *places])
-        args, _ = train_nmnist.parse_args(["--test_only", "--data_dir", str(real), *places])
+        folders = ["--save_dir", f"{folder}/checkpoints", "--log_dir", f"{folder}/logs"]
+        train_nmnist.main(["--data_dir", str(simulated), "--epochs", str(epochs), *recipe, *folders])
+        args, _ = train_nmnist.parse_args(["--test_only", "--data_dir", str(real), *folders])
         device = utils.pick_device(None)
         metrics, _, _ = train_nmnist.test(args, nmnist.load_data(args, device), device)
         return metrics["accuracy"]

@@ -1,7 +1,11 @@
 """The neurons against snnTorch's own stepped by hand and against their equations; the networks; the activity."""
 
 import copy
+import os
+import pickle
 import re
+import subprocess
+import sys
 
 import benchmark
 import numpy as np
@@ -9,6 +13,7 @@ import pytest
 import snntorch as snn
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from snntorch import surrogate
 from torch import nn
 
@@ -875,3 +880,73 @@ def test_measuring_activity_changes_no_outputs(model):
         during = network(frames)[1]
     assert torch.equal(before, during)
     assert torch.equal(before, network(frames)[1])
+
+
+# --- in one's own script ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", models.BACKENDS)
+@pytest.mark.parametrize("model", MODELS)
+def test_networks_can_be_copied_and_saved_after_a_pass(model, backend, tmp_path):
+    torch.manual_seed(0)
+    network = build_model(NetworkConfig(model=model, neuron_backend=backend))
+    frames = torch.poisson(torch.full((6, 3, 2, 34, 34), 0.2))
+    network(frames)[1].sum().backward()
+    _, expected = network.eval()(frames)
+    torch.save(network, tmp_path / "network.pt")
+    copies = copy.deepcopy(network), pickle.loads(pickle.dumps(network))
+    for copied in (*copies, torch.load(tmp_path / "network.pt", weights_only=False)):
+        assert torch.equal(copied(frames)[1], expected)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_second_derivatives_of_fused_networks_are_refused(model):
+    frames = torch.poisson(torch.full((6, 3, 2, 34, 34), 0.2))
+    for backend in models.BACKENDS:
+        torch.manual_seed(0)
+        network = build_model(NetworkConfig(model=model, neuron_backend=backend))
+        loss = network(frames)[1].square().sum()
+        if backend == "fused":
+            with pytest.raises(RuntimeError, match="no second derivatives: use --neuron_backend step"):
+                torch.autograd.grad(loss, network.conv1.weight, create_graph=True)
+        else:
+            (grad,) = torch.autograd.grad(loss, network.conv1.weight, create_graph=True)
+            (second,) = torch.autograd.grad(grad.square().sum(), network.conv1.weight)
+            assert second.abs().sum() > 0
+
+
+@pytest.mark.parametrize("convert", ["half", "double", "bfloat16"])
+def test_weights_of_another_type_are_refused(convert):
+    network = getattr(build_model(NetworkConfig()), convert)()
+    with pytest.raises(TypeError, match="must stay float32: use precision='bf16' instead"):
+        network(torch.zeros(2, 1, 2, 34, 34))
+
+
+def test_networks_run_without_a_compiler(tmp_path):
+    """The warning says what is missing, and the results are those of the compiled network."""
+    code = (
+        "import sys, torch; from models import *; torch.manual_seed(0); n = build_model(NetworkConfig()); "
+        "x = torch.poisson(torch.full((6, 3, 2, 34, 34), 0.2)); spk, mem = n(x); mem.sum().backward(); "
+        "torch.save([mem, n.conv1.weight.grad], sys.argv[1]); print(describe_backend(n))"
+    )
+    results = []
+    for name, options in (("compiled", {}), ("plain", {"CXX": "/nowhere/g++"})):
+        if name == "plain":
+            options["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "empty")
+        result = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / name)],
+            cwd=ROOT,
+            env={**os.environ, **options},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        results.append((result, torch.load(tmp_path / name)))
+    (compiled, expected), (plain, got) = results
+    assert compiled.stdout.split() == ["fused"]
+    assert plain.stdout.strip() == "fused, uncompiled"
+    (warning,) = [line for line in plain.stderr.splitlines() if "WARNING" in line]
+    assert "no C++ compiler (g++)" in warning
+    assert "same results" in warning
+    for a, b in zip(expected, got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -445,10 +445,11 @@ def test_simulated_recordings_of_another_camera_are_replaced(tmp_path, few_digit
     old = nmnist.SimulatedNMNIST(tmp_path, "train")
     assert (len(old), len(nmnist.SimulatedNMNIST(tmp_path, "test"))) == (40, 10)
     first = [old[i][0] for i in range(len(old))]
-    (old.root / "stale.txt").touch()
-    (old.root / nmnist.SIMULATOR_FILE).write_text(json.dumps({"threshold": 5}))
+    simulator = json.loads((old.root / nmnist.SIMULATOR_FILE).read_text())
+    (old.root / nmnist.SIMULATOR_FILE).write_text(json.dumps(simulator | {"threshold": 5}))
+    Path(old.data[0]).write_bytes(Path(old.data[1]).read_bytes())
     new = nmnist.SimulatedNMNIST(tmp_path, "train")
-    assert not (old.root / "stale.txt").exists()
+    assert json.loads((old.root / nmnist.SIMULATOR_FILE).read_text()) == simulator
     for i, events in enumerate(first):  # the same camera again: the same recordings
         np.testing.assert_array_equal(new[i][0], events)
     assert entries(tmp_path) == ["SimulatedNMNIST"]
@@ -980,3 +981,89 @@ def test_the_table_agrees_with_the_files(made_data_dir):
     assert table["duration in ms, mean"][0] == f"{duration / 1000:.0f}"
     nonzero = np.count_nonzero(tonic_frames(nmnist.NMNIST(made_data_dir, "train"), 10)) / (120 * 10 * 2312)
     assert table["non-zero bins at T = 10"][0] == f"{nonzero:.2%}"
+
+
+# --- trust ------------------------------------------------------------------------------------------------
+
+
+def test_files_of_other_systems_are_not_recordings(tmp_path):
+    """What macOS, Windows and a half-written copy of another host leave beside recordings."""
+    root = make_recordings(tmp_path, 2, 1) / "NMNIST"
+    before = nmnist.NMNIST(tmp_path, "train")
+    recording = (root / "Train" / "2" / "00003.bin").read_bytes()
+    (root / "__MACOSX" / "Train" / "0").mkdir(parents=True)
+    (root / "Train" / "__MACOSX").mkdir()
+    (root / "Train" / "2" / ".AppleDouble").mkdir()
+    for name in (
+        *("Train/2/.00002.bin.otherhost.7.tmp.bin", "Train/2/._00003.bin", "__MACOSX/Train/0/._00001.bin"),
+        *("Train/.hidden.bin", "Train/2/.AppleDouble/00001.bin"),
+    ):
+        (root / name).write_bytes(recording)
+    for name in (".DS_Store", "Train/.DS_Store", "Train/2/.DS_Store", "Train/Thumbs.db", "Train/2/Thumbs.db"):
+        (root / name).write_bytes(b"x")
+    after = nmnist.NMNIST(tmp_path, "train")
+    assert (after.data, after.targets) == (before.data, before.targets)
+    assert len(nmnist.load_frames(after, 5)) == 20
+
+
+@pytest.mark.parametrize("number", [255, 256, 32_767, 32_768, 40_000])
+def test_counts_of_a_bin_are_exact(tmp_path, number):
+    events = make_events(0, np.random.default_rng(0), number + 1)
+    events["x"], events["y"], events["p"] = 5, 6, 1
+    events["t"] = np.sort(events["t"])
+    path = make_recordings(tmp_path, 1, 1) / "NMNIST" / "Test" / "0" / "00001.bin"
+    nmnist.write_recording(path, events)
+    x, _ = nmnist.load_frames(nmnist.NMNIST(tmp_path, "test"), 1).batch(torch.tensor([0]))
+    assert x.sum() == x[0, 0, 1, 6, 5] == (events["t"] < events["t"][-1]).sum()  # tonic leaves out the last time stamp
+    assert x.sum() > number - 100
+
+
+@pytest.mark.parametrize(("offset", "value", "words"), [(0, 1, "encrypted"), (2, 9, "compression method")])
+def test_zips_that_zipfile_cannot_extract_are_reported(tmp_path, offset, value, words):
+    """A zip whose headers say that it is encrypted (flag 1) or compressed by deflate64 (method 9)."""
+    contents = zip_recordings(make_recordings(tmp_path, 1, 1), "Train", remove=3)
+    archive = tmp_path / "NMNIST" / "train.zip"
+    content = bytearray(archive.read_bytes())
+    for signature, start in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # local headers, central directory
+        at = content.find(signature)
+        while at >= 0:
+            content[at + start + offset] = value
+            at = content.find(signature, at + 4)
+    archive.write_bytes(content)
+    assert_refused(run_offline("--data_dir", tmp_path), str(archive), words, "extract it by another program")
+    assert len(contents) - len(list((tmp_path / "NMNIST" / "Train").glob("*/*.bin"))) == 3
+
+
+def test_only_recordings_of_our_camera_are_replaced(tmp_path, few_digits):
+    root = tmp_path / "SimulatedNMNIST"
+    root.mkdir()
+    (root / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="SimulatedNMNIST exists, and this project did not make it: move it away"):
+        nmnist.SimulatedNMNIST(tmp_path, "train")
+    assert [path.name for path in root.iterdir()] == ["thesis.txt"]
+    (root / "thesis.txt").rename(tmp_path / "thesis.txt")
+    root.rmdir()
+    nmnist.SimulatedNMNIST(tmp_path, "train")
+    expected = contents(root)
+    (tmp_path / "thesis.txt").rename(root / "Train" / "thesis.txt")
+    simulator = json.loads((root / nmnist.SIMULATOR_FILE).read_text())
+    (root / nmnist.SIMULATOR_FILE).write_text(json.dumps(simulator | {"threshold": 5}))  # an older camera's
+    nmnist.SimulatedNMNIST(tmp_path, "train")
+    assert contents(root) == expected | {"Train/thesis.txt": b"mine"}
+
+
+def test_fingerprints_tell_contents_and_labels_but_not_dates(tmp_path):
+    def fingerprint(data_dir):
+        return nmnist.load_frames(nmnist.NMNIST(data_dir, "train"), 5).fingerprint
+
+    first = fingerprint(make_recordings(tmp_path / "a", 2, 1))
+    shutil.copytree(tmp_path / "a" / "NMNIST", tmp_path / "b" / "NMNIST", copy_function=shutil.copyfile)
+    path = tmp_path / "b" / "NMNIST" / "Train" / "3" / "00004.bin"
+    os.utime(path, (1, 1))
+    assert fingerprint(tmp_path / "b") == first
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    changed = fingerprint(tmp_path / "b")
+    path.write_bytes(content)
+    path.rename(path.parent.parent / "4" / "00004.bin")  # relabelled
+    assert len({first, changed, fingerprint(tmp_path / "b")}) == 3

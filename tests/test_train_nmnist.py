@@ -1,9 +1,12 @@
 """Training, resuming and testing, as a user runs them, on recordings made here and on real ones."""
 
+import errno
+import io
 import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -213,13 +216,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, made_data_dir, monk
     class Stop(Exception):
         pass
 
-    def stop(entry, epochs, print_epoch=train_nmnist.print_epoch):
-        print_epoch(entry, epochs)
-        if entry["epoch"] == 3:  # printed before it is saved: the second epoch is the last on disk
+    def stop(args, state, history, best, data, save=train_nmnist.save):
+        if len(history) == 3:  # the second epoch is the last on disk
             raise Stop
+        return save(args, state, history, best, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_nmnist, "print_epoch", stop)
+        patch.setattr(train_nmnist, "save", stop)
         with pytest.raises(Stop):
             train_here(tmp_path / "stopped", made_data_dir, "--epochs", 4, *flags)
     assert len(history(tmp_path / "stopped", model)) == 2
@@ -569,8 +572,9 @@ def test_two_processes_train_like_one(tmp_path, made_data_dir, alone):
 
 
 def test_processes_that_differ_are_refused(tmp_path, made_data_dir, monkeypatch):
-    monkeypatch.setattr(utils, "all_gather", lambda own: [own, {**own, "training recordings": 7}])
-    with pytest.raises(utils.UserError, match="processes differ in training recordings: 120, and 7 in process 1"):
+    monkeypatch.setattr(utils, "all_gather", lambda own: [own, {**own, "training part": "7 recordings"}])
+    words = r"processes differ in training part: 120 recordings \(\w+\), and 7 recordings in process 1"
+    with pytest.raises(utils.UserError, match=words):
         train_here(tmp_path, made_data_dir, "--epochs", 1)
     monkeypatch.setattr(utils, "world_size", lambda: 64)
     with pytest.raises(utils.UserError, match="--batch_size 32: fewer than the 64 processes"):
@@ -636,12 +640,12 @@ def test_testing_on_other_data_than_trained_on_warns(tmp_path, made_data_dir, ca
     (simulated / "NMNIST" / nmnist.SIMULATOR_FILE).write_text(json.dumps({"images": "x"}))
     capsys.readouterr()
     train_here(tmp_path, simulated, "--test_only")
-    assert "WARNING: trained on NMNIST, tested on SimulatedNMNIST (x)\n" in capsys.readouterr().err
+    warning = "WARNING: tested on another data set than in training: SimulatedNMNIST (x), not NMNIST\n"
+    assert warning in capsys.readouterr().err
     metrics = json.loads((tmp_path / "logs" / "cnn_test_metrics.json").read_text())
     assert (metrics["dataset"], metrics["trained_on"]) == ("SimulatedNMNIST (x)", "NMNIST")
-    with pytest.raises(
-        utils.UserError, match=r"trained on NMNIST with 120 recordings, and this is SimulatedNMNIST \(x\)"
-    ):
+    words = r"trained with another data set: NMNIST, and this is SimulatedNMNIST \(x\)"
+    with pytest.raises(utils.UserError, match=words):
         train_here(tmp_path, simulated, "--resume", "--epochs", 2)
 
 
@@ -695,3 +699,153 @@ def test_real_recordings_are_learnt_in_two_epochs(tmp_path, real_data_dir):
     flags = ["--epochs", 2, "--batch_size", 16, "--time_steps", 10, "--val_split", 0.1]
     train_here(tmp_path, real_data_dir, *flags)
     assert history(tmp_path)[-1]["test_accuracy"] > 0.6
+
+
+# --- Nothing is lost, and nothing is silently different ----------------------------------------------------
+
+
+def change_label(data_dir):
+    source = data_dir / "NMNIST" / "Train" / "3" / "00004.bin"
+    source.rename(data_dir / "NMNIST" / "Train" / "4" / "00006.bin")
+
+
+def change_content(data_dir):
+    path = data_dir / "NMNIST" / "Train" / "3" / "00004.bin"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def change_test_part(data_dir):
+    (data_dir / "NMNIST" / "Test" / "3" / "00004.bin").unlink()
+
+
+@pytest.mark.parametrize("change", [change_label, change_content, change_test_part])
+def test_a_run_resumed_on_other_data_is_refused(tmp_path, made_data_dir, capsys, change):
+    shutil.copytree(made_data_dir / "NMNIST", tmp_path / "NMNIST")
+    train_here(tmp_path, tmp_path, "--epochs", 1)
+    for path in (tmp_path / "NMNIST").glob("*/0/*.bin"):
+        os.utime(path, (1, 1))  # touched: the same data
+    train_here(tmp_path, tmp_path, "--resume", "--epochs", 2)
+    before = {path: path.read_bytes() for path in files_in(tmp_path / "checkpoints")}
+    change(tmp_path)
+    part = "test" if change is change_test_part else "training"
+    with pytest.raises(
+        utils.UserError, match=rf"--resume: trained with another {part} part: .* recordings \(\w+\), and"
+    ):
+        train_here(tmp_path, tmp_path, "--resume", "--epochs", 3)
+    assert {path: path.read_bytes() for path in files_in(tmp_path / "checkpoints")} == before
+    capsys.readouterr()
+    train_here(tmp_path, tmp_path, "--test_only")
+    assert ("tested on another test part than in training" in capsys.readouterr().err) == (part == "test")
+
+
+def test_an_earlier_run_is_kept_under_a_number(tmp_path, made_data_dir, capsys):
+    names = [
+        "checkpoints/cnn_best.pt",
+        "checkpoints/cnn_last.pt",
+        "logs/cnn_history.json",
+        "logs/cnn_test_metrics.json",
+    ]
+    runs = []
+    for seed in range(3):
+        train_here(tmp_path, made_data_dir, "--epochs", 1, "--seed", seed)
+        runs.append({name: (tmp_path / name).read_bytes() for name in names})
+        assert ("earlier     run kept as" in capsys.readouterr().out) == (seed > 0)
+    for n, earlier in enumerate(runs[:2], start=1):
+        for name, content in earlier.items():
+            stem, suffix = name.rsplit(".", 1)
+            assert (tmp_path / f"{stem}.{n}.{suffix}").read_bytes() == content
+    # An older checkpoint is resumed: the newer run is kept.
+    train_here(tmp_path, made_data_dir, "--resume", tmp_path / "checkpoints" / "cnn_last.1.pt", "--epochs", 2)
+    assert (tmp_path / "checkpoints" / "cnn_last.3.pt").read_bytes() == runs[2]["checkpoints/cnn_last.pt"]
+    assert [entry["epoch"] for entry in history(tmp_path)] == [1, 2]
+    # The last checkpoint itself is resumed: nothing to keep.
+    train_here(tmp_path, made_data_dir, "--resume", "--epochs", 3)
+    assert not (tmp_path / "checkpoints" / "cnn_last.4.pt").exists()
+
+
+def test_a_run_that_fails_in_its_first_epoch_leaves_the_earlier_one(tmp_path, made_data_dir):
+    train_here(tmp_path, made_data_dir, "--epochs", 1)
+    before = {path: path.read_bytes() for path in files_in(tmp_path)}
+    with pytest.raises(utils.UserError, match="loss not finite in epoch 1"):
+        train_here(tmp_path, made_data_dir, "--epochs", 1, "--optimizer", "sgd", "--lr", 1e38)
+    assert {path: path.read_bytes() for path in files_in(tmp_path)} == before
+
+
+STEP = ["--neuron_backend", "step", "--time_steps", 2]
+
+
+def test_a_broken_pipe_ends_training_with_all_epochs_saved(tmp_path, made_data_dir):
+    process = start(tmp_path, made_data_dir, "--epochs", 10_000, *STEP)
+    while "epoch" not in process.stdout.readline():
+        pass
+    process.stdout.close()  # as `| head` does
+    assert process.wait(timeout=60) == 141
+    message = process.stderr.read().strip().splitlines()[-1]
+    saved = torch.load(tmp_path / "checkpoints" / "cnn_last.pt", weights_only=True)["epoch"]
+    assert saved == len(history(tmp_path)) >= 2
+    assert f"output closed: {tmp_path}/checkpoints/cnn_last.pt holds epoch {saved}; continue with: python" in message
+
+
+def test_an_epoch_whose_line_cannot_be_printed_is_saved(tmp_path, made_data_dir, monkeypatch):
+    class FullDisk(io.StringIO):
+        def write(self, text):
+            if text.startswith("epoch"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", FullDisk())
+        with pytest.raises(OSError, match="No space left on device"):
+            train_here(tmp_path, made_data_dir, "--epochs", 2, *STEP)
+    assert torch.load(tmp_path / "checkpoints" / "cnn_last.pt", weights_only=True)["epoch"] == 1
+    assert len(history(tmp_path)) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_output_to_a_full_disk_ends_in_one_line(tmp_path, made_data_dir):
+    flags = ["--data_dir", made_data_dir, "--time_steps", 5]
+    result = run("sh", "-c", shlex.join(map(str, [sys.executable, "nmnist.py", *flags])) + " >/dev/full")
+    assert_refused(result, "output can't be written: No space left on device")
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+def test_a_progress_bar_that_cannot_be_drawn_ends_no_run(tmp_path, made_data_dir, stderr):
+    command = [sys.executable, "train_nmnist.py", *folder_flags(tmp_path, made_data_dir), *SHORT, *STEP, "--epochs", 1]
+    result = run("sh", "-c", shlex.join(map(str, command)) + " " + stderr)
+    assert result.returncode == 0
+    assert "test accuracy" in result.stdout
+
+
+def test_the_command_that_started_a_run_resumes_it(tmp_path, made_data_dir):
+    for flags in (
+        ["--precision", "auto"],
+        ["--lr", "0.005"],
+        ["--scheduler", "--denoise", "9000", "--precision", "fp32"],
+    ):
+        folder = tmp_path / flags[-1]
+        for _ in range(3):
+            train_here(folder, made_data_dir, "--epochs", 1, "--resume", *flags)
+        assert len(history(folder)) == 1
+
+
+def test_a_damaged_history_is_reported(tmp_path, made_data_dir, capsys):
+    train_here(tmp_path, made_data_dir, "--epochs", 1, *STEP)
+    for content in ("{", "[1]", '{"epoch": 1}', '[{"epoch": 1}]'):
+        (tmp_path / "logs" / "cnn_history.json").write_text(content)
+        train_here(tmp_path, made_data_dir, "--test_only", "--visualize")
+        assert "cnn_history.json is damaged" in capsys.readouterr().err
+    train_here(tmp_path, made_data_dir, "--resume", "--epochs", 1, *STEP)
+    assert len(history(tmp_path)) == 1
+
+
+def test_resuming_with_another_number_of_threads_gives_a_warning(tmp_path, made_data_dir, capsys):
+    train_here(tmp_path, made_data_dir, "--epochs", 1, *STEP)
+    threads = torch.get_num_threads()
+    assert torch.load(tmp_path / "checkpoints" / "cnn_last.pt", weights_only=True)["threads"] == threads
+    assert "threads" not in capsys.readouterr().err
+    torch.set_num_threads(threads + 1)
+    try:
+        train_here(tmp_path, made_data_dir, *STEP, "--epochs", 2, "--resume")
+    finally:
+        torch.set_num_threads(threads)
+    assert f"resuming with {threads + 1} threads a run of {threads}: it will not be equal" in capsys.readouterr().err
