@@ -36,6 +36,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tonic.download_utils import USER_AGENT, download_url
+from tonic.io import read_mnist_file
 from tqdm import tqdm
 
 from utils import UserError, number
@@ -46,6 +47,7 @@ NUM_DIGITS = 10
 # ms at which the three saccades of a recording end: the valleys of the real event rate, and the mean last event.
 SACCADE_ENDS = (100, 220, 308)
 SPLITS = ("train", "test")
+FRAME_FLAGS = ("time_steps", "denoise", "bin_by", "first_saccade_only", "stabilize")  # that shape the frames
 HOMEPAGE = "https://www.garrickorchard.com/datasets/n-mnist"
 SIMULATOR_FILE = "simulator.json"  # beside simulated recordings, which it tells from real ones
 
@@ -62,7 +64,8 @@ class NMNIST(tonic.datasets.NMNIST):
     tonic considers a split complete once there are 10,000 files and a zip. It therefore accepts an interrupted
     extraction, and downloads recordings whose zip was deleted. Here recordings are used as they are; if a zip lies
     beside them, those missing or cut short are extracted again. tonic's constructor calls `_check_exists` and, if that
-    is false, `download`.
+    is false, `download`. `first_saccade_only` (the first 100 ms) and `stabilize` (without the saccades' movement) are
+    tonic's own options.
 
     Raises `DownloadError` if nothing is on disk and nothing can be downloaded, `UserError` if the folders are not
     N-MNIST's.
@@ -71,10 +74,11 @@ class NMNIST(tonic.datasets.NMNIST):
     published = {"train": 60_000, "test": 10_000}
     connect_seconds = 10  # time limit for a host to answer
 
-    def __init__(self, data_dir: str | Path, split: str):
+    def __init__(self, data_dir: str | Path, split: str, first_saccade_only: bool = False, stabilize: bool = False):
         self.split = split
+        options = {"first_saccade_only": first_saccade_only, "stabilize": stabilize}
         with contextlib.suppress(ValueError):  # of a label that tonic reads from the name of a hidden folder
-            super().__init__(save_to=str(data_dir), train=split == "train")
+            super().__init__(save_to=str(data_dir), train=split == "train", **options)
         # tonic lists hidden files, too: what macOS adds, and what half-written copies leave.
         files = sorted((self.root / self.folder_name).glob("[0-9]/*.bin"))
         files = [file for file in files if not file.name.startswith(".")]
@@ -93,11 +97,12 @@ class NMNIST(tonic.datasets.NMNIST):
         """The data set's name in files and figures: simulated recordings are never called NMNIST."""
         try:
             images = json.loads((self.root / SIMULATOR_FILE).read_text())["images"]
+            name = "SimulatedNMNIST" if images == BUILT_IN_IMAGES else f"SimulatedNMNIST ({images})"
         except FileNotFoundError:
-            return "NMNIST"
+            name = "NMNIST"
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{self.root / SIMULATOR_FILE} is damaged: record the data set again") from None
-        return "SimulatedNMNIST" if images == BUILT_IN_IMAGES else f"SimulatedNMNIST ({images})"
+        return name + ", first saccade" * self.first_saccade_only + ", stabilized" * self.stabilize
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """Return (events, label). Raises `UserError` naming the file if it is not an N-MNIST recording."""
@@ -106,13 +111,19 @@ class NMNIST(tonic.datasets.NMNIST):
         again = "delete it or download it again"
         if size == 0 or size % 5:
             raise UserError(f"{path} is damaged ({size} bytes, not a multiple of 5 above 0): {again}")
+        raw = read_mnist_file(path, dtype=self.dtype)
+        if len(raw) == 0:
+            raise UserError(f"{path} holds no events: {again}")
+        if raw["x"].max() > 33 or raw["y"].max() > 33:
+            raise UserError(f"{path} has events outside the 34 x 34 pixels: {again}")
+        if (np.diff(raw["t"]) < 0).any():
+            raise UserError(f"{path} has time stamps that run backwards: {again}")
+        options = self.first_saccade_only, self.stabilize, self.transform, self.target_transform, self.transforms
+        if not any(options):
+            return raw, self.targets[index]
         events, label = super().__getitem__(index)
         if len(events) == 0:
-            raise UserError(f"{path} holds no events: {again}")
-        if events["x"].max() > 33 or events["y"].max() > 33:
-            raise UserError(f"{path} has events outside the 34 x 34 pixels: {again}")
-        if (np.diff(events["t"]) < 0).any():
-            raise UserError(f"{path} has time stamps that run backwards: {again}")
+            raise UserError(f"{path} holds no events that {self.name} keeps: {again}")
         return events, label
 
     def describe(self) -> str:
@@ -232,7 +243,8 @@ def wait_for_answer(url: str, seconds: float) -> None:
 
 # --- Frames and their cache ------------------------------------------------------------------------------
 
-CACHE_VERSION = 4
+CACHE_VERSION = 5
+NOT_IN_FRAMES = ("data", "targets", "location_on_system")  # attributes of a data set that shape no frame
 
 
 @dataclass
@@ -314,23 +326,26 @@ class Frames:
             yield self.batch(chunk, dtype)
 
 
-def load_frames(recordings: NMNIST, time_steps: int, denoise: int | None = None) -> Frames:
+def load_frames(recordings: NMNIST, time_steps: int, denoise: int | None = None, bin_by: str = "time") -> Frames:
     """Return the recordings binned into `time_steps` frames, from the cache if it holds them.
 
-    `denoise` is the filter time of `tonic.transforms.Denoise` in microseconds. The cache is a file in
-    `<data_dir>/cache/`, memory-mapped. Its name has a fingerprint of the recordings' names, sizes and times of change,
-    so changed recordings are binned again. One process bins, while others wait for it. If the cache can't be written,
-    the frames stay in memory.
+    `denoise` is the filter time of `tonic.transforms.Denoise` in microseconds; `bin_by` is 'time' for frames of equal
+    duration or 'events' for frames of equal event count. The cache is a file in `<data_dir>/cache/`, memory-mapped. Its
+    name has a fingerprint of the data set's options and of the recordings' names, sizes and times of change, so
+    changed recordings are binned again. One process bins, while others wait for it. If the cache can't be written, the
+    frames stay in memory.
     """
     cache = recordings.root.parent / "cache"
-    prefix = f"{recordings.root.name}_{recordings.split}_T{time_steps}_denoise{denoise or 0}_"
+    options = "_first_saccade" * recordings.first_saccade_only + "_stabilized" * recordings.stabilize
+    bins = f"T{time_steps}" + "_by_events" * (bin_by == "events")
+    prefix = f"{recordings.root.name}_{recordings.split}{options}_{bins}_denoise{denoise or 0}_"
     path = cache / f"{prefix}{_fingerprint(recordings)}.pt"
     frames = _read_cache(path)
     if frames is None:
         with utils.locked(recordings.root.parent, "data"):
             frames = _read_cache(path)  # another process may have written it meanwhile
             if frames is None:
-                frames = bin_recordings(recordings, time_steps, denoise)
+                frames = bin_recordings(recordings, time_steps, denoise, bin_by)
                 for old in (*cache.glob(f"{prefix}*"), *cache.glob(f".{prefix}*")):  # of recordings that have changed
                     with contextlib.suppress(OSError):
                         old.unlink()
@@ -339,7 +354,12 @@ def load_frames(recordings: NMNIST, time_steps: int, denoise: int | None = None)
 
 
 def _fingerprint(recordings: NMNIST) -> str:
-    digest = hashlib.sha256(f"version {CACHE_VERSION}".encode())
+    """Return what a cache is keyed by: all that the data set or a subclass of it sets, and the state of its files."""
+    kind = type(recordings)
+    options = {name: value for name, value in vars(recordings).items() if name not in NOT_IN_FRAMES}
+    digest = hashlib.sha256(f"version {CACHE_VERSION} {sorted(options.items())}".encode())
+    if kind.__module__ != __name__:
+        digest.update(f"{kind.__module__}.{kind.__qualname__}".encode())
     for path in recordings.data:
         status = os.stat(path)
         digest.update(f"{os.path.relpath(path, recordings.root)} {status.st_size} {status.st_mtime_ns}\n".encode())
@@ -367,8 +387,8 @@ def _write_cache(path: Path, frames: Frames) -> None:
         utils.warn(f"cache {utils.describe_error(error)}: frames stay in memory")
 
 
-def bin_recordings(recordings: NMNIST, time_steps: int, denoise: int | None = None) -> Frames:
-    """Bin recordings as tonic's `ToFrame(n_time_bins=time_steps)`, after its `Denoise` if asked."""
+def bin_recordings(recordings: NMNIST, time_steps: int, denoise: int | None = None, bin_by: str = "time") -> Frames:
+    """Bin recordings as tonic's `ToFrame` with `n_time_bins` or `n_event_bins`, after its `Denoise` if asked."""
     indices, counts, nnz, facts, sha256 = [], [], [], [], hashlib.sha256()
     for i in tqdm(range(len(recordings)), desc=f"bin {recordings.split}", unit="recording"):
         events, label = recordings[i]
@@ -376,7 +396,7 @@ def bin_recordings(recordings: NMNIST, time_steps: int, denoise: int | None = No
         facts.append((len(events), events["p"].sum(), events["t"][-1] - events["t"][0]))
         if denoise:
             events = tonic.transforms.Denoise(denoise)(events)
-        frame, bin_index, count = bin_events(events, time_steps)
+        frame, bin_index, count = bin_events(events, time_steps, bin_by)
         indices.append(bin_index.astype(np.int16))
         largest = count.max(initial=0)
         counts.append(count.astype(np.uint8 if largest < 2**8 else np.int16 if largest < 2**15 else np.int32))
@@ -395,14 +415,15 @@ def bin_recordings(recordings: NMNIST, time_steps: int, denoise: int | None = No
     return Frames(**{name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
 
 
-def bin_events(events: np.ndarray, time_steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def bin_events(events: np.ndarray, time_steps: int, bin_by: str = "time") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the non-zero bins of a recording: the frame, the index in it as in `Frames`, the number of events.
 
     They are the bins of tonic's `ToFrame`, which also fills the others, 96% of them, and takes twice the time.
     """
     if len(events) == 0:  # denoising left none
         return (np.zeros(0, int),) * 3
-    first, last = np.array(tonic.slicers.SliceByTimeBins(time_steps).get_slice_metadata(events, None)).T
+    slicer = {"time": tonic.slicers.SliceByTimeBins, "events": tonic.slicers.SliceByEventBins}[bin_by](time_steps)
+    first, last = np.array(slicer.get_slice_metadata(events, None)).T
     events = events[first[0] : last[-1]]  # as tonic does, without the end that time_steps do not divide
     frame = np.repeat(np.arange(time_steps), last - first)
     bin_index = (events["y"].astype(int) * 34 + events["x"]) * 2 + events["p"]
@@ -482,21 +503,30 @@ class Data:
 
 def load_data(args: argparse.Namespace, device: torch.device) -> Data:
     """Open, bin and move to `device` the recordings that the flags of `add_data_arguments` name."""
-    train, test = open_recordings(args.data_dir, args.dataset)
-    frames = (load_frames(part, args.time_steps, args.denoise).to(device) for part in (train, test))
-    return Data(train.name, *frames)
+    train, test = open_recordings(args.data_dir, args.dataset, SPLITS, **recording_options(args))
+    frames = (load_frames(part, args.time_steps, args.denoise, args.bin_by).to(device) for part in (train, test))
+    return Data(train.name + ", frames of equal event count" * (args.bin_by == "events"), *frames)
 
 
-def open_recordings(data_dir: str | Path, dataset: str, splits: Sequence[str] = SPLITS) -> list[NMNIST]:
+def recording_options(args: argparse.Namespace) -> dict[str, bool]:
+    """Return the flags that are options of tonic's data set."""
+    return {"first_saccade_only": args.first_saccade_only, "stabilize": args.stabilize}
+
+
+def open_recordings(
+    data_dir: str | Path, dataset: str, splits: Sequence[str] = SPLITS, **options: bool
+) -> list[NMNIST]:
     """Return the recordings of `splits` of `dataset` ('auto', 'nmnist' or 'simulated'), and print what they are.
+
+    `options` are `first_saccade_only` and `stabilize`.
 
     Raises `DownloadError` if 'nmnist' is neither on disk nor downloaded, `UserError` if what is on disk is not a data
     set.
     """
     if dataset == "simulated":
-        return _announce([SimulatedNMNIST(data_dir, split) for split in splits])
+        return _announce([SimulatedNMNIST(data_dir, split, **options) for split in splits])
     try:
-        return _announce([NMNIST(data_dir, split) for split in splits])
+        return _announce([NMNIST(data_dir, split, **options) for split in splits])
     except DownloadError as error:
         how = f"connect this machine, or unpack train.zip and test.zip of {HOMEPAGE} into {Path(data_dir) / 'NMNIST'}"
         if dataset == "nmnist":
@@ -504,7 +534,18 @@ def open_recordings(data_dir: str | Path, dataset: str, splits: Sequence[str] = 
         utils.warn(f"no N-MNIST in {data_dir}: {error}")
         utils.warn("falling back to SIMULATED recordings of scikit-learn's digits.")
         utils.warn(f"to get the real ones, {how}.")
-        return open_recordings(data_dir, "simulated", splits)
+        return open_recordings(data_dir, "simulated", splits, **options)
+
+
+def trained_dataset(dataset: str, data_dir: str | Path, trained_on: str) -> str:
+    """Return `dataset`; for 'auto' and a network trained on simulated recordings, 'simulated' if they are on disk.
+
+    Otherwise each command of a user without network would try the download again, and one who has come online would
+    test on other data than those of the training.
+    """
+    on_disk = (Path(data_dir) / "SimulatedNMNIST" / SIMULATOR_FILE).is_file()
+    simulated = trained_on.split(", ")[0] == "SimulatedNMNIST"
+    return "simulated" if dataset == "auto" and simulated and on_disk else dataset
 
 
 def _announce(recordings: list[NMNIST]) -> list[NMNIST]:
@@ -550,6 +591,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MICROSECONDS",
         help="drop events without a neighbour within this time (default: off)",
     )
+    text = "frames of equal duration or of equal event count (default: %(default)s)"
+    group.add_argument("--bin_by", choices=["time", "events"], default="time", help=text)
+    text = "only events of the first saccade, the first 100 ms (tonic's option)"
+    group.add_argument("--first_saccade_only", action="store_true", help=text)
+    text = "take the movement of the saccades out of the events (tonic's option)"
+    group.add_argument("--stabilize", action="store_true", help=text)
 
 
 # --- The simulated camera --------------------------------------------------------------------------------
@@ -965,8 +1012,8 @@ def main(argv: list[str] | None = None) -> None:
     root = Path(args.data_dir) / "NMNIST"
     simulated = args.dataset != "simulated" and (root / SIMULATOR_FILE).is_file()
     splits = SPLITS[:1] if simulated and not (root / "Test").exists() else SPLITS  # --simulate without test images
-    recordings = open_recordings(args.data_dir, args.dataset, splits)
-    print_table({part.split: load_frames(part, args.time_steps, args.denoise) for part in recordings})
+    recordings = open_recordings(args.data_dir, args.dataset, splits, **recording_options(args))
+    print_table({part.split: load_frames(part, args.time_steps, args.denoise, args.bin_by) for part in recordings})
 
 
 if __name__ == "__main__":

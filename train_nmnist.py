@@ -57,8 +57,8 @@ LOSSES = {
 COUNT_RANGE = 5.0
 NETWORK_FLAGS = tuple(field.name for field in fields(NetworkConfig))
 TRAINING_FLAGS = (
-    *("time_steps", "denoise", "epochs", "batch_size", "lr", "weight_decay", "optimizer", "loss", "scheduler"),
-    *("no_augment", "val_split", "seed"),
+    *("epochs", "batch_size", "lr", "weight_decay", "optimizer", "loss", "scheduler"),
+    *("no_augment", "val_split", "seed", *nmnist.FRAME_FLAGS),
 )
 
 # --- Flags -----------------------------------------------------------------------------------------------
@@ -157,6 +157,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
             setattr(args, name, trained)
         elif not args.test_only and name != "epochs":
             raise UserError(f"--{name} {given}: {path} was trained with {trained}; omit the flag or start a new run")
+    args.dataset = nmnist.trained_dataset(args.dataset, args.data_dir, checkpoint["data"]["data set"])
     if args.resume is not None:
         check_resumable(args, checkpoint, path)
     return args, checkpoint
@@ -525,23 +526,23 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
         "checkpoint": str(path),
         "seed": checkpoint["settings"]["seed"],
     }
-    print_metrics(metrics, checkpoint["epoch"])
+    print_metrics(metrics, checkpoint["epoch"], saccade_ends(args))
     metrics_path = Path(args.log_dir) / f"{args.model}_test_metrics.json"
     utils.write_json(metrics_path, metrics)
     print(f"metrics     {metrics_path}")
     return metrics, network, predictions[-1]
 
 
-def print_metrics(metrics: dict, epoch: int) -> None:
+def print_metrics(metrics: dict, epoch: int, saccade_ends: list[float]) -> None:
     """Print the test metrics as a short table."""
-    over_time = metrics["accuracy_over_time"]
-    after_saccades = [over_time[math.ceil(end) - 1] for end in saccade_ends(len(over_time))]
+    after_saccades = [metrics["accuracy_over_time"][math.ceil(end) - 1] for end in saccade_ends]
     share = metrics["synaptic_operations"] / metrics["macs"]
     rows = {
         "data set": f"{metrics['dataset']}, {metrics['num_recordings']:,} test recordings",
         "test accuracy": f"{metrics['accuracy']:.2%}",
         "test loss": f"{metrics['loss']:.4f}",
-        "after each saccade": "  ".join(f"{accuracy:.2%}" for accuracy in after_saccades),
+        "after each saccade": "  ".join(f"{accuracy:.2%}" for accuracy in after_saccades)
+        or "unknown with --bin_by events",
         "firing rate": "  ".join(f"{name} {rate:.3f}" for name, rate in metrics["firing_rate"].items()),
         "synaptic operations": f"{metrics['synaptic_operations'] / 1e6:.2f} million per recording, "
         f"{share:.1%} of the {metrics['macs'] / 1e6:.1f} million MACs without spikes",
@@ -553,9 +554,12 @@ def print_metrics(metrics: dict, epoch: int) -> None:
         print(f"{title:20} {value}")
 
 
-def saccade_ends(time_steps: int) -> list[float]:
-    """Return where the three saccades end, in steps."""
-    return [time_steps * end / nmnist.SACCADE_ENDS[-1] for end in nmnist.SACCADE_ENDS]
+def saccade_ends(args: argparse.Namespace) -> list[float]:
+    """Return where a recording's saccades end, in steps; with `--bin_by events` that is not the same for all."""
+    if args.bin_by == "events":
+        return []
+    ends = nmnist.SACCADE_ENDS[:1] if args.first_saccade_only else nmnist.SACCADE_ENDS
+    return [args.time_steps * end / ends[-1] for end in ends]
 
 
 def visualize(args, metrics: dict, network: SpikingNetwork, frames: Frames, predictions: torch.Tensor) -> None:
@@ -574,23 +578,25 @@ def visualize(args, metrics: dict, network: SpikingNetwork, frames: Frames, pred
     utils.plot_confusion_matrix(counts, title, log_dir / f"{model}_confusion_matrix.png")
     accuracy = np.array(metrics["accuracy_over_time"])
     path = log_dir / f"{model}_accuracy_over_time.png"
-    utils.plot_accuracy_over_time(accuracy, saccade_ends(len(accuracy))[:2], title, path)
-    draw_samples(frames, predictions, title, log_dir / f"{model}_samples.png")
+    utils.plot_accuracy_over_time(accuracy, saccade_ends(args)[:-1], title, path)
+    first_end = (saccade_ends(args) or [args.time_steps / 3])[0]
+    draw_samples(frames, predictions, first_end, title, log_dir / f"{model}_samples.png")
     if model == "resnet":
         weight = network.conv1.weight.detach().cpu()
         title = f"{name} on {metrics['trained_on']}\nthe {len(weight)} filters of conv1, 3 x 3 pixels each"
         utils.plot_filters(weight, title, log_dir / "resnet_filters.png")
 
 
-def draw_samples(frames: Frames, predictions: torch.Tensor, title: str, path: Path) -> None:
+def draw_samples(frames: Frames, predictions: torch.Tensor, first_end: float, title: str, path: Path) -> None:
     """Draw 20 test recordings with true and predicted digit: mistakes first, then the digits in turn.
 
-    Shown are the events in the middle of the first saccade: over a whole recording ON and OFF cover one another.
+    The events shown are from the middle of the first saccade, which ends after `first_end` frames: over a whole
+    recording ON and OFF cover one another.
     """
     labels, predictions = frames.labels.cpu().numpy(), predictions.numpy()
     indices = utils.mistakes_first(labels, predictions, 20)
     sequences = frames.batch(torch.from_numpy(indices))[0]
-    first, last = len(sequences) * 12 // 100, math.ceil(len(sequences) * 0.2)  # 37 to 62 of 308 ms
+    first, last = int(0.37 * first_end), math.ceil(0.615 * first_end)  # 37 to 62 of 100 ms
     images = sequences[first:last].sum(0).cpu().numpy()
     mistakes = int((labels != predictions).sum())
     title += f"\n{mistakes} mistakes, drawn first; events in the middle of the first saccade"

@@ -279,11 +279,12 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     args = parser.parse_args(argv)
     utils.check_writable("--output_dir", args.output_dir)
     checkpoint = utils.load_checkpoint(utils.checkpoint_path(args.save_dir, args.model, "best"), args.model)
-    settings = {name: checkpoint["settings"][name] for name in ("time_steps", "denoise")}
+    settings = {name: checkpoint["settings"][name] for name in nmnist.FRAME_FLAGS}
     args, different = merge_settings(parser, argv, settings)
     for flag, given, trained in different:
         print(f"settings    --{flag} {given} is ignored: the network was trained with {trained}")
         setattr(args, flag, trained)
+    args.dataset = nmnist.trained_dataset(args.dataset, args.data_dir, checkpoint["data"]["data set"])
     return args, checkpoint
 
 

@@ -71,9 +71,10 @@ def choose_samples(recordings: NMNIST, num_samples: int, digit: int | None, seed
     return samples
 
 
-def plot_samples(samples: list[Sample], time_steps: int, title: str, path: Path) -> None:
+def plot_samples(samples: list[Sample], time_steps: int, bin_by: str, title: str, path: Path) -> None:
     """Draw one row per recording, its frames over time as columns, all on the same scale."""
-    to_frame = tonic.transforms.ToFrame(sensor_size=SENSOR_SIZE, n_time_bins=time_steps)
+    bins = {"n_time_bins": time_steps} if bin_by == "time" else {"n_event_bins": time_steps}
+    to_frame = tonic.transforms.ToFrame(sensor_size=SENSOR_SIZE, **bins)
     frames = np.stack([to_frame(events) for _, events, _ in samples])  # [samples, T, 2, 34, 34]
     steps = np.unique(np.linspace(0, time_steps - 1, min(time_steps, MAX_COLUMNS)).round().astype(int))
     full = max(1.0, np.quantile(frames[frames > 0], 0.95)) if frames.any() else 1.0
@@ -90,10 +91,12 @@ def plot_samples(samples: list[Sample], time_steps: int, title: str, path: Path)
             for spine in axis.spines.values():
                 spine.set(visible=True, color="#cccccc")
             if row == 0:
-                axis.set_title(f"{(step + 0.5) * duration / time_steps:.0f} ms", fontsize=9)
+                time = f"{(step + 0.5) * duration / time_steps:.0f} ms"
+                axis.set_title(time if bin_by == "time" else f"frame {step + 1}", fontsize=9)
         axes[row, 0].set_ylabel(digit, rotation=0, fontsize=16, labelpad=14, va="center")
     shown = "" if len(steps) == time_steps else f", {len(steps)} of them shown"
-    figure.suptitle(f"{title}\n{time_steps} frames of {duration / time_steps:.0f} ms{shown}")
+    size = f"{duration / time_steps:.0f} ms" if bin_by == "time" else "equal event count"
+    figure.suptitle(f"{title}\n{time_steps} frames of {size}{shown}")
     utils.polarity_legend(figure)
     figure.supylabel("digit")
     utils.save_figure(figure, path)
@@ -136,6 +139,8 @@ def plot_event_rate(samples: list[Sample], title: str, path: Path) -> None:
     top = axis.get_ylim()[1]
     axis.set_ylim(0, 1.12 * top)
     for saccade, (start, stop) in enumerate(pairwise((0, *nmnist.SACCADE_ENDS)), start=1):
+        if start >= end:
+            break  # of first saccades alone
         axis.axvline(stop, color=utils.GREY, linestyle="--", lw=1)
         axis.text((start + stop) / 2, 1.1 * top, f"saccade {saccade}", ha="center", va="top")
     figure.legend(loc="outside lower center", ncols=3)
@@ -206,13 +211,13 @@ def animate(sample: Sample, title: str, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     utils.check_writable("--output_dir", args.output_dir)
-    (recordings,) = nmnist.open_recordings(args.data_dir, args.dataset, [args.split])
+    (recordings,) = nmnist.open_recordings(args.data_dir, args.dataset, [args.split], **nmnist.recording_options(args))
     samples = choose_samples(recordings, args.num_samples, args.digit, args.seed, args.denoise)
     output_dir = Path(args.output_dir)
     title = f"{recordings.name}, {'training' if args.split == 'train' else 'test'} recordings"
     title += f", denoised at {args.denoise:,} microseconds" if args.denoise else ""
     with utils.locked(output_dir, "figures"):
-        plot_samples(samples, args.time_steps, title, output_dir / "samples.png")
+        plot_samples(samples, args.time_steps, args.bin_by, title, output_dir / "samples.png")
         plot_events_3d(samples[0], recordings.name, output_dir / "events_3d.png")
         plot_event_rate(samples, title, output_dir / "event_rate.png")
         plot_digits(recordings, args.digit, args.denoise, title, output_dir / "digits.png")

@@ -1067,3 +1067,95 @@ def test_fingerprints_tell_contents_and_labels_but_not_dates(tmp_path):
     path.write_bytes(content)
     path.rename(path.parent.parent / "4" / "00004.bin")  # relabelled
     assert len({first, changed, fingerprint(tmp_path / "b")}) == 3
+
+
+# --- tonic's options --------------------------------------------------------------------------------------
+
+OPTIONS = [{"first_saccade_only": True}, {"stabilize": True}, {"first_saccade_only": True, "stabilize": True}, {}]
+
+
+def tonic_alone(data_dir, options, bin_by, time_steps):
+    """Return all frames [N, T, 2, 34, 34] of the test part, made by tonic's own data set and transform."""
+    bins = {"n_time_bins": time_steps} if bin_by == "time" else {"n_event_bins": time_steps}
+    to_frame = tonic.transforms.ToFrame(sensor_size=tonic.datasets.NMNIST.sensor_size, **bins)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tonic.datasets.NMNIST, "_check_exists", lambda _self: True)
+        recordings = tonic.datasets.NMNIST(str(data_dir), train=False, transform=to_frame, **options)
+        return np.stack([recordings[i][0] for i in range(len(recordings))])
+
+
+@pytest.mark.parametrize("bin_by", ["time", "events"])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("real", [False, True])
+def test_options_give_tonics_frames(request, real, options, bin_by):
+    data_dir = request.getfixturevalue("real_data_dir" if real else "made_data_dir")
+    recordings = nmnist.NMNIST(data_dir, "test", **options)
+    for time_steps in (1, 10):
+        frames = nmnist.load_frames(recordings, time_steps, bin_by=bin_by)
+        expected = torch.from_numpy(tonic_alone(data_dir, options, bin_by, time_steps)).float()
+        assert expected.sum() > 0
+        assert torch.equal(frames.batch(torch.arange(len(recordings)))[0], expected.transpose(0, 1))
+
+
+class Mirrored(nmnist.NMNIST):
+    """A user's data set: recordings seen in a mirror, or not."""
+
+    mirrored = True
+
+    def __getitem__(self, index):
+        events, label = super().__getitem__(index)
+        if self.mirrored:
+            events["x"] = 33 - events["x"]
+        return events, label
+
+
+class Turn:
+    """A transform: recordings upside down."""
+
+    def __call__(self, events):
+        events["y"] = 33 - events["y"]
+        return events
+
+
+def test_caches_of_other_options_and_subclasses_are_not_mixed(tmp_path):
+    data_dir = make_recordings(tmp_path, 2, 1)
+    (tmp_path / "Mirrored").symlink_to("NMNIST")  # tonic looks for recordings under the name of the class
+
+    def frames(recordings, **options):
+        return nmnist.load_frames(recordings, 5, **options).batch(torch.arange(10))[0].clone()
+
+    plain, mirrored = nmnist.NMNIST(data_dir, "test"), Mirrored(data_dir, "test")
+    expected = frames(plain)
+    assert torch.equal(frames(mirrored), expected.flip(-1))
+    mirrored.mirrored = False  # an attribute that only the user knows
+    assert torch.equal(frames(mirrored), expected)
+    mirrored.mirrored = True
+    assert torch.equal(frames(mirrored), expected.flip(-1))
+    turned = nmnist.NMNIST(data_dir, "test")
+    turned.transform = Turn()
+    assert torch.equal(frames(turned), expected.flip(-2))
+    others = [frames(nmnist.NMNIST(data_dir, "test", **options)) for options in OPTIONS[:3]]
+    others += [frames(plain, bin_by="events"), frames(plain, denoise=3000)]
+    for other in others:
+        assert not torch.equal(other, expected)
+    assert torch.equal(frames(plain), expected)
+    kept = {path.name.split("_denoise")[0] for path in (tmp_path / "cache").iterdir()}
+    assert kept >= {"NMNIST_test_T5", "NMNIST_test_first_saccade_stabilized_T5", "NMNIST_test_T5_by_events"}
+
+
+def test_names_tell_the_options(made_data_dir, capsys):
+    recordings = nmnist.NMNIST(made_data_dir, "test", first_saccade_only=True, stabilize=True)
+    assert recordings.name == "NMNIST, first saccade, stabilized"
+    events, _ = recordings[0]
+    assert events["t"].max() < 100_000
+    nmnist.main(["--data_dir", str(made_data_dir), "--time_steps", "5", "--first_saccade_only", "--bin_by", "events"])
+    assert "data set    NMNIST, first saccade in" in capsys.readouterr().out
+
+
+def test_recordings_that_an_option_leaves_empty_are_refused_by_name(tmp_path):
+    path = make_recordings(tmp_path, 1, 1) / "NMNIST" / "Test" / "3" / "00004.bin"
+    events = make_events(3, np.random.default_rng(0))
+    nmnist.write_recording(path, events[events["t"] > 150_000])
+    recordings = nmnist.NMNIST(tmp_path, "test", first_saccade_only=True)
+    with pytest.raises(UserError, match=f"{path} holds no events that NMNIST, first saccade keeps"):
+        nmnist.load_frames(recordings, 5)

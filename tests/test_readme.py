@@ -20,7 +20,7 @@ SCRIPTS = {
     "visualize_nmnist.py": visualize_nmnist,
     "visualize_activations.py": visualize_activations,
 }
-DATA_FLAGS = {"--data_dir", "--dataset", "--time_steps", "--denoise"}  # described once for all scripts
+DATA_FLAGS = {"--data_dir", "--dataset", *(f"--{name}" for name in nmnist.FRAME_FLAGS)}  # documented once for all
 # Values that `test_every_flag_refuses_a_wrong_value` does not try.
 OUTSIDE = {
     "train_nmnist.py": [

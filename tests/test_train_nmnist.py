@@ -27,6 +27,7 @@ from torch import distributed
 import nmnist
 import train_nmnist
 import utils
+import visualize_activations
 from models import NetworkConfig, build_model
 
 SHORT = ["--time_steps", "5", "--batch_size", "32", "--val_split", "0.2", "--device", "cpu"]
@@ -162,7 +163,7 @@ def test_samples_show_mistakes_first_then_every_digit(made_data_dir, figures):
     frames = nmnist.load_frames(recordings, 5)
     predictions = torch.tensor(recordings.targets)
     predictions[[4, 17]] = 8  # a 1 and a 5, read as 8
-    train_nmnist.draw_samples(frames, predictions, "title", Path("samples.png"))
+    train_nmnist.draw_samples(frames, predictions, 5 * 100 / 308, "title", Path("samples.png"))
     figure = figures["samples.png"]
     titles = [axis.get_title() for axis in figure.axes if axis.images]
     assert len(titles) == 20
@@ -178,7 +179,7 @@ def test_samples_show_the_middle_of_the_first_saccade(made_data_dir, figures):
     """37 to 62 of 308 ms: a pixel is white where no event fell in that time."""
     recordings = nmnist.NMNIST(made_data_dir, "test")
     frames = nmnist.load_frames(recordings, 100)
-    train_nmnist.draw_samples(frames, torch.tensor(recordings.targets), "title", Path("samples.png"))
+    train_nmnist.draw_samples(frames, torch.tensor(recordings.targets), 100 * 100 / 308, "title", Path("samples.png"))
     axes = [axis for axis in figures["samples.png"].axes if axis.images]
     assert len(axes) == 20
     for axis in axes:
@@ -849,3 +850,43 @@ def test_resuming_with_another_number_of_threads_gives_a_warning(tmp_path, made_
     finally:
         torch.set_num_threads(threads)
     assert f"resuming with {threads + 1} threads a run of {threads}: it will not be equal" in capsys.readouterr().err
+
+
+# --- Recordings as tonic offers them -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [["--first_saccade_only", "--stabilize"], ["--bin_by", "events"]])
+def test_options_of_recordings_are_kept_in_the_checkpoint(tmp_path, made_data_dir, capsys, flags):
+    train_here(tmp_path, made_data_dir, "--epochs", 1, "--visualize", *flags)
+    capsys.readouterr()
+    train_nmnist.main([str(x) for x in (*folder_flags(tmp_path, made_data_dir), "--test_only", "--device", "cpu")])
+    assert "WARNING" not in capsys.readouterr().err
+    metrics = json.loads((tmp_path / "logs" / "cnn_test_metrics.json").read_text())
+    suffix = "frames of equal event count" if "--bin_by" in flags else "first saccade, stabilized"
+    assert metrics["dataset"] == metrics["trained_on"] == f"NMNIST, {suffix}"
+    train_here(tmp_path, made_data_dir, "--resume", "--epochs", 2)
+    other = ["--stabilize"] if "--bin_by" in flags else ["--bin_by", "events"]
+    with pytest.raises(utils.UserError, match=rf"{other[0]} \w+: .* was trained with (False|time)"):
+        train_here(tmp_path, made_data_dir, "--resume", "--epochs", 3, *other)
+
+
+def test_auto_takes_the_data_set_of_the_checkpoint_without_the_network(tmp_path, made_data_dir, monkeypatch, capsys):
+    """The network was trained on simulated recordings; N-MNIST could be downloaded meanwhile."""
+    shutil.copytree(made_data_dir / "NMNIST", tmp_path / "SimulatedNMNIST")
+    simulator = nmnist.describe_simulator(nmnist.BUILT_IN_IMAGES, 0)
+    (tmp_path / "SimulatedNMNIST" / nmnist.SIMULATOR_FILE).write_text(json.dumps(simulator))
+    train_here(tmp_path, tmp_path, "--epochs", 1, "--dataset", "simulated")
+
+    def download(*_):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(nmnist, "download", download)
+    capsys.readouterr()
+    train_here(tmp_path, tmp_path, "--test_only")
+    train_here(tmp_path, tmp_path, "--resume", "--epochs", 2)
+    visualize_activations.main(
+        ["--data_dir", str(tmp_path), "--save_dir", str(tmp_path / "checkpoints"), "--output_dir", str(tmp_path / "a")]
+    )
+    output = capsys.readouterr()
+    assert output.out.count("data set    SimulatedNMNIST in") == 3
+    assert "WARNING" not in output.err
