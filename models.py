@@ -40,11 +40,13 @@ class NetworkConfig:
     dropout: float = 0.0  # probability of dropping a neuron of the last hidden layer
     precision: str = "fp32"  # or "bf16": layers in bfloat16, the state of fused neurons in float32
     neuron_backend: str = "fused"  # or "step"
+    width: int = 1  # factor on the channels and the hidden layer
+    learn_beta: bool = False  # learn one beta per layer
 
 
 def make_leaky(config: NetworkConfig) -> snn.Leaky:
     """Make the LIF neuron that both networks use unless told otherwise."""
-    return snn.Leaky(beta=config.beta, threshold=config.threshold, spike_grad=spike_grad)
+    return snn.Leaky(beta=config.beta, threshold=config.threshold, spike_grad=spike_grad, learn_beta=config.learn_beta)
 
 
 def spike_grad(x: torch.Tensor) -> torch.Tensor:
@@ -101,7 +103,7 @@ class SpikingCNN(SpikingNetwork):
 
     def __init__(self, config: NetworkConfig, make_lif: Callable = make_leaky):
         super().__init__(config)
-        w1, w2, w3, hidden = 16, 32, 64, 128
+        w1, w2, w3, hidden = (config.width * size for size in (16, 32, 64, 128))
         self.conv1 = ConvPool(2, w1, config)  # 34 x 34, pooled to 17 x 17
         self.norm1 = init_norm(nn.BatchNorm2d(w1), config)
         self.lif1 = over_time(make_lif(config), config)
@@ -135,8 +137,9 @@ class SpikingResNet(SpikingNetwork):
 
     def __init__(self, config: NetworkConfig, make_lif: Callable = make_leaky):
         super().__init__(config)
-        w1, w2, w3, hidden = 16, 32, 64, 128
+        w1, w2, w3, hidden = (config.width * size for size in (16, 32, 64, 128))
         shared = {"beta": config.beta, "threshold": config.threshold, "spike_grad": spike_grad}
+        shared["learn_beta"] = config.learn_beta
         alif = ALIF(rho=config.alpha, adapt_scale=self.ADAPT_SCALE * config.threshold, **shared)
         synaptic = snn.Synaptic(alpha=config.alpha, **shared)
         self.conv1 = ConvPool(2, w1, config)  # 34 x 34, pooled to 17 x 17
@@ -298,12 +301,13 @@ class Fused(OverTime):
 
     def forward(self, cur):
         neuron, zero = self.neuron, torch.zeros_like(self.neuron.beta)
+        beta = neuron.beta.clamp(0, 1)  # as snnTorch does
         if isinstance(neuron, ALIF):
-            params = neuron.beta, neuron.threshold, zero, neuron.rho, neuron.adapt_scale
-        elif isinstance(neuron, snn.Synaptic):  # snnTorch clamps its decays, too
-            params = neuron.beta.clamp(0, 1), neuron.threshold, neuron.alpha.clamp(0, 1), zero, zero
+            params = beta, neuron.threshold, zero, neuron.rho, neuron.adapt_scale
+        elif isinstance(neuron, snn.Synaptic):
+            params = beta, neuron.threshold, neuron.alpha.clamp(0, 1), zero, zero
         else:
-            params = neuron.beta.clamp(0, 1), neuron.threshold, None, None, None
+            params = beta, neuron.threshold, None, None, None
         cur = to_channels_last(cur)
         outputs = FusedNeuron.apply(cur.flatten(1).contiguous(), *params)
         return tuple(to_channels_first(x.view(cur.shape)) for x in outputs)
@@ -349,10 +353,13 @@ class ALIF(snn.SpikingNeuron):
     neurons".
     """
 
-    def __init__(self, rho, beta, adapt_scale, threshold=1.0, spike_grad=None, learn_threshold=False):
+    def __init__(self, rho, beta, adapt_scale, threshold=1.0, spike_grad=None, learn_beta=False, learn_threshold=False):
         super().__init__(threshold, spike_grad, learn_threshold=learn_threshold)
         for name, value in (("rho", rho), ("beta", beta), ("adapt_scale", adapt_scale)):
             self.register_buffer(name, torch.as_tensor(value))
+        if learn_beta:
+            del self.beta
+            self.beta = nn.Parameter(torch.as_tensor(beta))
         for name in ("spk", "adapt", "mem", "limit"):  # limit: threshold[t], kept so that its gradient is summed once
             self.register_buffer(name, torch.zeros(0), persistent=False)
 
@@ -371,7 +378,7 @@ class ALIF(snn.SpikingNeuron):
         mem = self.mem if mem is None else mem
         if adapt is not None and adapt is not self.adapt:
             self.adapt, self.limit = adapt, self.threshold + self.adapt_scale * adapt
-        self.mem = self.beta * mem + input_ - spk.detach() * self.limit
+        self.mem = self.beta.clamp(0, 1) * mem + input_ - spk.detach() * self.limit
         self.adapt = self.rho * self.adapt + (1 - self.rho) * spk
         self.limit = self.threshold + self.adapt_scale * self.adapt
         self.spk = self.spike_grad(self.mem - self.limit)

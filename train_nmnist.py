@@ -89,6 +89,8 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     text = "fused: compiled neurons and pooling; step: snnTorch's neurons, step by step"
     add_flag(group, "--neuron_backend", NetworkConfig.neuron_backend, text, choices=BACKENDS)
     utils.add_precision_argument(group)
+    add_flag(group, "--width", NetworkConfig.width, "factor on channels and hidden layer", type=number(int, 1, 64))
+    group.add_argument("--learn_beta", action="store_true", help="learn one beta per layer")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:

@@ -950,3 +950,21 @@ def test_networks_run_without_a_compiler(tmp_path):
     assert "same results" in warning
     for a, b in zip(expected, got, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_width_multiplies_channels_and_the_hidden_layer(width):
+    network = build_model(NetworkConfig(width=width))
+    shapes = [tuple(layer.weight.shape[:2]) for layer in (network.conv1, network.conv2, network.conv3, network.fc1)]
+    assert shapes == [(16 * width, 2), (32 * width, 16 * width), (64 * width, 32 * width), (128 * width, 1024 * width)]
+
+
+def test_the_gradient_of_alifs_beta_equals_the_stepped_one():
+    grads = []
+    for wrapper in (OverTime, Fused):
+        alif = ALIF(0.9, 0.6, 0.7, 0.4, models.spike_grad, learn_beta=True)
+        spk, mem = wrapper(alif)(make_current(11))
+        (spk.sum() + mem.square().sum()).backward()
+        grads.append(alif.beta.grad)
+    assert grads[0].abs() > 1
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)

@@ -1,10 +1,13 @@
 """The README is a contract: its flags exist with the defaults it states, its commands are real."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_recordings
 
 import nmnist
 import train_nmnist
@@ -126,3 +129,19 @@ def test_files_and_sizes_are_as_stated():
     for name, network in NETWORKS.items():
         parameters = sum(p.numel() for p in build_model(NetworkConfig(model=name)).parameters())
         assert f"**{network.__name__}** ({parameters:,} parameters)" in README
+
+
+def test_the_code_for_a_script_of_ones_own_runs_as_pasted(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 25
+    make_recordings(tmp_path / "data")
+    (tmp_path / "own.py").write_text(code)
+    result = subprocess.run(
+        [sys.executable, "own.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"accuracy \d\.\d+\nLapicque torch.Size\(\[10, 30, 10\]\)", result.stdout)

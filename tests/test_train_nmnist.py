@@ -890,3 +890,20 @@ def test_auto_takes_the_data_set_of_the_checkpoint_without_the_network(tmp_path,
     output = capsys.readouterr()
     assert output.out.count("data set    SimulatedNMNIST in") == 3
     assert "WARNING" not in output.err
+
+
+@pytest.mark.parametrize("model", ["cnn", "resnet"])
+def test_width_and_learned_decays(tmp_path, made_data_dir, model):
+    flags = ["--model", model, "--width", 2, "--learn_beta", "--precision", "fp32"]
+    for backend in ("fused", "step"):
+        train_here(tmp_path / backend, made_data_dir, "--epochs", 2, *flags, "--neuron_backend", backend)
+    fused, step = history(tmp_path / "fused", model), history(tmp_path / "step", model)
+    assert fused[0]["train_loss"] == pytest.approx(step[0]["train_loss"], rel=0.03)
+    for backend in ("fused", "step"):
+        learned = {n: v for n, v in weights(tmp_path / backend, model).items() if n.endswith("neuron.beta")}
+        assert len(learned) == {"cnn": 5, "resnet": 7}[model]
+        assert all(value.item() != 0.5 for value in learned.values())
+    metrics = json.loads((tmp_path / "fused" / "logs" / f"{model}_test_metrics.json").read_text())
+    expected = build_model(NetworkConfig(model=model, width=2, learn_beta=True))
+    assert metrics["parameters"] == sum(p.numel() for p in expected.parameters())
+    train_here(tmp_path / "fused", made_data_dir, "--resume", "--epochs", 3, "--model", model)
