@@ -2,7 +2,7 @@
 
     network = build_model(NetworkConfig(model="cnn"))
     spk, mem = network(frames)                          # frames [T, B, 2, 34, 34]; spk and mem [T, B, 10]
-    digits = predict(mem)                               # [B]
+    digits = predict(spk, mem)                          # [B]
 
 The layers run one after the other, each over the whole sequence, so that a convolution sees T * B frames at once.
 Read from the top: the networks, how a neuron runs over time, our ALIF neuron, the other layers. The compiled kernels
@@ -25,6 +25,7 @@ from torch.utils.dlpack import to_dlpack
 NUM_DIGITS = 10
 SURROGATE_SLOPE = 5  # of the fast sigmoid; snnTorch's default of 25 lets little gradient reach the first layer
 BACKENDS = ("fused", "step")
+READOUTS = ("membrane", "rate", "latency")
 
 # --- Networks --------------------------------------------------------------------------------------------
 
@@ -42,6 +43,7 @@ class NetworkConfig:
     neuron_backend: str = "fused"  # or "step"
     width: int = 1  # factor on the channels and the hidden layer
     learn_beta: bool = False  # learn one beta per layer
+    readout: str = "membrane"  # or "rate" or "latency": what decides on the digit (`predict`)
 
 
 def make_leaky(config: NetworkConfig) -> snn.Leaky:
@@ -205,18 +207,37 @@ def load_network(checkpoint: dict, device: torch.device) -> SpikingNetwork:
     return network.to(device)
 
 
-def predict(mem: torch.Tensor) -> torch.Tensor:
-    """Return the digit [B] whose output neuron has the largest membrane potential, summed over time: mem [T, B, 10].
+def predict(spk: torch.Tensor, mem: torch.Tensor, readout: str = "membrane") -> torch.Tensor:
+    """Return the digit [B] that the output neurons' spk and mem [T, B, 10] tell.
 
-    In the mean over time, U (1 - beta) = I - rate * threshold: where two neurons fire at the same rate, or none does,
-    their potentials still tell which has the larger current. Spike counts are often equal.
+    - 'membrane': the largest membrane potential, summed over time. In the mean over time, U (1 - beta) = I - rate *
+      threshold: if two neurons fire at the same rate, their potentials still tell which has the larger current.
+    - 'rate': the most spikes (rate code).
+    - 'latency': the first spike (latency code).
+
+    Ties of the last two are decided by the membrane.
     """
-    return mem.sum(0).argmax(-1)
+    if readout == "membrane":
+        return mem.sum(0).argmax(-1)
+    return predict_over_time(spk, mem, readout)[-1]
 
 
-def predict_over_time(mem: torch.Tensor) -> torch.Tensor:
+def predict_over_time(spk: torch.Tensor, mem: torch.Tensor, readout: str = "membrane") -> torch.Tensor:
     """Return the prediction of `predict` after each of the T time steps, [T, B]."""
-    return mem.cumsum(0).argmax(-1)
+    mem = mem.cumsum(0)
+    if readout != "membrane":
+        mem = mem.masked_fill(~leading(spk, readout), -torch.inf)
+    return mem.argmax(-1)
+
+
+def leading(spk: torch.Tensor, readout: str) -> torch.Tensor:
+    """Return which output neurons lead by 'rate' or 'latency' after each time step: spk [T, B, 10] -> bool [T, B, 10].
+
+    Several lead if they have fired equally often, or first at the same step; all do if none has fired.
+    """
+    counts = spk.cumsum(0)
+    score = counts if readout == "rate" else -(counts == 0).cumsum(0)  # minus the steps before the first spike
+    return score == score.amax(-1, keepdim=True)
 
 
 def init_norm(norm: nn.Module, config: NetworkConfig, scale: float = 1.0) -> nn.Module:

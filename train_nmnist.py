@@ -33,11 +33,13 @@ import nmnist
 from models import (
     BACKENDS,
     NETWORKS,
+    READOUTS,
     ActivityMeter,
     NetworkConfig,
     SpikingNetwork,
     build_model,
     describe_backend,
+    leading,
     load_network,
     predict,
     predict_over_time,
@@ -90,6 +92,8 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(group, "--neuron_backend", NetworkConfig.neuron_backend, text, choices=BACKENDS)
     utils.add_precision_argument(group)
     add_flag(group, "--width", NetworkConfig.width, "factor on channels and hidden layer", type=number(int, 1, 64))
+    text = "what decides: the largest summed membrane potential, the most spikes, or the first spike"
+    add_flag(group, "--readout", NetworkConfig.readout, text, choices=READOUTS)
     group.add_argument("--learn_beta", action="store_true", help="learn one beta per layer")
 
 
@@ -311,7 +315,7 @@ def train_one_epoch(state: TrainState, batches: Iterator, bar: tqdm) -> dict:
         state.optimizer.step()
         state.ema.update_parameters(state.network)
         with torch.no_grad():
-            correct = (predict(mem) == labels).sum()
+            correct = (predict(spk, mem, state.network.config.readout) == labels).sum()
             num_samples = torch.full_like(correct, len(labels))
             totals = totals + torch.stack([loss.double() * len(labels), correct, num_samples])
         if bar.update(whole):
@@ -332,22 +336,33 @@ def mean_results(totals: torch.Tensor, bar: tqdm) -> dict:
 def evaluate(network: SpikingNetwork, frames: Frames, indices: torch.Tensor, loss_fn, batch_size: int, bar) -> dict:
     """Run the network over the recordings `indices`, without training, each process over its shard.
 
-    Returns mean `loss`, `accuracy`, `labels` [N] and `predictions` [T, N]: the digit predicted after each step.
+    Returns mean `loss`, `accuracy`, `labels` [N] and `predictions` [T, N]: the digit predicted after each step by the
+    network's readout. `by_readout` has the last predictions of each readout, `ties` [N] where the membrane decided.
     """
     network.eval()
     total_loss = 0.0
-    labels, predictions = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(frames.time_steps, 0, dtype=torch.int64)]
+    sizes = (), (frames.time_steps,), (len(READOUTS),), (len(READOUTS) - 1,)
+    parts = [[torch.zeros(*size, 0, dtype=torch.int64)] for size in sizes]
     for x, batch_labels in frames.batches(indices[utils.shard(len(indices))], batch_size, network.dtype):
         spk, mem = network(x)
         total_loss = total_loss + loss_fn(spk, mem, batch_labels).double() * len(batch_labels)
-        labels.append(batch_labels)
-        predictions.append(predict_over_time(mem))
+        by_readout = torch.stack([predict(spk, mem, readout) for readout in READOUTS])
+        ties = torch.stack([leading(spk, readout)[-1].sum(-1) > 1 for readout in READOUTS[1:]]).long()
+        over_time = predict_over_time(spk, mem, network.config.readout)
+        for part, values in zip(parts, (batch_labels, over_time, by_readout, ties), strict=True):
+            part.append(values.cpu())
         bar.update(len(batch_labels) * utils.world_size())
-    results = torch.cat([x.cpu() for x in labels]), torch.cat([x.cpu() for x in predictions], dim=1)
-    losses, labels, predictions = zip(*utils.all_gather((float(total_loss), *results)), strict=True)
-    labels, predictions = torch.cat(labels), torch.cat(predictions, dim=1)
-    accuracy = (predictions[-1] == labels).double().mean().item()
-    return {"loss": sum(losses) / len(labels), "accuracy": accuracy, "labels": labels, "predictions": predictions}
+    gathered = utils.all_gather((float(total_loss), *(torch.cat(part, dim=-1) for part in parts)))
+    losses, *parts = zip(*gathered, strict=True)
+    labels, predictions, by_readout, ties = (torch.cat(part, dim=-1) for part in parts)
+    return {
+        "loss": sum(losses) / len(labels),
+        "accuracy": (predictions[-1] == labels).double().mean().item(),
+        "labels": labels,
+        "predictions": predictions,
+        "by_readout": dict(zip(READOUTS, by_readout, strict=True)),
+        "ties": dict(zip(READOUTS[1:], ties, strict=True)),
+    }
 
 
 def training_batches(args, order: torch.Tensor, frames: Frames, dtype: torch.dtype) -> Iterator:
@@ -516,6 +531,9 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
         "model": args.model,
         "num_recordings": len(labels),
         "accuracy": result["accuracy"],
+        "readout": network.config.readout,
+        "accuracy_by_readout": {name: mean_of(values == labels) for name, values in result["by_readout"].items()},
+        "ties": {name: mean_of(values) for name, values in result["ties"].items()},
         "loss": result["loss"],
         "confusion_matrix": confusion_matrix(labels, predictions[-1], labels=range(10)).tolist(),
         "accuracy_over_time": (predictions == labels).double().mean(1).tolist(),
@@ -535,6 +553,11 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
     return metrics, network, predictions[-1]
 
 
+def mean_of(values: torch.Tensor) -> float:
+    """Return the mean of numbers or truth values [N]."""
+    return values.double().mean().item()
+
+
 def print_metrics(metrics: dict, epoch: int, saccade_ends: list[float]) -> None:
     """Print the test metrics as a short table."""
     after_saccades = [metrics["accuracy_over_time"][math.ceil(end) - 1] for end in saccade_ends]
@@ -542,6 +565,10 @@ def print_metrics(metrics: dict, epoch: int, saccade_ends: list[float]) -> None:
     rows = {
         "data set": f"{metrics['dataset']}, {metrics['num_recordings']:,} test recordings",
         "test accuracy": f"{metrics['accuracy']:.2%}",
+        "by readout": "  ".join(
+            f"{name} {accuracy:.2%}" + (f" ({metrics['ties'][name]:.1%} ties)" if name in metrics["ties"] else "")
+            for name, accuracy in metrics["accuracy_by_readout"].items()
+        ),
         "test loss": f"{metrics['loss']:.4f}",
         "after each saccade": "  ".join(f"{accuracy:.2%}" for accuracy in after_saccades)
         or "unknown with --bin_by events",

@@ -218,14 +218,14 @@ def run_test_set(network: SpikingNetwork, frames: nmnist.Frames) -> dict:
     with tqdm(desc="test", total=len(order), unit="recording", leave=False) as bar:
         for x, batch_labels in frames.batches(order, BATCH_SIZE):
             with LayerRecorder(network) as layers:
-                _, mem = network(x)
+                spk, mem = network(x)
             for name, (layer_spk, _) in layers.items():
                 rate = layer_spk.flatten(2).mean(2).sum(1).cpu()
                 totals[name] = totals.get(name, 0) + rate
             last_hidden = list(layers)[-2]
             features.append(layers[last_hidden][0].sum(0).flatten(1).cpu())
             labels.append(batch_labels.cpu())
-            predictions.append(predict(mem).cpu())
+            predictions.append(predict(spk, mem, network.config.readout).cpu())
             bar.update(len(batch_labels))
     return {
         "features": torch.cat(features),
@@ -292,7 +292,7 @@ def draw_recording(network: SpikingNetwork, frames: nmnist.Frames, name: str, ar
     """Draw the output layer's activity during the recording `--sample`; with `--visualize_all`, every layer's."""
     x, label = frames.batch(torch.tensor([args.sample]))
     with torch.no_grad(), LayerRecorder(network) as layers:
-        prediction = int(predict(network(x)[1]))
+        prediction = int(predict(*network(x), network.config.readout))
     heading = f"{name}, test recording {args.sample}: a {int(label)}, read as {prediction}"
     names = list(layers) if args.visualize_all else ["lif_out"]
     draw_layers(network, layers, names, int(label), heading, args)

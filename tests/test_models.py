@@ -11,6 +11,7 @@ import benchmark
 import numpy as np
 import pytest
 import snntorch as snn
+import snntorch.functional as SF
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
@@ -823,8 +824,32 @@ def test_predict_takes_the_largest_summed_membrane_potential():
     mem[0, 1, 2], mem[1, 1, 8] = 0.3, 0.9
     mem[:, 2] = -1.0
     mem[:, 2, 3] = -0.5  # the least negative
-    assert predict(mem).tolist() == [7, 8, 3]
-    assert predict_over_time(mem).tolist() == [[4, 2, 3], [7, 8, 3]]
+    assert predict(mem * 0, mem).tolist() == [7, 8, 3]
+    assert predict_over_time(mem * 0, mem).tolist() == [[4, 2, 3], [7, 8, 3]]
+
+
+def test_rate_and_latency_codes_and_their_ties():
+    spk, mem = torch.zeros(4, 4, 10), torch.zeros(4, 4, 10)
+    mem[:, :, 9] = 0.1  # the membrane decides for 9 unless told otherwise
+    spk[1:, 0, 3], spk[0, 0, 5], mem[0, 0, 5] = 1, 1, 0.05  # 3 fires most, 5 first
+    spk[2, 1, [1, 2]], mem[2, 1, 2] = 1, 2.0  # a tie of both codes, the membrane says 2
+    spk[[0, 3], 2, 6], spk[[1, 2], 2, 7], mem[3, 2, 7] = 1, 1, 2.0  # equal rates, 6 is first
+    # the last recording is silent
+    assert predict(spk, mem, "rate").tolist() == [3, 2, 7, 9]
+    assert predict(spk, mem, "latency").tolist() == [5, 2, 6, 9]
+    assert predict_over_time(spk, mem, "rate").tolist() == [[5, 9, 6, 9], [5, 9, 6, 9], [3, 2, 7, 9], [3, 2, 7, 9]]
+    assert predict_over_time(spk, mem, "latency")[0].tolist() == [5, 9, 6, 9]
+    ties = {code: (models.leading(spk, code)[-1].sum(-1) > 1).tolist() for code in ("rate", "latency")}
+    assert ties == {"rate": [False, True, True, True], "latency": [False, True, False, True]}
+
+
+def test_the_rate_code_is_snntorchs_where_nothing_ties():
+    spk = torch.bernoulli(torch.rand(1, 500, 10).expand(25, -1, -1), generator=torch.Generator().manual_seed(0))
+    spk = spk[:, models.leading(spk, "rate")[-1].sum(-1) == 1]
+    labels = torch.randint(0, 10, (spk.shape[1],))
+    ours = (predict(spk, torch.zeros_like(spk), "rate") == labels).double().mean()
+    assert len(labels) > 100
+    assert float(ours) == pytest.approx(SF.accuracy_rate(spk, labels))
 
 
 def count_connections(in_channels, out_channels, size, kernel, stride, padding):

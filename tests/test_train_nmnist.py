@@ -28,7 +28,7 @@ import nmnist
 import train_nmnist
 import utils
 import visualize_activations
-from models import NetworkConfig, build_model
+from models import NetworkConfig, build_model, load_network
 
 SHORT = ["--time_steps", "5", "--batch_size", "32", "--val_split", "0.2", "--device", "cpu"]
 FIGURES = ["confusion_matrix", "accuracy_over_time", "samples"]
@@ -618,7 +618,8 @@ def test_figures_show_the_history_and_the_metrics(trained, figures):
     assert [int(text) for text in texts] == np.array(metrics["confusion_matrix"]).ravel().tolist()
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted digit", "true digit")
     accuracy = np.array(metrics["accuracy_over_time"])
-    ends = train_nmnist.saccade_ends(5)[:2]
+    args, _ = train_nmnist.parse_args(SHORT)
+    ends = train_nmnist.saccade_ends(args)[:2]
     utils.plot_accuracy_over_time(accuracy, ends, "title", Path("over_time.png"))
     curve, _chance, *saccades = figures["over_time.png"].axes[0].lines
     np.testing.assert_allclose(curve.get_xdata(), [1, 2, 3, 4, 5])
@@ -907,3 +908,29 @@ def test_width_and_learned_decays(tmp_path, made_data_dir, model):
     expected = build_model(NetworkConfig(model=model, width=2, learn_beta=True))
     assert metrics["parameters"] == sum(p.numel() for p in expected.parameters())
     train_here(tmp_path / "fused", made_data_dir, "--resume", "--epochs", 3, "--model", model)
+
+
+@pytest.mark.parametrize("readout", ["rate", "latency"])
+def test_the_readout_decides_everywhere(tmp_path, made_data_dir, readout):
+    train_here(tmp_path, made_data_dir, "--epochs", 3, "--readout", readout, "--no_augment", "--visualize")
+    metrics = json.loads((tmp_path / "logs" / "cnn_test_metrics.json").read_text())
+    entries = history(tmp_path)
+    best = max(entries, key=lambda entry: (entry["val_accuracy"], -entry["val_loss"]))
+    assert metrics["readout"] == readout
+    assert metrics["accuracy"] == metrics["accuracy_by_readout"][readout] == best["test_accuracy"]
+    assert metrics["accuracy_over_time"][-1] == metrics["accuracy"]
+    # Recomputed from the network's outputs, by hand.
+    checkpoint = utils.load_checkpoint(tmp_path / "checkpoints" / "cnn_best.pt", "cnn")
+    network = load_network(checkpoint, torch.device("cpu")).eval()
+    frames, labels = nmnist.load_frames(nmnist.NMNIST(made_data_dir, "test"), 5).batch(torch.arange(30))
+    with torch.no_grad():
+        spk, mem = (x.numpy() for x in network(frames))
+    correct, ties = 0, 0
+    for b, label in enumerate(labels):
+        first = [np.flatnonzero(spk[:, b, n])[0] if spk[:, b, n].any() else 99 for n in range(10)]
+        score = spk[:, b].sum(0) if readout == "rate" else -np.array(first)
+        leaders = np.flatnonzero(score == score.max())
+        ties += len(leaders) > 1
+        correct += leaders[mem[:, b, leaders].sum(0).argmax()] == int(label)
+    assert metrics["accuracy"] == pytest.approx(correct / 30)
+    assert metrics["ties"][readout] == pytest.approx(ties / 30)
