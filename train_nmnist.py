@@ -4,6 +4,7 @@ python train_nmnist.py --model cnn                           # train, then test 
 python train_nmnist.py --model resnet --epochs 15 --batch_size 64 --scheduler
 python train_nmnist.py --model cnn --resume                  # continue the last run where it stopped
 python train_nmnist.py --model cnn --test_only --visualize   # test the best checkpoint, with figures
+python train_nmnist.py --model cnn --seed 0 1 2 3 4          # train five networks, and compare them in a table
 torchrun --nproc_per_node=2 train_nmnist.py --model cnn      # train in two processes, on two GPUs where there are
 """
 
@@ -14,7 +15,9 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -114,8 +117,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no_augment", action="store_true", help=text)
     share = number(float, 0, 1, open_low=True, open_high=True)
     add_flag(group, "--val_split", 0.1, "share of training recordings for validation", type=share)
-    text = "seed of weights, validation split, order, augmentation and dropout"
-    add_flag(group, "--seed", 0, text, type=number(int, 0, 2**32 - 1))
+    text = "seed of weights, validation split, order, augmentation and dropout; of several, each trains a network"
+    add_flag(group, "--seed", 0, text, type=number(int, 0, 2**32 - 1), nargs="+", action=OneOrMore)
 
 
 def add_running_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +136,13 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
 def add_flag(group, flag: str, default, text: str, **options) -> None:
     """Add a flag with a value; its help ends with its default."""
     group.add_argument(flag, default=default, help=f"{text} (default: %(default)s)", **options)
+
+
+class OneOrMore(argparse.Action):
+    """Store a single value as it is, several as a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
@@ -453,6 +463,7 @@ def save(args, state: TrainState, history: list[dict], best: dict | None, data: 
         "neuron_backend": describe_backend(state.network),
         "network": {name: value.cpu().clone() for name, value in state.ema.module.state_dict().items()},
         "epoch": len(history),
+        "training_seconds": sum(entry["seconds"] for entry in history),
         # If validation accuracies are equal, the smaller loss is better. The test recordings are not used.
         "score": [history[-1]["val_accuracy"], -history[-1]["val_loss"]],
     }
@@ -544,9 +555,20 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
         "precision": network.config.precision,
         "neuron_backend": describe_backend(network),
         "checkpoint": str(path),
+        "weights": "exponential moving average",
+        "epoch": checkpoint["epoch"],
+        "training_seconds": checkpoint["training_seconds"],
         "seed": checkpoint["settings"]["seed"],
+        "settings": checkpoint["network_config"] | checkpoint["settings"],
+        "versions": utils.versions("torch", "snntorch", "tonic", "numpy"),
+        "machine": f"{utils.processor_name()}, {utils.describe_device(device)}",
+        "peak_memory_mb": utils.peak_memory_mb(device),
+        "milliseconds_per_recording": {
+            f"batch of {size}": time_per_recording(network, data.test, size)
+            for size in (1, min(args.batch_size, len(data.test)))
+        },
     }
-    print_metrics(metrics, checkpoint["epoch"], saccade_ends(args))
+    print_metrics(metrics, saccade_ends(args))
     metrics_path = Path(args.log_dir) / f"{args.model}_test_metrics.json"
     utils.write_json(metrics_path, metrics)
     print(f"metrics     {metrics_path}")
@@ -558,7 +580,19 @@ def mean_of(values: torch.Tensor) -> float:
     return values.double().mean().item()
 
 
-def print_metrics(metrics: dict, epoch: int, saccade_ends: list[float]) -> None:
+@torch.no_grad()
+def time_per_recording(network: SpikingNetwork, frames: Frames, batch_size: int, repeats: int = 3) -> float:
+    """Return the median time in ms that the network takes for a recording of a batch, the frames being made."""
+    x, _ = frames.batch(torch.arange(batch_size), network.dtype)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        network(x)[1].sum().item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 1000 * float(np.median(seconds[1:])) / batch_size
+
+
+def print_metrics(metrics: dict, saccade_ends: list[float]) -> None:
     """Print the test metrics as a short table."""
     after_saccades = [metrics["accuracy_over_time"][math.ceil(end) - 1] for end in saccade_ends]
     share = metrics["synaptic_operations"] / metrics["macs"]
@@ -577,7 +611,10 @@ def print_metrics(metrics: dict, epoch: int, saccade_ends: list[float]) -> None:
         f"{share:.1%} of the {metrics['macs'] / 1e6:.1f} million MACs without spikes",
         "parameters": f"{metrics['parameters']:,}",
         "precision, neurons": f"{metrics['precision']}, {metrics['neuron_backend']}",
-        "checkpoint": f"{metrics['checkpoint']} (epoch {epoch}, seed {metrics['seed']})",
+        "time per recording": ", ".join(
+            f"{ms:.2f} ms in a {b}" for b, ms in metrics["milliseconds_per_recording"].items()
+        ),
+        "checkpoint": f"{metrics['checkpoint']} (epoch {metrics['epoch']}, seed {metrics['seed']})",
     }
     for title, value in rows.items():
         print(f"{title:20} {value}")
@@ -636,6 +673,42 @@ def draw_samples(frames: Frames, predictions: torch.Tensor, first_end: float, ti
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    seeds = make_parser().parse_args(argv).seed
+    if isinstance(seeds, list):
+        run_seeds(argv, seeds)
+    else:
+        run(argv)
+
+
+def run_seeds(argv: list[str], seeds: list[int]) -> None:
+    """Run the script for each seed in folders of its own; print and write a table of the tests."""
+    args = make_parser().parse_args(argv)
+    if utils.rank() or "WORLD_SIZE" in os.environ:
+        raise UserError("--seed: several seeds can't be trained under torchrun; start it for one seed at a time")
+    rows = []
+    for seed in dict.fromkeys(seeds):
+        folders = {name: Path(getattr(args, name)) / f"seed_{seed}" for name in ("save_dir", "log_dir")}
+        print(f"seed        {seed}")
+        run([*argv, "--seed", str(seed), *(f"--{name}={folder}" for name, folder in folders.items())])
+        metrics = json.loads((folders["log_dir"] / f"{args.model}_test_metrics.json").read_text())
+        row = {name: metrics[name] for name in ("model", "seed", "dataset", "accuracy", "loss", "epoch")}
+        row |= {f"accuracy_{readout}": accuracy for readout, accuracy in metrics["accuracy_by_readout"].items()}
+        row |= {name: metrics[name] for name in ("synaptic_operations", "parameters", "training_seconds")}
+        rows.append(row)
+    path = Path(args.log_dir) / f"{args.model}_seeds.csv"
+    utils.write_csv(path, rows)
+    print(f"{'test accuracy':20} {'mean':>8} {'std':>8} {'min':>8} {'max':>8}   of {len(rows)} seeds")
+    for name in ("accuracy", *(f"accuracy_{readout}" for readout in READOUTS)):
+        values = np.array([row[name] for row in rows])
+        spread = values.std(ddof=1) if len(values) > 1 else 0.0
+        numbers = (values.mean(), spread, values.min(), values.max())
+        print(f"{name:20} " + " ".join(f"{value:8.2%}" for value in numbers))
+    print(f"seeds       {path}")
+
+
+def run(argv: list[str]) -> None:
+    """Train and test one network, or test it alone."""
     args, checkpoint = parse_args(argv)
     device = utils.pick_device(args.device)
     utils.prepare_device(device)

@@ -3,6 +3,7 @@ the plots of training and testing."""
 
 import argparse
 import contextlib
+import csv
 import ctypes
 import datetime
 import errno
@@ -15,6 +16,7 @@ import signal
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 
@@ -226,6 +228,31 @@ def describe_device(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
+def processor_name() -> str:
+    """Return the processor's name, if Linux tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Return the most memory in MB that this process has used, on a GPU that of its tensors."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the version of Python and of packages."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+
+
 def add_precision_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--precision` to a script's flags."""
     parser.add_argument(
@@ -424,6 +451,14 @@ def write_json(path: str | Path, value) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
+def write_csv(path: str | Path, rows: list[dict]) -> None:
+    """Write rows of the same keys to `path` as CSV with a header, atomically."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def save_tensors(path: str | Path, content: dict) -> None:
     """Write a dictionary of tensors, numbers, strings, lists and dictionaries to `path`, atomically."""
     with atomic_path(path) as temporary:
@@ -449,7 +484,7 @@ def read_tensors(path: str | Path, mmap: bool = False) -> dict:
 # --- Checkpoints -----------------------------------------------------------------------------------------
 
 CHECKPOINT_FORMAT = 3  # increased if older checkpoints can't be used
-CHECKPOINT_KEYS = ("network_config", "settings", "data", "threads", "network", "epoch", "score")
+CHECKPOINT_KEYS = ("network_config", "settings", "data", "threads", "network", "epoch", "training_seconds", "score")
 
 
 def checkpoint_path(save_dir: str | Path, model: str, which: str) -> Path:

@@ -223,7 +223,7 @@ def benchmark_speed(args: argparse.Namespace) -> None:
 def report_speed(args, device, precision, first_step, speed, binning, recordings: int) -> None:
     """Print the table of `benchmark_speed`, and write it to `--json`."""
     head = {
-        "machine": f"{processor_name()}, {num_cores()} cores",
+        "machine": f"{utils.processor_name()}, {num_cores()} cores",
         "device": utils.describe_device(device),
         "versions": f"torch {torch.__version__}, snnTorch {snntorch.__version__}, tonic {tonic.__version__}",
         "model": args.model,
@@ -263,16 +263,6 @@ def report_speed(args, device, precision, first_step, speed, binning, recordings
 def num_cores() -> int:
     """Return the number of CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def processor_name() -> str:
-    """Return what the processor calls itself, where Linux tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Training, resuming and testing, as a user runs them, on recordings made here and on real ones."""
 
+import csv
 import errno
 import io
 import json
@@ -9,6 +10,7 @@ import random
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -66,8 +68,13 @@ def train_here(folder, data_dir, *flags):
 
 def weights(folder, model="cnn", which="last"):
     """Return the weights that a checkpoint tests, of the last one those that training continues with."""
-    checkpoint = torch.load(folder / "checkpoints" / f"{model}_{which}.pt", weights_only=True)
-    return checkpoint["state"]["network"] if which == "last" else checkpoint["network"]
+    return weights_in(folder / "checkpoints" / f"{model}_{which}.pt")
+
+
+def weights_in(path):
+    """Return the same of the checkpoint at `path`."""
+    checkpoint = torch.load(path, weights_only=True)
+    return checkpoint["state"]["network"] if "state" in checkpoint else checkpoint["network"]
 
 
 def equal(first, second):
@@ -144,7 +151,12 @@ def test_testing_again_gives_the_same_metrics_and_ignores_contradicting_flags(tr
     output = capsys.readouterr().out
     assert "--beta 0.9 is ignored" in output
     assert "--time_steps 9 is ignored" in output
-    assert json.loads(path.read_text()) == before
+    after = json.loads(path.read_text())
+    assert after.keys() == before.keys()
+    measured = {"machine", "peak_memory_mb", "milliseconds_per_recording"}
+    assert {k: v for k, v in after.items() if k not in measured} == {
+        k: v for k, v in before.items() if k not in measured
+    }
 
 
 def test_figures_are_written(trained):
@@ -934,3 +946,46 @@ def test_the_readout_decides_everywhere(tmp_path, made_data_dir, readout):
         correct += leaders[mem[:, b, leaders].sum(0).argmax()] == int(label)
     assert metrics["accuracy"] == pytest.approx(correct / 30)
     assert metrics["ties"][readout] == pytest.approx(ties / 30)
+
+
+def test_several_seeds_end_with_a_table(tmp_path, made_data_dir, capsys):
+    flags = ["--epochs", 1, *STEP]
+    train_here(tmp_path / "one", made_data_dir, *flags, "--seed", 7)
+    train_here(tmp_path / "many", made_data_dir, *flags, "--seed", 3, 7)
+    output = capsys.readouterr().out
+    many = tmp_path / "many"
+    for which in ("best", "last"):
+        assert equal(weights(tmp_path / "one", which=which), weights_at(many / "checkpoints" / "seed_7", which))
+    accuracies = []
+    for seed in (3, 7):
+        metrics = json.loads((many / "logs" / f"seed_{seed}" / "cnn_test_metrics.json").read_text())
+        assert metrics["seed"] == metrics["settings"]["seed"] == seed
+        accuracies.append(metrics["accuracy"])
+    with open(many / "logs" / "cnn_seeds.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(int(row["seed"]), float(row["accuracy"])) for row in rows] == list(zip((3, 7), accuracies, strict=True))
+    mean, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
+    line = next(line for line in output.splitlines() if line.startswith("accuracy "))
+    assert line.split()[1:] == [f"{x:.2%}" for x in (mean, spread, min(accuracies), max(accuracies))]
+    # Stopped and resumed: what is done is only tested again.
+    train_here(tmp_path / "many", made_data_dir, *flags, "--resume", "--seed", 3, 7, 9)
+    assert len(list((many / "checkpoints").glob("seed_*/cnn_best*.pt"))) == 3
+
+
+def weights_at(save_dir, which):
+    """Return the weights in a checkpoint of `save_dir`."""
+    return weights_in(save_dir / f"cnn_{which}.pt")
+
+
+def test_metrics_say_how_they_came_about(tmp_path, made_data_dir):
+    train_here(tmp_path, made_data_dir, "--epochs", 2, *STEP)
+    metrics = json.loads((tmp_path / "logs" / "cnn_test_metrics.json").read_text())
+    entries = json.loads((tmp_path / "logs" / "cnn_history.json").read_text())
+    assert metrics["training_seconds"] == pytest.approx(sum(e["seconds"] for e in entries[: metrics["epoch"]]))
+    assert metrics["settings"]["time_steps"] == 2
+    assert metrics["settings"]["neuron_backend"] == "step"
+    assert metrics["versions"]["torch"] == torch.__version__
+    assert f"{torch.get_num_threads()} threads" in metrics["machine"]
+    assert 100 < metrics["peak_memory_mb"] < 100_000
+    assert list(metrics["milliseconds_per_recording"]) == ["batch of 1", "batch of 30"]
+    assert all(0 < ms < 10_000 for ms in metrics["milliseconds_per_recording"].values())
