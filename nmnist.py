@@ -244,7 +244,8 @@ def wait_for_answer(url: str, seconds: float) -> None:
 # --- Frames and their cache ------------------------------------------------------------------------------
 
 CACHE_VERSION = 5
-NOT_IN_FRAMES = ("data", "targets", "location_on_system")  # attributes of a data set that shape no frame
+# Attributes of a data set that shape no frame.
+NOT_IN_FRAMES = ("data", "targets", "location_on_system", "url", "filename", "file_md5")
 
 
 @dataclass
