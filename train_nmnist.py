@@ -36,6 +36,7 @@ import nmnist
 from models import (
     BACKENDS,
     NETWORKS,
+    NUM_DIGITS,
     READOUTS,
     ActivityMeter,
     NetworkConfig,
@@ -346,33 +347,34 @@ def mean_results(totals: torch.Tensor, bar: tqdm) -> dict:
 def evaluate(network: SpikingNetwork, frames: Frames, indices: torch.Tensor, loss_fn, batch_size: int, bar) -> dict:
     """Run the network over the recordings `indices`, without training, each process over its shard.
 
-    Returns mean `loss`, `accuracy`, `labels` [N] and `predictions` [T, N]: the digit predicted after each step by the
-    network's readout. `by_readout` has the last predictions of each readout, `ties` [N] where the membrane decided.
+    Returns mean `loss`, `accuracy`, `labels` [N], the output neurons' `spk` and `mem` [T, N, 10], and `predictions`
+    [T, N]: the digit that the network's readout predicts after each step.
     """
     network.eval()
-    total_loss = 0.0
-    sizes = (), (frames.time_steps,), (len(READOUTS),), (len(READOUTS) - 1,)
-    parts = [[torch.zeros(*size, 0, dtype=torch.int64)] for size in sizes]
-    for x, batch_labels in frames.batches(indices[utils.shard(len(indices))], batch_size, network.dtype):
+    total_loss, no_output = 0.0, torch.zeros(frames.time_steps, 0, NUM_DIGITS, device=frames.labels.device)
+    outputs = [(no_output, no_output, no_output[0, :, 0].long())]  # a process may have no recording
+    for x, labels in frames.batches(indices[utils.shard(len(indices))], batch_size, network.dtype):
         spk, mem = network(x)
-        total_loss = total_loss + loss_fn(spk, mem, batch_labels).double() * len(batch_labels)
-        by_readout = torch.stack([predict(spk, mem, readout) for readout in READOUTS])
-        ties = torch.stack([leading(spk, readout)[-1].sum(-1) > 1 for readout in READOUTS[1:]]).long()
-        over_time = predict_over_time(spk, mem, network.config.readout)
-        for part, values in zip(parts, (batch_labels, over_time, by_readout, ties), strict=True):
-            part.append(values.cpu())
-        bar.update(len(batch_labels) * utils.world_size())
-    gathered = utils.all_gather((float(total_loss), *(torch.cat(part, dim=-1) for part in parts)))
-    losses, *parts = zip(*gathered, strict=True)
-    labels, predictions, by_readout, ties = (torch.cat(part, dim=-1) for part in parts)
-    return {
-        "loss": sum(losses) / len(labels),
-        "accuracy": (predictions[-1] == labels).double().mean().item(),
-        "labels": labels,
-        "predictions": predictions,
-        "by_readout": dict(zip(READOUTS, by_readout, strict=True)),
-        "ties": dict(zip(READOUTS[1:], ties, strict=True)),
-    }
+        total_loss = total_loss + loss_fn(spk, mem, labels).double() * len(labels)
+        outputs.append((spk, mem, labels))
+        bar.update(len(labels) * utils.world_size())
+    own = tuple(x.cpu() for x in join_batches(outputs))
+    losses, outputs = zip(*utils.all_gather((float(total_loss), own)), strict=True)
+    spk, mem, labels = join_batches(outputs)
+    predictions = predict_over_time(spk, mem, network.config.readout)
+    results = {"labels": labels, "spk": spk, "mem": mem, "predictions": predictions}
+    return {"loss": sum(losses) / len(labels), "accuracy": mean_of(predictions[-1] == labels), **results}
+
+
+def join_batches(outputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Join the (spk, mem, labels) of batches along the recordings."""
+    spk, mem, labels = zip(*outputs, strict=True)
+    return torch.cat(spk, dim=1), torch.cat(mem, dim=1), torch.cat(labels)
+
+
+def mean_of(values: torch.Tensor) -> float:
+    """Return the mean of numbers or truth values [N]."""
+    return values.double().mean().item()
 
 
 def training_batches(args, order: torch.Tensor, frames: Frames, dtype: torch.dtype) -> Iterator:
@@ -534,7 +536,7 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
     loss_fn, indices = make_loss(checkpoint["settings"]["loss"]), torch.arange(len(data.test))
     with progress("test", len(indices)) as bar, ActivityMeter(network) as meter:
         result = evaluate(network, data.test, indices, loss_fn, args.batch_size, bar)
-    labels, predictions = result["labels"], result["predictions"]
+    spk, mem, labels, predictions = (result[name] for name in ("spk", "mem", "labels", "predictions"))
     metrics = {
         "dataset": data.name,
         "trained_on": trained_with["data set"],
@@ -543,8 +545,8 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
         "num_recordings": len(labels),
         "accuracy": result["accuracy"],
         "readout": network.config.readout,
-        "accuracy_by_readout": {name: mean_of(values == labels) for name, values in result["by_readout"].items()},
-        "ties": {name: mean_of(values) for name, values in result["ties"].items()},
+        "accuracy_by_readout": {name: mean_of(predict(spk, mem, name) == labels) for name in READOUTS},
+        "ties": {name: mean_of(leading(spk, name)[-1].sum(-1) > 1) for name in ("rate", "latency")},
         "loss": result["loss"],
         "confusion_matrix": confusion_matrix(labels, predictions[-1], labels=range(10)).tolist(),
         "accuracy_over_time": (predictions == labels).double().mean(1).tolist(),
@@ -573,11 +575,6 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
     utils.write_json(metrics_path, metrics)
     print(f"metrics     {metrics_path}")
     return metrics, network, predictions[-1]
-
-
-def mean_of(values: torch.Tensor) -> float:
-    """Return the mean of numbers or truth values [N]."""
-    return values.double().mean().item()
 
 
 @torch.no_grad()
@@ -684,7 +681,7 @@ def main(argv: list[str] | None = None) -> None:
 def run_seeds(argv: list[str], seeds: list[int]) -> None:
     """Run the script for each seed in folders of its own; print and write a table of the tests."""
     args = make_parser().parse_args(argv)
-    if utils.rank() or "WORLD_SIZE" in os.environ:
+    if "RANK" in os.environ:
         raise UserError("--seed: several seeds can't be trained under torchrun; start it for one seed at a time")
     rows = []
     for seed in dict.fromkeys(seeds):
