@@ -45,6 +45,12 @@ class NetworkConfig:
     learn_beta: bool = False  # learn one beta per layer
     readout: str = "membrane"  # or "rate" or "latency": what decides on the digit (`predict`)
 
+    def __post_init__(self):
+        known = {"model": NETWORKS, "precision": ("fp32", "bf16"), "neuron_backend": BACKENDS, "readout": READOUTS}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}")
+
 
 def make_leaky(config: NetworkConfig) -> snn.Leaky:
     """Make the LIF neuron that both networks use unless told otherwise."""
@@ -487,9 +493,16 @@ class MaxPool(nn.Module):
 
 # Trust the instruction sets that the processor reports: inductor's own trial of each takes 7 s at the first start.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
-# One compilation for all shapes. A kernel has a few variants: float32 and bfloat16, five steps and one, Leaky or not.
-compile_kernel = torch.compile(dynamic=True, fullgraph=True, recompile_limit=64)
 compiler_error: str | None = None  # why kernels run uncompiled
+
+
+def compile_kernel(function: Callable) -> Callable:
+    """Compile a kernel at its first call, once for all shapes.
+
+    It has a few variants: float32 and bfloat16, five steps and one, Leaky or not.
+    """
+    compiled = functools.cache(lambda: torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=64))
+    return functools.wraps(function)(lambda *args: (function if compiler_error else compiled())(*args))
 
 
 @functools.cache
@@ -506,10 +519,9 @@ def probe_compiler(device: torch.device, dtype: torch.dtype) -> None:
         raise
     except Exception as error:  # compilers fail in many ways
         compiler_error = next(iter(str(error).splitlines()), type(error).__name__)
-        torch.compiler.set_stance("force_eager")
         print(
-            "WARNING: no C++ compiler (g++) or Triton works here: neurons run uncompiled, with the same results but "
-            f"several times slower ({compiler_error})",
+            "WARNING: neurons run uncompiled, with the same results but several times slower: compiling needs a C++ "
+            f"compiler (g++) or Triton, and a folder for its cache ({compiler_error})",
             file=sys.stderr,
         )
 

@@ -361,9 +361,9 @@ def _fingerprint(recordings: NMNIST) -> str:
     digest = hashlib.sha256(f"version {CACHE_VERSION} {sorted(options.items())}".encode())
     if kind.__module__ != __name__:
         digest.update(f"{kind.__module__}.{kind.__qualname__}".encode())
-    for path in recordings.data:
-        status = os.stat(path)
-        digest.update(f"{os.path.relpath(path, recordings.root)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for path, label in zip(recordings.data, recordings.targets, strict=True):
+        status, name = os.stat(path), os.path.relpath(path, recordings.root)
+        digest.update(f"{name} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -392,6 +392,7 @@ def bin_recordings(recordings: NMNIST, time_steps: int, denoise: int | None = No
     """Bin recordings as tonic's `ToFrame` with `n_time_bins` or `n_event_bins`, after its `Denoise` if asked."""
     indices, counts, nnz, facts, sha256 = [], [], [], [], hashlib.sha256()
     for i in tqdm(range(len(recordings)), desc=f"bin {recordings.split}", unit="recording"):
+        utils.check_interrupted()
         events, label = recordings[i]
         sha256.update(bytes([label]) + Path(recordings.data[i]).read_bytes())
         facts.append((len(events), events["p"].sum(), events["t"][-1] - events["t"][0]))

@@ -227,8 +227,8 @@ def resume_command(args: argparse.Namespace, *flags: str) -> str:
     command, parser = ["python", "train_nmnist.py", "--model", args.model, *flags], make_parser()
     for name in ("save_dir", "log_dir", "data_dir", "dataset", "device"):
         if getattr(args, name) != parser.get_default(name):
-            command += [f"--{name}", getattr(args, name)]
-    return shlex.join(command)
+            command.append(f"--{name}={getattr(args, name)}")
+    return shlex.join([*command, *(["--visualize"] if args.visualize else [])])
 
 
 # --- Training --------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
             history.append(entry)
             if utils.rank() == 0:
                 if epoch == 1:
-                    utils.keep_earlier_run(args.save_dir, args.log_dir, args.model)
+                    utils.keep_earlier_run(*files_of_run(args))
                 best = save(args, state, history, best, data)
             saved = epoch
             print_epoch(entry, args.epochs)  # after saving: a line that can't be printed loses nothing
@@ -318,6 +318,7 @@ def train_one_epoch(state: TrainState, batches: Iterator, bar: tqdm) -> dict:
     state.network.train()
     totals = 0  # sums of loss, correct predictions and recordings; reading them waits for a GPU, so only the bar does
     for frames, labels, whole in batches:
+        utils.check_interrupted()
         spk, mem = state.parallel(frames)
         # A process without a recording of the last batch takes part with gradients of 0.
         loss = state.loss_fn(spk, mem, labels) if len(labels) else mem.sum()
@@ -492,17 +493,40 @@ def restore(args, state: TrainState, checkpoint: dict, data: Data) -> tuple[list
             f"resuming with {torch.get_num_threads()} threads a run of {checkpoint['threads']}: "
             "it will not be equal bit for bit to one that was not stopped (OMP_NUM_THREADS)"
         )
-    for name, values in checkpoint["state"].items():
-        getattr(state, name).load_state_dict(values)
-    history, best = checkpoint["history"], checkpoint["best"]
+    last = utils.checkpoint_path(args.save_dir, args.model, "last")
+    if args.resume == "last" and utils.load_checkpoint(last, args.model).get("history") != checkpoint["history"]:
+        raise UserError(f"{last} has changed since this command started: run it again")
+    try:
+        for name in state.state_dict():
+            getattr(state, name).load_state_dict(checkpoint["state"][name])
+        history, best = checkpoint["history"], checkpoint["best"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--resume: the checkpoint lacks parts of its state ({utils.first_line(error)})") from None
     if utils.rank() == 0:  # save_dir or log_dir may be others than before
-        last = utils.checkpoint_path(args.save_dir, args.model, "last")
-        if args.resume != "last" and Path(args.resume).resolve() != last.resolve():
-            utils.keep_earlier_run(args.save_dir, args.log_dir, args.model)
+        same_folder = args.resume == "last" or os.path.realpath(args.resume) == os.path.realpath(last)
+        if not same_folder:
+            utils.keep_earlier_run(*files_of_run(args))
+        elif read_history(args)[: len(history)] != history[: len(read_history(args))]:  # of a run with another save_dir
+            utils.keep_earlier_run(*files_of_run(args)[2:])
         write_best_and_history(args, best, history)
         utils.save_tensors(last, checkpoint)
     print(f"resume      after epoch {len(history)} of {args.epochs}")
     return history, best
+
+
+def files_of_run(args: argparse.Namespace) -> list[Path]:
+    """Return the files of a run that a later one would overwrite: two of save_dir, then two of log_dir."""
+    checkpoints = [utils.checkpoint_path(args.save_dir, args.model, which) for which in ("last", "best")]
+    return checkpoints + [Path(args.log_dir) / f"{args.model}_{name}.json" for name in ("history", "test_metrics")]
+
+
+def read_history(args: argparse.Namespace) -> list[dict]:
+    """Return the history in log_dir; it is empty if there is none, or a damaged one."""
+    try:
+        history = json.loads((Path(args.log_dir) / f"{args.model}_history.json").read_text())
+        return history if all("val_accuracy" in entry for entry in history) else []
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return []
 
 
 def describe_data(data: Data) -> dict[str, str]:
@@ -528,7 +552,10 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
     """Test the best checkpoint, write and print its metrics; return them, the network and its predictions [N]."""
     path = utils.checkpoint_path(args.save_dir, args.model, "best")
     checkpoint = utils.load_checkpoint(path, args.model)
-    network = load_network(checkpoint, device)
+    try:
+        network = load_network(checkpoint, device)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not hold the network it names ({utils.first_line(error)})") from None
     trained_with, here = checkpoint["data"], describe_data(data)
     for part in ("data set", "test part"):
         if trained_with[part] != here[part]:
@@ -536,6 +563,8 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
     loss_fn, indices = make_loss(checkpoint["settings"]["loss"]), torch.arange(len(data.test))
     with progress("test", len(indices)) as bar, ActivityMeter(network) as meter:
         result = evaluate(network, data.test, indices, loss_fn, args.batch_size, bar)
+    if not math.isfinite(result["loss"]):
+        raise UserError(f"{path}: the loss of this network is not finite")
     spk, mem, labels, predictions = (result[name] for name in ("spk", "mem", "labels", "predictions"))
     metrics = {
         "dataset": data.name,
@@ -559,6 +588,7 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
         "checkpoint": str(path),
         "weights": "exponential moving average",
         "epoch": checkpoint["epoch"],
+        "val_accuracy": checkpoint["score"][0],
         "training_seconds": checkpoint["training_seconds"],
         "seed": checkpoint["settings"]["seed"],
         "settings": checkpoint["network_config"] | checkpoint["settings"],
@@ -571,10 +601,20 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
         },
     }
     print_metrics(metrics, saccade_ends(args))
-    metrics_path = Path(args.log_dir) / f"{args.model}_test_metrics.json"
+    metrics_path = files_of_run(args)[-1]
+    if tested_checkpoint(metrics_path) not in (None, metrics["checkpoint"]):
+        utils.keep_earlier_run(metrics_path)
     utils.write_json(metrics_path, metrics)
     print(f"metrics     {metrics_path}")
     return metrics, network, predictions[-1]
+
+
+def tested_checkpoint(path: Path) -> str | None:
+    """Return the checkpoint of which the metrics file `path` is, None if there is no such file."""
+    try:
+        return json.loads(path.read_text())["checkpoint"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 @torch.no_grad()
@@ -628,13 +668,14 @@ def saccade_ends(args: argparse.Namespace) -> list[float]:
 def visualize(args, metrics: dict, network: SpikingNetwork, frames: Frames, predictions: torch.Tensor) -> None:
     """Write the figures of training, if there is a history, and of the test."""
     log_dir, name, model = Path(args.log_dir), type(network).__name__, args.model
-    history_path = log_dir / f"{model}_history.json"
-    if history_path.is_file():
-        try:
-            history = json.loads(history_path.read_text())
-            utils.plot_history(history, f"{name} on {metrics['trained_on']}", log_dir / "training_results.png")
-        except (ValueError, TypeError, KeyError):
-            utils.warn(f"{history_path} is damaged: training_results.png is not drawn; --resume writes it again")
+    history, epoch = read_history(args), metrics["epoch"]
+    try:
+        if history[epoch - 1]["val_accuracy"] != metrics["val_accuracy"]:
+            raise ValueError
+        utils.plot_history(history, f"{name} on {metrics['trained_on']}", log_dir / "training_results.png")
+    except (IndexError, ValueError, TypeError, KeyError, OverflowError):
+        path = files_of_run(args)[2]
+        utils.warn(f"{path} is missing, damaged or of another run: training_results.png is not drawn")
     tested = f"{metrics['accuracy']:.2%} of {metrics['num_recordings']:,} test recordings"
     title = f"{name} on {metrics['dataset']}: {tested}"
     counts = np.array(metrics["confusion_matrix"])
@@ -731,7 +772,7 @@ def run(argv: list[str]) -> None:
 def locked_folders(args: argparse.Namespace) -> Iterator[None]:
     """Hold save_dir and log_dir for training this model; raise `UserError` if another run does."""
     # By folder, since the two may be the same, which can be locked once.
-    flags = {Path(args.log_dir).resolve(): "--log_dir", Path(args.save_dir).resolve(): "--save_dir"}
+    flags = {os.path.realpath(args.log_dir): "--log_dir", os.path.realpath(args.save_dir): "--save_dir"}
     with contextlib.ExitStack() as stack:
         for folder, flag in flags.items() if utils.rank() == 0 and not args.test_only else ():
             busy = f"{flag} {folder}: another run of {args.model} writes there; choose another folder, or wait"
@@ -761,8 +802,7 @@ def test_and_visualize(args: argparse.Namespace, data: Data, device: torch.devic
             if args.visualize:
                 visualize(args, metrics, network, data.test, predictions)
     except KeyboardInterrupt as stop:
-        flags = ("--test_only", *(["--visualize"] if args.visualize else []))
-        stop.args = (f"the test was not finished; repeat it with: {resume_command(args, *flags)}",)
+        stop.args = (f"the test was not finished; repeat it with: {resume_command(args, '--test_only')}",)
         raise
 
 

@@ -56,12 +56,12 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`. A `UserError` or a file error becomes one line on stderr and exit status 1.
 
     Ctrl-C and SIGTERM become a line, too, and exit status 130 and 143. Of the processes that `torchrun` starts, the
-    first prints to stdout, and the first of each machine reports errors.
+    first prints to stdout.
     """
     script, first = Path(sys.argv[0]).name, rank() == 0
     make_output_safe()
-    signal.signal(signal.SIGINT, signal.default_int_handler if first else signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, _terminate if first else signal.SIG_DFL)
+    signal.signal(signal.SIGINT, _interrupt if first else signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _interrupt if first else signal.SIG_DFL)
     if not first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
@@ -77,13 +77,15 @@ def run_script(main: Callable[[], None]) -> None:
         text = describe_error(error)
         if isinstance(error, OSError) and not error.filename:  # all but the streams have a name
             text = f"output can't be written: {text}"
-        sys.exit(f"{script}: error: {text}" if local_rank() == 0 else 1)
+        sys.exit(f"{script}: error: {text}")
     except KeyboardInterrupt as stop:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_IGN)  # a second one must not stop the exit
         print(f"\n{script}: interrupted: {str(stop) or 'all files are whole; run the command again'}", file=sys.stderr)
         sys.exit(143 if isinstance(stop, Terminated) else 130)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            sys.exit(f"{script}: error: not enough memory: choose a smaller --batch_size or --time_steps")
         if world_size() > 1 and "closed by peer" in str(error):
             sys.exit(f"{script}: error: another process ended, so this one ends too")
         raise
@@ -91,8 +93,21 @@ def run_script(main: Callable[[], None]) -> None:
         destroy_distributed()
 
 
-def _terminate(_signal, _frame):
-    raise Terminated
+interrupted_by: type[KeyboardInterrupt] | None = None  # set by a signal that nothing has handled yet
+
+
+def _interrupt(number, _frame):
+    global interrupted_by
+    interrupted_by = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    raise interrupted_by
+
+
+def check_interrupted() -> None:
+    """Raise the interrupt of a signal that came where Python discards exceptions, as in a callback of the compiler."""
+    global interrupted_by
+    if interrupted_by:
+        stop, interrupted_by = interrupted_by, None
+        raise stop
 
 
 class SafeStderr:
@@ -511,7 +526,8 @@ def load_checkpoint(path: str | Path, model: str) -> dict:
     if checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} was written by another version of this project: {make_one}")
     config = checkpoint.get("network_config")
-    if not isinstance(config, dict) or any(name not in checkpoint for name in CHECKPOINT_KEYS):
+    complete = all(name in checkpoint for name in CHECKPOINT_KEYS)
+    if not complete or not all(isinstance(x, dict) for x in (config, checkpoint["settings"], checkpoint["data"])):
         raise UserError(f"{path} lacks parts of a checkpoint: {make_one}")
     found = config.get("model")
     if found != model:
@@ -519,17 +535,14 @@ def load_checkpoint(path: str | Path, model: str) -> dict:
     return checkpoint
 
 
-def keep_earlier_run(save_dir: str | Path, log_dir: str | Path, model: str) -> None:
-    """Rename the files of an earlier run of `model` to the first free number, such as cnn_best.1.pt; print it."""
-    names = [Path(save_dir) / f"{model}_{which}.pt" for which in ("last", "best")]
-    names += [Path(log_dir) / f"{model}_{which}.json" for which in ("history", "test_metrics")]
-    earlier = [path for path in names if path.exists()]
-    if not earlier:
-        return
-    n = next(n for n in itertools.count(1) if not any(_numbered(path, n).exists() for path in names))
-    for path in earlier:
-        path.rename(_numbered(path, n))
-    print(f"earlier     run kept as {', '.join(str(_numbered(path, n)) for path in earlier)}")
+def keep_earlier_run(*paths: Path) -> None:
+    """Rename the files of an earlier run, if there are any, to the first free number, such as cnn_best.1.pt."""
+    earlier = [path for path in paths if path.exists()]
+    if earlier:
+        n = next(n for n in itertools.count(1) if not any(_numbered(path, n).exists() for path in paths))
+        for path in earlier:
+            path.rename(_numbered(path, n))
+        print(f"earlier     run kept as {', '.join(str(_numbered(path, n)) for path in earlier)}")
 
 
 def _numbered(path: Path, n: int) -> Path:

@@ -971,7 +971,7 @@ def test_networks_run_without_a_compiler(tmp_path):
     assert compiled.stdout.split() == ["fused"]
     assert plain.stdout.strip() == "fused, uncompiled"
     (warning,) = [line for line in plain.stderr.splitlines() if "WARNING" in line]
-    assert "no C++ compiler (g++)" in warning
+    assert "compiling needs a C++ compiler (g++)" in warning
     assert "same results" in warning
     for a, b in zip(expected, got, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -993,3 +993,10 @@ def test_the_gradient_of_alifs_beta_equals_the_stepped_one():
         grads.append(alif.beta.grad)
     assert grads[0].abs() > 1
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)
+
+
+def test_unknown_settings_of_a_network_are_refused():
+    for settings in ({"model": "mlp"}, {"precision": "auto"}, {"neuron_backend": "slow"}, {"readout": "best"}):
+        (name,) = settings
+        with pytest.raises(ValueError, match=f"{name} is '{settings[name]}'; it must be one of"):
+            NetworkConfig(**settings)

@@ -1159,3 +1159,12 @@ def test_recordings_that_an_option_leaves_empty_are_refused_by_name(tmp_path):
     recordings = nmnist.NMNIST(tmp_path, "test", first_saccade_only=True)
     with pytest.raises(UserError, match=f"{path} holds no events that NMNIST, first saccade keeps"):
         nmnist.load_frames(recordings, 5)
+
+
+def test_labels_that_a_user_changes_are_not_taken_from_nor_left_in_the_cache(tmp_path):
+    recordings = nmnist.NMNIST(make_recordings(tmp_path, 2, 1), "test")
+    original = list(recordings.targets)
+    recordings.targets = [label % 2 for label in original]
+    assert nmnist.load_frames(recordings, 5).labels.tolist() == recordings.targets
+    recordings.targets = original
+    assert nmnist.load_frames(recordings, 5).labels.tolist() == original

@@ -33,6 +33,7 @@ import visualize_activations
 from models import NetworkConfig, build_model, load_network
 
 SHORT = ["--time_steps", "5", "--batch_size", "32", "--val_split", "0.2", "--device", "cpu"]
+MEASURED = {"machine", "peak_memory_mb", "milliseconds_per_recording"}  # which differ from test to test
 FIGURES = ["confusion_matrix", "accuracy_over_time", "samples"]
 
 
@@ -153,9 +154,8 @@ def test_testing_again_gives_the_same_metrics_and_ignores_contradicting_flags(tr
     assert "--time_steps 9 is ignored" in output
     after = json.loads(path.read_text())
     assert after.keys() == before.keys()
-    measured = {"machine", "peak_memory_mb", "milliseconds_per_recording"}
-    assert {k: v for k, v in after.items() if k not in measured} == {
-        k: v for k, v in before.items() if k not in measured
+    assert {k: v for k, v in after.items() if k not in MEASURED} == {
+        k: v for k, v in before.items() if k not in MEASURED
     }
 
 
@@ -530,7 +530,10 @@ def test_tests_into_the_same_folder_wait_for_one_another(tmp_path, made_data_dir
             assert {path.name for path in files_in(logs)} == {"cnn_history.json"}
         for test in tests:
             test.result()
-    assert json.loads(metrics.read_text()) == before
+    after = json.loads(metrics.read_text())
+    assert {k: v for k, v in after.items() if k not in MEASURED} == {
+        k: v for k, v in before.items() if k not in MEASURED
+    }
     names = ["training_results.png", *(f"cnn_{name}.png" for name in FIGURES), metrics.name, "cnn_history.json"]
     assert {path.name for path in files_in(logs)} == set(names)
 
@@ -847,7 +850,7 @@ def test_a_damaged_history_is_reported(tmp_path, made_data_dir, capsys):
     for content in ("{", "[1]", '{"epoch": 1}', '[{"epoch": 1}]'):
         (tmp_path / "logs" / "cnn_history.json").write_text(content)
         train_here(tmp_path, made_data_dir, "--test_only", "--visualize")
-        assert "cnn_history.json is damaged" in capsys.readouterr().err
+        assert "cnn_history.json is missing, damaged or of another run" in capsys.readouterr().err
     train_here(tmp_path, made_data_dir, "--resume", "--epochs", 1, *STEP)
     assert len(history(tmp_path)) == 1
 
@@ -989,3 +992,74 @@ def test_metrics_say_how_they_came_about(tmp_path, made_data_dir):
     assert 100 < metrics["peak_memory_mb"] < 100_000
     assert list(metrics["milliseconds_per_recording"]) == ["batch of 1", "batch of 30"]
     assert all(0 < ms < 10_000 for ms in metrics["milliseconds_per_recording"].values())
+
+
+# --- What an adversary found -------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_changes_while_a_resumed_run_waits_is_not_overwritten(tmp_path, made_data_dir, monkeypatch):
+    train_here(tmp_path, made_data_dir, "--epochs", 1, *STEP)
+
+    def load_data(args, device, load_data=nmnist.load_data):
+        with monkeypatch.context() as patch:
+            patch.setattr(nmnist, "load_data", load_data)  # meanwhile, another run goes on
+            train_here(tmp_path, made_data_dir, "--resume", "--epochs", 3, *STEP)
+        return load_data(args, device)
+
+    monkeypatch.setattr(nmnist, "load_data", load_data)
+    with pytest.raises(utils.UserError, match=r"cnn_last\.pt has changed since this command started: run it again"):
+        train_here(tmp_path, made_data_dir, "--resume", "--epochs", 2, *STEP)
+    assert len(history(tmp_path)) == 3
+
+
+def test_runs_that_share_log_dir_keep_each_others_history_and_metrics(tmp_path, made_data_dir, capsys):
+    logs = tmp_path / "logs"
+    for name, seed in (("a", 0), ("b", 5)):
+        train_here(tmp_path / name, made_data_dir, "--log_dir", logs, "--epochs", 2, "--seed", seed, *STEP)
+    names = [logs / "cnn_history.json", logs / "cnn_test_metrics.json"]
+    of_b = [path.read_bytes() for path in names]
+    capsys.readouterr()
+    train_here(tmp_path / "a", made_data_dir, "--log_dir", logs, "--test_only", "--visualize")
+    assert "of another run: training_results.png is not drawn" in capsys.readouterr().err
+    assert (logs / "cnn_test_metrics.2.json").read_bytes() == of_b[1]
+    train_here(tmp_path / "a", made_data_dir, "--log_dir", logs, "--resume", "--epochs", 3, *STEP)
+    kept = [path.read_bytes() for path in logs.glob("cnn_history.*.json")]
+    assert of_b[0] in kept
+
+
+def test_an_interrupt_that_python_discards_stops_training_at_the_next_batch(tmp_path, made_data_dir, monkeypatch):
+    monkeypatch.setattr(utils, "interrupted_by", utils.Terminated)
+    with pytest.raises(utils.Terminated):
+        train_here(tmp_path, made_data_dir, "--epochs", 1, *STEP)
+    assert utils.interrupted_by is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda c: c["network_config"].update(other=1),
+        lambda c: c["network_config"].update(neuron_backend="other"),
+        lambda c: c["network"].popitem(),
+        lambda c: c["network"].update({"conv1.weight": torch.zeros(2)}),
+        lambda c: c.update(data=None),
+        lambda c: [values.fill_(torch.nan) for values in c["network"].values() if values.is_floating_point()],
+    ],
+)
+def test_checkpoints_edited_by_hand_are_refused_by_name(tmp_path, made_data_dir, damage):
+    path = tmp_path / "checkpoints" / "cnn_best.pt"
+    train_here(tmp_path, made_data_dir, "--epochs", 1, *STEP)
+    checkpoint = torch.load(path, weights_only=True)
+    damage(checkpoint)
+    torch.save(checkpoint, path)
+    with pytest.raises((utils.UserError, SystemExit)) as error:
+        train_here(tmp_path, made_data_dir, "--test_only")
+    if error.type is utils.UserError:
+        assert str(path) in str(error.value)
+
+
+def test_a_compile_cache_that_cannot_be_made_is_refused_by_name(tmp_path, made_data_dir, monkeypatch):
+    """torch's own optimizers need it."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert_refused(train(tmp_path, made_data_dir, "--epochs", 1, expect=1), str(tmp_path / "file" / "cache"))
+    assert train(tmp_path, made_data_dir, "--help").returncode == 0
