@@ -912,7 +912,7 @@ def test_auto_takes_the_data_set_of_the_checkpoint_without_the_network(tmp_path,
 def test_width_and_learned_decays(tmp_path, made_data_dir, model):
     flags = ["--model", model, "--width", 2, "--learn_beta", "--precision", "fp32"]
     for backend in ("fused", "step"):
-        train_here(tmp_path / backend, made_data_dir, "--epochs", 2, *flags, "--neuron_backend", backend)
+        train_here(tmp_path / backend, made_data_dir, "--epochs", 1, *flags, "--neuron_backend", backend)
     fused, step = history(tmp_path / "fused", model), history(tmp_path / "step", model)
     assert fused[0]["train_loss"] == pytest.approx(step[0]["train_loss"], rel=0.03)
     for backend in ("fused", "step"):
@@ -922,7 +922,7 @@ def test_width_and_learned_decays(tmp_path, made_data_dir, model):
     metrics = json.loads((tmp_path / "fused" / "logs" / f"{model}_test_metrics.json").read_text())
     expected = build_model(NetworkConfig(model=model, width=2, learn_beta=True))
     assert metrics["parameters"] == sum(p.numel() for p in expected.parameters())
-    train_here(tmp_path / "fused", made_data_dir, "--resume", "--epochs", 3, "--model", model)
+    train_here(tmp_path / "fused", made_data_dir, "--resume", "--epochs", 2, "--model", model)
 
 
 @pytest.mark.parametrize("readout", ["rate", "latency"])
