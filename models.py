@@ -655,7 +655,7 @@ class FusedNeuron(torch.autograd.Function):
         refuse_second_derivative()
         spk, mem, adapt, *params = ctx.saved_tensors
         grad_spk = torch.zeros_like(spk) if grad_spk is None else grad_spk.contiguous()
-        # If there are no gradients of mem, grad_spk scaled by 0 stands in, so that no other variant is compiled.
+        # Without gradients of mem, grad_spk scaled by 0 stands in, so that no other variant is compiled.
         grad_mem_scale = torch.tensor(0.0 if grad_mem is None else 1.0, device=spk.device)
         grad_mem = grad_spk if grad_mem is None else grad_mem.contiguous()
         grad_cur = torch.empty_like(spk)

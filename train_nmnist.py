@@ -506,7 +506,8 @@ def restore(args, state: TrainState, checkpoint: dict, data: Data) -> tuple[list
         same_folder = args.resume == "last" or os.path.realpath(args.resume) == os.path.realpath(last)
         if not same_folder:
             utils.keep_earlier_run(*files_of_run(args))
-        elif read_history(args)[: len(history)] != history[: len(read_history(args))]:  # of a run with another save_dir
+        recorded = read_history(args)
+        if same_folder and recorded[: len(history)] != history[: len(recorded)]:  # of a run with another save_dir
             utils.keep_earlier_run(*files_of_run(args)[2:])
         write_best_and_history(args, best, history)
         utils.save_tensors(last, checkpoint)
@@ -520,13 +521,19 @@ def files_of_run(args: argparse.Namespace) -> list[Path]:
     return checkpoints + [Path(args.log_dir) / f"{args.model}_{name}.json" for name in ("history", "test_metrics")]
 
 
+def read_json(path: Path):
+    """Return the content of a JSON file, None if there is none or it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def read_history(args: argparse.Namespace) -> list[dict]:
     """Return the history in log_dir; it is empty if there is none, or a damaged one."""
-    try:
-        history = json.loads((Path(args.log_dir) / f"{args.model}_history.json").read_text())
-        return history if all("val_accuracy" in entry for entry in history) else []
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return []
+    history = read_json(files_of_run(args)[2])
+    is_whole = isinstance(history, list) and all(isinstance(e, dict) and "val_accuracy" in e for e in history)
+    return history if is_whole else []
 
 
 def describe_data(data: Data) -> dict[str, str]:
@@ -586,14 +593,7 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
         "precision": network.config.precision,
         "neuron_backend": describe_backend(network),
         "checkpoint": str(path),
-        "weights": "exponential moving average",
-        "epoch": checkpoint["epoch"],
-        "val_accuracy": checkpoint["score"][0],
-        "training_seconds": checkpoint["training_seconds"],
-        "seed": checkpoint["settings"]["seed"],
-        "settings": checkpoint["network_config"] | checkpoint["settings"],
-        "versions": utils.versions("torch", "snntorch", "tonic", "numpy"),
-        "machine": f"{utils.processor_name()}, {utils.describe_device(device)}",
+        **provenance(checkpoint, device),
         "peak_memory_mb": utils.peak_memory_mb(device),
         "milliseconds_per_recording": {
             f"batch of {size}": time_per_recording(network, data.test, size)
@@ -602,19 +602,26 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
     }
     print_metrics(metrics, saccade_ends(args))
     metrics_path = files_of_run(args)[-1]
-    if tested_checkpoint(metrics_path) not in (None, metrics["checkpoint"]):
+    earlier = read_json(metrics_path)
+    if isinstance(earlier, dict) and earlier.get("checkpoint", metrics["checkpoint"]) != metrics["checkpoint"]:
         utils.keep_earlier_run(metrics_path)
     utils.write_json(metrics_path, metrics)
     print(f"metrics     {metrics_path}")
     return metrics, network, predictions[-1]
 
 
-def tested_checkpoint(path: Path) -> str | None:
-    """Return the checkpoint of which the metrics file `path` is, None if there is no such file."""
-    try:
-        return json.loads(path.read_text())["checkpoint"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
+def provenance(checkpoint: dict, device: torch.device) -> dict:
+    """Return how a tested network came about: its training, and what it is tested on and with."""
+    return {
+        "weights": "exponential moving average",
+        "epoch": checkpoint["epoch"],
+        "val_accuracy": checkpoint["score"][0],
+        "training_seconds": checkpoint["training_seconds"],
+        "seed": checkpoint["settings"]["seed"],
+        "settings": checkpoint["network_config"] | checkpoint["settings"],
+        "versions": utils.versions("torch", "snntorch", "tonic", "numpy"),
+        "machine": f"{utils.processor_name()}, {utils.describe_device(device)}",
+    }
 
 
 @torch.no_grad()
