@@ -44,12 +44,20 @@ class NetworkConfig:
     width: int = 1  # factor on the channels and the hidden layer
     learn_beta: bool = False  # learn one beta per layer
     readout: str = "membrane"  # or "rate" or "latency": what decides on the digit (`predict`)
+    no_spikes: bool = False  # ReLU in place of the neurons: the baseline without spikes
 
     def __post_init__(self):
         known = {"model": NETWORKS, "precision": ("fp32", "bf16"), "neuron_backend": BACKENDS, "readout": READOUTS}
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}")
+        if self.no_spikes and (self.readout != "membrane" or self.learn_beta):
+            raise ValueError("no_spikes: without spikes there is no other readout than membrane, and no beta to learn")
+
+    @property
+    def name(self) -> str:
+        """The network's name in files: 'cnn', 'resnet', 'cnn_relu' or 'resnet_relu'."""
+        return self.model + "_relu" * self.no_spikes
 
 
 def make_leaky(config: NetworkConfig) -> snn.Leaky:
@@ -78,6 +86,11 @@ class SpikingNetwork(nn.Module):
         self.config = config
 
     @property
+    def title(self) -> str:
+        """The network's name in figures."""
+        return type(self).__name__ + " without spikes" * self.config.no_spikes
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of the tensors between layers, which is also the best type for frames."""
         return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
@@ -101,9 +114,9 @@ class SpikingNetwork(nn.Module):
         """Map frames [T, B, 2, 34, 34], stored channels-last, to (spk, mem) of the output neurons, both [T, B, 10]."""
         raise NotImplementedError
 
-    def neuron_layers(self) -> dict[str, "OverTime"]:
+    def neuron_layers(self) -> dict[str, nn.Module]:
         """Return the neuron layers by name (`lif1`, `res1.lif2`), in the order in which they run."""
-        return {name: module for name, module in self.named_modules() if isinstance(module, OverTime)}
+        return {name: module for name, module in self.named_modules() if isinstance(module, OverTime | ReLU)}
 
 
 class SpikingCNN(SpikingNetwork):
@@ -192,9 +205,9 @@ class ResidualBlock(nn.Module):
         self.lif2 = over_time(make_lif(config), config)
 
     def forward(self, spk):
+        inner, _ = self.lif1(time_distributed(spk, self.conv1, self.norm1))
         shortcut = time_distributed(spk, self.pool, self.shortcut)
-        spk, _ = self.lif1(time_distributed(spk, self.conv1, self.norm1))
-        spk, _ = self.lif2(time_distributed(spk, self.conv2, self.norm2) + shortcut)
+        spk, _ = self.lif2(time_distributed(inner, self.conv2, self.norm2) + shortcut)
         return spk
 
 
@@ -230,7 +243,7 @@ def predict(spk: torch.Tensor, mem: torch.Tensor, readout: str = "membrane") -> 
 
 def predict_over_time(spk: torch.Tensor, mem: torch.Tensor, readout: str = "membrane") -> torch.Tensor:
     """Return the prediction of `predict` after each of the T time steps, [T, B]."""
-    mem = mem.cumsum(0)
+    mem = evidence(spk, mem, "membrane")
     if readout != "membrane":
         mem = mem.masked_fill(~leading(spk, readout), -torch.inf)
     return mem.argmax(-1)
@@ -241,9 +254,37 @@ def leading(spk: torch.Tensor, readout: str) -> torch.Tensor:
 
     Several lead if they have fired equally often, or first at the same step; all do if none has fired.
     """
-    counts = spk.cumsum(0)
-    score = counts if readout == "rate" else -(counts == 0).cumsum(0)  # minus the steps before the first spike
+    score = evidence(spk, None, readout)
     return score == score.amax(-1, keepdim=True)
+
+
+def evidence(spk: torch.Tensor, mem: torch.Tensor | None, readout: str) -> torch.Tensor:
+    """Return what a readout has for each digit after each time step, [T, B, 10], from spk and mem of that shape.
+
+    'membrane': the sum of the membrane potentials; 'rate': the number of spikes; 'latency': minus the number of steps
+    without a spike before the first.
+    """
+    if readout == "membrane":
+        return mem.cumsum(0)
+    counts = spk.cumsum(0)
+    return counts if readout == "rate" else -(counts == 0).float().cumsum(0)
+
+
+def confidence(spk: torch.Tensor, mem: torch.Tensor, readout: str, temperature: float) -> torch.Tensor:
+    """Return the confidence in the prediction after each time step, [T, B]: softmax of the evidence / temperature."""
+    return torch.softmax(evidence(spk, mem, readout) / temperature, -1).amax(-1)
+
+
+def fit_temperature(spk: torch.Tensor, mem: torch.Tensor, readout: str, labels: torch.Tensor) -> float:
+    """Return the temperature with which confidences fit best: the smallest cross entropy, averaged over all time steps.
+
+    The best of a grid in steps of a fourth of an octave. Without it, evidence summed over many steps is overconfident.
+    Source: Guo et al. 2017, "On calibration of modern neural networks".
+    """
+    seen = evidence(spk, mem, readout).flatten(0, 1)
+    labels = labels.expand(len(spk), -1).flatten()
+    temperatures = [2 ** (k / 4) for k in range(-16, 33)]
+    return min(temperatures, key=lambda temperature: F.cross_entropy(seen / temperature, labels).item())
 
 
 def init_norm(norm: nn.Module, config: NetworkConfig, scale: float = 1.0) -> nn.Module:
@@ -277,8 +318,10 @@ def decay_gain(decay: float) -> float:
 # --- Neurons over time -----------------------------------------------------------------------------------
 
 
-def over_time(neuron: snn.SpikingNeuron, config: NetworkConfig) -> "OverTime":
+def over_time(neuron: snn.SpikingNeuron, config: NetworkConfig) -> nn.Module:
     """Wrap a neuron as `config.neuron_backend` says: 'step' for `OverTime`, 'fused' for `Fused`."""
+    if config.no_spikes:
+        return ReLU()
     return {"step": OverTime, "fused": Fused}[config.neuron_backend](neuron)
 
 
@@ -420,6 +463,13 @@ class ALIF(snn.SpikingNeuron):
         return torch.stack(thresholds)
 
 
+class ReLU(nn.Module):
+    """What `no_spikes` puts in place of neurons: cur -> (its positive part, cur), all [T, B, ...]."""
+
+    def forward(self, cur):
+        return torch.relu(cur), cur
+
+
 # --- Other layers ----------------------------------------------------------------------------------------
 
 
@@ -527,7 +577,9 @@ def probe_compiler(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def describe_backend(network: SpikingNetwork) -> str:
-    """Return how the neurons of `network` run: 'fused', 'fused, uncompiled' or 'step'."""
+    """Return how the neurons of `network` run: 'fused', 'fused, uncompiled', 'step', or 'ReLU' without spikes."""
+    if network.config.no_spikes:
+        return "ReLU"
     backend = network.config.neuron_backend
     return f"{backend}, uncompiled" if backend == "fused" and compiler_error else backend
 
@@ -798,67 +850,108 @@ class FusedConvPool(torch.autograd.Function):
 # --- Activity --------------------------------------------------------------------------------------------
 
 
+ADDITION_PJ, MAC_PJ = 0.9, 4.6  # energy in pJ at 45 nm, 32-bit floating point: Horowitz 2014, ISSCC, figure 1.1.9
+
+
 class ActivityMeter:
-    """Measures a network's activity through forward hooks while it is open as a context manager.
+    """Measures a network's activity by layer, through forward hooks, while it is open as a context manager.
 
-    - `firing_rate()`: spikes per neuron and step, by neuron layer.
-    - `synaptic_operations()`: per recording, each spike times the fan-out of the neuron that fired, summed.
-      Input events count as spikes of the sensor's pixels.
-    - `macs()`: multiply-accumulates per recording of the same network without spikes, where every connection is used
-      at every step: what `synaptic_operations` would be if every neuron fired at every step.
-
-    Connections to the zero padding around an image are not counted.
+    A layer is named by its neurons, and includes the connections that lead to them. A synaptic operation is an input
+    spike times a connection: each spike counts as often as it is sent on, an input event as a spike of the sensor's
+    pixel. MACs are the multiply-accumulates of the same network without spikes, where every connection is used at every
+    time step. Connections to the zero padding around an image are not counted. Nor are the neurons' own operations.
     """
 
     def __init__(self, network: SpikingNetwork):
         self.network = network
         self.num_recordings = self.time_steps = 0
-        self._spikes: dict[str, float] = {name: 0.0 for name in network.neuron_layers()}
         self._neurons: dict[str, int] = {}
-        self._operations = 0.0
+        self._spikes: dict[str, float] = {name: 0.0 for name in network.neuron_layers()}
+        self._macs: dict[str, int] = {}  # per recording and time step
+        self._operations: dict[str, list[torch.Tensor]] = {name: [] for name in self._spikes}  # a batch: [T, B]
+        self._connections: list[tuple[nn.Module, torch.Tensor]] = []  # of the layer that runs: each module, its input
         self._fan_outs: dict[nn.Module, torch.Tensor] = {}
 
     def __enter__(self):
-        self._hooks = [self.network.register_forward_pre_hook(self._count_recordings)]
+        self._hooks = []
         for name, layer in self.network.neuron_layers().items():
-            self._hooks.append(layer.register_forward_hook(functools.partial(self._count_spikes, name)))
+            self._hooks.append(layer.register_forward_hook(functools.partial(self._count, name)))
         for module in self.network.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
-                self._hooks.append(module.register_forward_pre_hook(self._count_operations))
+                self._hooks.append(module.register_forward_pre_hook(self._note_connections))
         return self
 
     def __exit__(self, *_):
         for hook in self._hooks:
             hook.remove()
 
-    def _count_recordings(self, _network, inputs):
-        self.time_steps = inputs[0].shape[0]
-        self.num_recordings += inputs[0].shape[1]
+    def _note_connections(self, module, inputs):
+        self._connections.append((module, inputs[0].detach()))
 
-    def _count_spikes(self, name, _layer, _inputs, outputs):
+    def _count(self, name, _layer, _inputs, outputs):
         spk = outputs[0].detach()
+        self.time_steps = len(spk)
+        self.num_recordings += spk.shape[1] if name == next(iter(self._spikes)) else 0
+        self._neurons[name] = spk[0, 0].numel()
         # Over time and batch first: float32 counts exactly to 2^24, and a whole layer may fire more spikes.
         self._spikes[name] += float(spk.sum((0, 1), dtype=torch.float32).sum(dtype=torch.float64))
-        self._neurons[name] = spk[0, 0].numel()
+        operations, self._macs[name] = 0, 0
+        for module, x in self._connections:
+            if module not in self._fan_outs:
+                self._fan_outs[module] = fan_out(module, x.shape[1:])
+            reached = self._fan_outs[module]  # the same for all channels
+            sent = x.sum(1, dtype=torch.float32) * reached[0]
+            operations = operations + sent.view(len(x), -1).sum(1, dtype=torch.float64)
+            self._macs[name] += int(reached.sum(dtype=torch.float64))
+        self._connections.clear()
+        self._operations[name].append(operations.view(spk.shape[:2]).cpu())
 
-    def _count_operations(self, layer, inputs):
-        x = inputs[0].detach()
-        if layer not in self._fan_outs:
-            self._fan_outs[layer] = fan_out(layer, x.shape[1:])
-        self._operations += float((x.sum(0, dtype=torch.float32) * self._fan_outs[layer]).sum(dtype=torch.float64))
+    def operations(self, layer: str | None = None) -> torch.Tensor:
+        """Return the synaptic operations of each recording at each time step, [T, N]; of one layer or of all."""
+        if layer:
+            return torch.cat(self._operations[layer], dim=1)
+        return sum(self.operations(name) for name in self._operations)
 
-    def firing_rate(self) -> dict[str, float]:
-        """Return the spikes per neuron and step, by neuron layer."""
-        steps = self.time_steps * self.num_recordings
-        return {name: spikes / (self._neurons[name] * steps) for name, spikes in self._spikes.items()}
+    def layers(self) -> dict[str, dict[str, float]]:
+        """Return by layer, per recording: neurons, firing rate (spikes per neuron and step), spikes, operations, MACs.
 
-    def synaptic_operations(self) -> float:
-        """Return the mean number of synaptic operations per recording."""
-        return self._operations / self.num_recordings
+        Without spikes, it is neurons and MACs alone.
+        """
+        result = {}
+        for name, spikes in self._spikes.items():
+            result[name] = {"neurons": self._neurons[name]}
+            if not self.network.config.no_spikes:
+                result[name] |= {
+                    "firing_rate": spikes / (self.num_recordings * self._neurons[name] * self.time_steps),
+                    "spikes": spikes / self.num_recordings,
+                    "synaptic_operations": self.operations(name).sum(0).mean().item(),
+                }
+            result[name]["macs"] = self.time_steps * self._macs[name]
+        return result
 
-    def macs(self) -> int:
-        """Return the multiply-accumulates per recording of the same network without spikes."""
-        return self.time_steps * sum(int(reached.sum(dtype=torch.float64)) for reached in self._fan_outs.values())
+
+def energy_uj(layers: dict[str, dict[str, float]], time_steps: int) -> dict[str, float]:
+    """Estimate the energy per recording in uJ, from `ActivityMeter.layers`, under four conventions.
+
+    - 'spiking_events': a synaptic operation is an addition (`ADDITION_PJ`), in the first layer, too, for each event.
+    - 'spiking_dense_input': the first layer is a convolution of numbers, whose every MAC costs `MAC_PJ`.
+    - 'relu_all_frames': the same network without spikes, all MACs on all `time_steps` frames.
+    - 'relu_one_frame': the same, on one frame that holds all events.
+
+    Reading weights and states from memory, which may cost more, is left out, as in most papers, and so are the neurons'
+    own operations.
+    """
+    macs = sum(layer["macs"] for layer in layers.values())
+    energy = {"relu_all_frames": MAC_PJ * macs, "relu_one_frame": MAC_PJ * macs / time_steps}
+    first, *rest = layers.values()
+    if "synaptic_operations" in first:
+        later = ADDITION_PJ * sum(layer["synaptic_operations"] for layer in rest)
+        spiking = {
+            "spiking_events": ADDITION_PJ * first["synaptic_operations"] + later,
+            "spiking_dense_input": MAC_PJ * first["macs"] + later,
+        }
+        energy = spiking | energy
+    return {name: picojoules / 1e6 for name, picojoules in energy.items()}
 
 
 def fan_out(layer: nn.Conv2d | nn.Linear, shape: torch.Size) -> torch.Tensor:

@@ -496,18 +496,20 @@ def augment_events(frame, bin_index, count, affine, drop_rand, time_steps: int):
 
 @dataclass
 class Data:
-    """A data set, binned: its name in files and figures, and the frames of its two parts."""
+    """A data set, binned: its name in files and figures, the frames of its two parts, the test recordings' files."""
 
     name: str
     train: Frames
     test: Frames
+    test_files: list[str]  # relative to the data set's folder
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> Data:
     """Open, bin and move to `device` the recordings that the flags of `add_data_arguments` name."""
     train, test = open_recordings(args.data_dir, args.dataset, SPLITS, **recording_options(args))
     frames = (load_frames(part, args.time_steps, args.denoise, args.bin_by).to(device) for part in (train, test))
-    return Data(train.name + ", frames of equal event count" * (args.bin_by == "events"), *frames)
+    name = train.name + ", frames of equal event count" * (args.bin_by == "events")
+    return Data(name, *frames, [os.path.relpath(path, test.root) for path in test.data])
 
 
 def recording_options(args: argparse.Namespace) -> dict[str, bool]:

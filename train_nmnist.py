@@ -5,6 +5,7 @@ python train_nmnist.py --model resnet --epochs 15 --batch_size 64 --scheduler
 python train_nmnist.py --model cnn --resume                  # continue the last run where it stopped
 python train_nmnist.py --model cnn --test_only --visualize   # test the best checkpoint, with figures
 python train_nmnist.py --model cnn --seed 0 1 2 3 4          # train five networks, and compare them in a table
+python train_nmnist.py --model cnn --no_spikes               # train the same network with ReLU in place of neurons
 torchrun --nproc_per_node=2 train_nmnist.py --model cnn      # train in two processes, on two GPUs where there are
 """
 
@@ -42,7 +43,10 @@ from models import (
     NetworkConfig,
     SpikingNetwork,
     build_model,
+    confidence,
     describe_backend,
+    energy_uj,
+    fit_temperature,
     leading,
     load_network,
     predict,
@@ -52,6 +56,8 @@ from nmnist import Data, Frames
 from utils import UserError, number
 
 DEFAULT_LR = {"adam": 5e-3, "adamw": 5e-3, "sgd": 0.1}
+EXIT_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # confidences of an early exit
+EXIT_THRESHOLD = 0.9  # the one of the table of predictions
 EMA_STEPS = 100  # training steps over which the weights are averaged
 LOSSES = {
     "ce": SF.ce_rate_loss,  # cross entropy of the membrane potentials at every time step, averaged
@@ -99,6 +105,8 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     text = "what decides: the largest summed membrane potential, the most spikes, or the first spike"
     add_flag(group, "--readout", NetworkConfig.readout, text, choices=READOUTS)
     group.add_argument("--learn_beta", action="store_true", help="learn one beta per layer")
+    text = "put ReLU in place of neurons: the baseline without spikes, as <model>_relu"
+    group.add_argument("--no_spikes", action="store_true", help=text)
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,6 +165,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
     args = parser.parse_args(argv)
     if args.time_steps * args.batch_size == 1 and not args.test_only:
         parser.error("argument --batch_size: 1 is too few for --time_steps 1, since norms need two frames")
+    if args.no_spikes and (args.readout != "membrane" or args.learn_beta or args.loss != "ce"):
+        parser.error("argument --no_spikes: not allowed with --readout, --loss or --learn_beta, which need spikes")
     if args.test_only and args.resume is not None:
         parser.error("argument --resume: not allowed with argument --test_only")
     path = find_checkpoint(args)
@@ -164,7 +174,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
         args.precision = utils.pick_precision(args.precision, utils.pick_device(args.device))
         args.lr = args.lr or DEFAULT_LR[args.optimizer]
         return args, None
-    checkpoint = utils.load_checkpoint(path, args.model)
+    checkpoint = utils.load_checkpoint(path, network_name(args))
     args, different = merge_settings(parser, argv, checkpoint["network_config"] | checkpoint["settings"])
     for name, given, trained in different:
         if (name, given) == ("precision", "auto"):
@@ -183,10 +193,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
 def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """Return the path of the checkpoint to test or to resume, None if training starts from scratch."""
     if args.test_only:
-        return utils.checkpoint_path(args.save_dir, args.model, "best")
+        return checkpoint_path(args, "best")
     if args.resume not in (None, "last"):
         return Path(args.resume)
-    last = utils.checkpoint_path(args.save_dir, args.model, "last")
+    last = checkpoint_path(args, "last")
     if args.resume == "last" and not last.exists():  # stopped before its first epoch ended, perhaps
         print(f"resume      no checkpoint at {last} yet: training starts from scratch, with the flags as given")
     return last if args.resume == "last" and last.exists() else None
@@ -208,7 +218,7 @@ def merge_settings(
 def check_resumable(args: argparse.Namespace, checkpoint: dict, path: Path) -> None:
     """Raise `UserError` if `checkpoint` can't be resumed; print if its learning rates will differ."""
     if "state" not in checkpoint:
-        last = path.with_name(f"{args.model}_last.pt")
+        last = path.with_name(f"{network_name(args)}_last.pt")
         raise UserError(f"--resume {path}: it holds the network alone; resume {last}")
     if args.epochs < checkpoint["epoch"]:
         raise UserError(f"--epochs {args.epochs}: {path} has {checkpoint['epoch']} epochs already")
@@ -222,13 +232,29 @@ def network_config(args: argparse.Namespace) -> NetworkConfig:
     return NetworkConfig(**{name: getattr(args, name) for name in NETWORK_FLAGS})
 
 
+def network_name(args: argparse.Namespace) -> str:
+    """Return the network's name in files: 'cnn', or 'cnn_relu' with `--no_spikes`."""
+    return NetworkConfig(model=args.model, no_spikes=args.no_spikes).name
+
+
+def checkpoint_path(args: argparse.Namespace, which: str) -> Path:
+    """Return the path of the 'last' or the 'best' checkpoint."""
+    return utils.checkpoint_path(args.save_dir, network_name(args), which)
+
+
+def log_path(args: argparse.Namespace, name: str) -> Path:
+    """Return the path of a file of this network in log_dir."""
+    return Path(args.log_dir) / f"{network_name(args)}_{name}"
+
+
 def resume_command(args: argparse.Namespace, *flags: str) -> str:
     """Return the command that continues the run of `args` with `flags`; its other settings are in the checkpoint."""
     command, parser = ["python", "train_nmnist.py", "--model", args.model, *flags], make_parser()
     for name in ("save_dir", "log_dir", "data_dir", "dataset", "device"):
         if getattr(args, name) != parser.get_default(name):
             command.append(f"--{name}={getattr(args, name)}")
-    return shlex.join([*command, *(["--visualize"] if args.visualize else [])])
+    switches = [f"--{name}" for name in ("no_spikes", "visualize") if getattr(args, name)]
+    return shlex.join([*command, *switches])
 
 
 # --- Training --------------------------------------------------------------------------------------------
@@ -257,7 +283,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     if checkpoint:
         history, best = restore(args, state, checkpoint, data)
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}, test {len(data.test):,}")
-    last, saved = utils.checkpoint_path(args.save_dir, args.model, "last"), len(history)
+    last, saved = checkpoint_path(args, "last"), len(history)
     try:
         for epoch in range(saved + 1, args.epochs + 1):
             entry = run_epoch(args, epoch, state, data, train_indices, val_indices)
@@ -300,7 +326,9 @@ def run_epoch(args, epoch: int, state: TrainState, data: Data, train_indices, va
     entry = {"epoch": epoch}
     for name, result in results.items():
         entry |= {f"{name}_loss": result["loss"], f"{name}_accuracy": result["accuracy"]}
+    val = results["val"]
     return entry | {
+        "val_temperature": fit_temperature(val["spk"], val["mem"], args.readout, val["labels"]),
         "lr": lr,
         "precision": args.precision,
         "neuron_backend": describe_backend(state.network),
@@ -459,6 +487,7 @@ def save(args, state: TrainState, history: list[dict], best: dict | None, data: 
     """Write the best and the last checkpoint and the history, each atomically; return the best checkpoint so far."""
     checkpoint = {
         "format": utils.CHECKPOINT_FORMAT,
+        "name": network_name(args),
         "network_config": asdict(network_config(args)),
         "settings": {name: getattr(args, name) for name in TRAINING_FLAGS},
         "data": describe_data(data),
@@ -467,6 +496,7 @@ def save(args, state: TrainState, history: list[dict], best: dict | None, data: 
         "network": {name: value.cpu().clone() for name, value in state.ema.module.state_dict().items()},
         "epoch": len(history),
         "training_seconds": sum(entry["seconds"] for entry in history),
+        "temperature": history[-1]["val_temperature"],  # of the confidences that an early exit needs
         # If validation accuracies are equal, the smaller loss is better. The test recordings are not used.
         "score": [history[-1]["val_accuracy"], -history[-1]["val_loss"]],
     }
@@ -474,7 +504,7 @@ def save(args, state: TrainState, history: list[dict], best: dict | None, data: 
         best = checkpoint
     write_best_and_history(args, best, history)
     # Last: a run killed before this repeats the epoch, and writes the same files again.
-    last = utils.checkpoint_path(args.save_dir, args.model, "last")
+    last = checkpoint_path(args, "last")
     utils.save_tensors(last, checkpoint | {"history": history, "best": best, "state": state.state_dict()})
     return best
 
@@ -493,8 +523,11 @@ def restore(args, state: TrainState, checkpoint: dict, data: Data) -> tuple[list
             f"resuming with {torch.get_num_threads()} threads a run of {checkpoint['threads']}: "
             "it will not be equal bit for bit to one that was not stopped (OMP_NUM_THREADS)"
         )
-    last = utils.checkpoint_path(args.save_dir, args.model, "last")
-    if args.resume == "last" and utils.load_checkpoint(last, args.model).get("history") != checkpoint["history"]:
+    last = checkpoint_path(args, "last")
+    if (
+        args.resume == "last"
+        and utils.load_checkpoint(last, network_name(args)).get("history") != checkpoint["history"]
+    ):
         raise UserError(f"{last} has changed since this command started: run it again")
     try:
         for name in state.state_dict():
@@ -516,9 +549,9 @@ def restore(args, state: TrainState, checkpoint: dict, data: Data) -> tuple[list
 
 
 def files_of_run(args: argparse.Namespace) -> list[Path]:
-    """Return the files of a run that a later one would overwrite: two of save_dir, then two of log_dir."""
-    checkpoints = [utils.checkpoint_path(args.save_dir, args.model, which) for which in ("last", "best")]
-    return checkpoints + [Path(args.log_dir) / f"{args.model}_{name}.json" for name in ("history", "test_metrics")]
+    """Return the files of a run that a later one would overwrite: two of save_dir, then three of log_dir."""
+    checkpoints = [checkpoint_path(args, which) for which in ("last", "best")]
+    return checkpoints + [log_path(args, name) for name in ("history.json", "test_metrics.json", "predictions.csv")]
 
 
 def read_json(path: Path):
@@ -548,8 +581,8 @@ def describe_data(data: Data) -> dict[str, str]:
 
 def write_best_and_history(args: argparse.Namespace, best: dict, history: list[dict]) -> None:
     """Write the best checkpoint and the history of the epochs so far."""
-    utils.save_tensors(utils.checkpoint_path(args.save_dir, args.model, "best"), best)
-    utils.write_json(Path(args.log_dir) / f"{args.model}_history.json", history)
+    utils.save_tensors(checkpoint_path(args, "best"), best)
+    utils.write_json(log_path(args, "history.json"), history)
 
 
 # --- Testing ---------------------------------------------------------------------------------------------
@@ -557,8 +590,8 @@ def write_best_and_history(args: argparse.Namespace, best: dict, history: list[d
 
 def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, torch.Tensor]:
     """Test the best checkpoint, write and print its metrics; return them, the network and its predictions [N]."""
-    path = utils.checkpoint_path(args.save_dir, args.model, "best")
-    checkpoint = utils.load_checkpoint(path, args.model)
+    path = checkpoint_path(args, "best")
+    checkpoint = utils.load_checkpoint(path, network_name(args))
     try:
         network = load_network(checkpoint, device)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -572,23 +605,18 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
         result = evaluate(network, data.test, indices, loss_fn, args.batch_size, bar)
     if not math.isfinite(result["loss"]):
         raise UserError(f"{path}: the loss of this network is not finite")
-    spk, mem, labels, predictions = (result[name] for name in ("spk", "mem", "labels", "predictions"))
+    temperature = checkpoint["temperature"]
+    result["confidence"] = confidence(result["spk"], result["mem"], network.config.readout, temperature)
     metrics = {
         "dataset": data.name,
         "trained_on": trained_with["data set"],
         "data": here,
         "model": args.model,
-        "num_recordings": len(labels),
-        "accuracy": result["accuracy"],
-        "readout": network.config.readout,
-        "accuracy_by_readout": {name: mean_of(predict(spk, mem, name) == labels) for name in READOUTS},
-        "ties": {name: mean_of(leading(spk, name)[-1].sum(-1) > 1) for name in ("rate", "latency")},
-        "loss": result["loss"],
-        "confusion_matrix": confusion_matrix(labels, predictions[-1], labels=range(10)).tolist(),
-        "accuracy_over_time": (predictions == labels).double().mean(1).tolist(),
-        "firing_rate": meter.firing_rate(),
-        "synaptic_operations": meter.synaptic_operations(),
-        "macs": meter.macs(),
+        "num_recordings": len(indices),
+        **describe_result(result, network.config),
+        "temperature": temperature,
+        "early_exit": early_exit(result, meter, milliseconds_per_step(args)),
+        **describe_activity(meter),
         "parameters": sum(p.numel() for p in network.parameters()),
         "precision": network.config.precision,
         "neuron_backend": describe_backend(network),
@@ -601,13 +629,80 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
         },
     }
     print_metrics(metrics, saccade_ends(args))
-    metrics_path = files_of_run(args)[-1]
+    metrics_path, predictions_path = files_of_run(args)[3:]
     earlier = read_json(metrics_path)
     if isinstance(earlier, dict) and earlier.get("checkpoint", metrics["checkpoint"]) != metrics["checkpoint"]:
-        utils.keep_earlier_run(metrics_path)
+        utils.keep_earlier_run(metrics_path, predictions_path)
     utils.write_json(metrics_path, metrics)
-    print(f"metrics     {metrics_path}")
-    return metrics, network, predictions[-1]
+    utils.write_csv(predictions_path, table_of_predictions(result, data.test_files, network.config))
+    print(f"{'metrics':20} {metrics_path}\n{'predictions':20} {predictions_path}")
+    return metrics, network, result["predictions"][-1]
+
+
+def describe_result(result: dict, config: NetworkConfig) -> dict:
+    """Return the metrics of what the output neurons told, from what `evaluate` returns."""
+    spk, mem, labels, predictions = (result[name] for name in ("spk", "mem", "labels", "predictions"))
+    readouts = readouts_of(config)
+    return {
+        "accuracy": result["accuracy"],
+        "readout": config.readout,
+        "accuracy_by_readout": {name: mean_of(predict(spk, mem, name) == labels) for name in readouts},
+        "ties": {name: mean_of(leading(spk, name)[-1].sum(-1) > 1) for name in readouts if name != "membrane"},
+        "loss": result["loss"],
+        "confusion_matrix": confusion_matrix(labels, predictions[-1], labels=range(10)).tolist(),
+        "accuracy_over_time": (predictions == labels).double().mean(1).tolist(),
+    }
+
+
+def readouts_of(config: NetworkConfig) -> tuple[str, ...]:
+    """Return the readouts that a network has; without spikes, it is one."""
+    return ("membrane",) if config.no_spikes else READOUTS
+
+
+def describe_activity(meter: ActivityMeter) -> dict:
+    """Return the metrics of spikes, operations and energy per recording."""
+    layers = meter.layers()
+    totals = {"synaptic_operations": meter.operations().sum(0).mean().item()}
+    if meter.network.config.no_spikes:
+        totals = {}
+    totals["macs"] = sum(layer["macs"] for layer in layers.values())
+    return {"layers": layers, **totals, "energy_uj": energy_uj(layers, meter.time_steps)}
+
+
+def early_exit(result: dict, meter: ActivityMeter, step_ms: float | None) -> list[dict]:
+    """Return what is reached if each recording is decided as soon as its confidence passes a threshold.
+
+    For each of `EXIT_THRESHOLDS`: accuracy, and mean time steps, milliseconds (None if they are unknown) and synaptic
+    operations (MACs without spikes) until the decision.
+    """
+    if meter.network.config.no_spikes:
+        name, cost = "macs", torch.full_like(result["confidence"], describe_activity(meter)["macs"] / meter.time_steps)
+    else:
+        name, cost = "synaptic_operations", meter.operations()
+    cost, entries = cost.cumsum(0), []
+    for threshold in EXIT_THRESHOLDS:
+        step = exit_step(result["confidence"], threshold)
+        correct = result["predictions"].gather(0, step[None] - 1)[0] == result["labels"]
+        entry = {"threshold": threshold, "accuracy": mean_of(correct), "mean_steps": mean_of(step)}
+        entry["mean_ms"] = step_ms and step_ms * entry["mean_steps"]
+        entries.append(entry | {name: mean_of(cost.gather(0, step[None] - 1))})
+    return entries
+
+
+def exit_step(confidences: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Return the first time step, from 1, with a confidence [T, N] above the threshold, the last without one: [N]."""
+    passed = confidences > threshold
+    passed[-1] = True
+    return passed.int().argmax(0) + 1
+
+
+def table_of_predictions(result: dict, files: list[str], config: NetworkConfig) -> list[dict]:
+    """Return a row for each test recording: file, label, each readout's prediction, confidence, early exit."""
+    columns = {"file": files, "label": result["labels"].tolist()}
+    columns |= {name: predict(result["spk"], result["mem"], name).tolist() for name in readouts_of(config)}
+    columns["confidence"] = [f"{value:.6f}" for value in result["confidence"][-1].tolist()]
+    columns[f"early_exit_step_{EXIT_THRESHOLD}"] = exit_step(result["confidence"], EXIT_THRESHOLD).tolist()
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def provenance(checkpoint: dict, device: torch.device) -> dict:
@@ -639,7 +734,8 @@ def time_per_recording(network: SpikingNetwork, frames: Frames, batch_size: int,
 def print_metrics(metrics: dict, saccade_ends: list[float]) -> None:
     """Print the test metrics as a short table."""
     after_saccades = [metrics["accuracy_over_time"][math.ceil(end) - 1] for end in saccade_ends]
-    share = metrics["synaptic_operations"] / metrics["macs"]
+    exits = next(entry for entry in metrics["early_exit"] if entry["threshold"] == EXIT_THRESHOLD)
+    exit_ms = f" ({exits['mean_ms']:.0f} ms)" if exits["mean_ms"] else ""
     rows = {
         "data set": f"{metrics['dataset']}, {metrics['num_recordings']:,} test recordings",
         "test accuracy": f"{metrics['accuracy']:.2%}",
@@ -650,9 +746,8 @@ def print_metrics(metrics: dict, saccade_ends: list[float]) -> None:
         "test loss": f"{metrics['loss']:.4f}",
         "after each saccade": "  ".join(f"{accuracy:.2%}" for accuracy in after_saccades)
         or "unknown with --bin_by events",
-        "firing rate": "  ".join(f"{name} {rate:.3f}" for name, rate in metrics["firing_rate"].items()),
-        "synaptic operations": f"{metrics['synaptic_operations'] / 1e6:.2f} million per recording, "
-        f"{share:.1%} of the {metrics['macs'] / 1e6:.1f} million MACs without spikes",
+        f"exit at {EXIT_THRESHOLD:.0%}": f"{exits['accuracy']:.2%} after {exits['mean_steps']:.1f} steps{exit_ms}",
+        **describe_cost(metrics),
         "parameters": f"{metrics['parameters']:,}",
         "precision, neurons": f"{metrics['precision']}, {metrics['neuron_backend']}",
         "time per recording": ", ".join(
@@ -662,6 +757,39 @@ def print_metrics(metrics: dict, saccade_ends: list[float]) -> None:
     }
     for title, value in rows.items():
         print(f"{title:20} {value}")
+    print_layers(metrics["layers"])
+
+
+def describe_cost(metrics: dict) -> dict[str, str]:
+    """Return the rows of operations and energy: the most and the least favourable to spikes."""
+    macs, energy = metrics["macs"], metrics["energy_uj"]
+    time_steps = len(metrics["accuracy_over_time"])
+    relu = f"{energy['relu_all_frames']:.3g} uJ on {time_steps} frames, {energy['relu_one_frame']:.3g} uJ on one"
+    if "synaptic_operations" not in metrics:
+        return {"MACs": f"{macs / 1e6:.2f} million per recording", "energy at 45 nm": relu}
+    operations, best, worst = metrics["synaptic_operations"], energy["spiking_events"], energy["spiking_dense_input"]
+    return {
+        "synaptic operations": f"{operations / 1e6:.2f} million per recording; without spikes {macs / 1e6:.2f} million "
+        f"MACs on {time_steps} frames ({operations / macs:.1%}), "
+        f"{macs / time_steps / 1e6:.2f} million on one ({operations * time_steps / macs:.0%})",
+        "energy at 45 nm": f"{best:.3g} uJ, {worst:.3g} uJ with a dense first layer; without spikes {relu}",
+    }
+
+
+def print_layers(layers: dict[str, dict[str, float]]) -> None:
+    """Print a row for each layer, per recording."""
+    names = list(next(iter(layers.values())))
+    print(f"{'layer':20}" + "".join(f"{name.replace('_', ' '):>{max(13, len(name) + 2)}}" for name in names))
+    for layer, values in layers.items():
+        texts = (f"{values[name]:.3f}" if name == "firing_rate" else f"{values[name]:,.0f}" for name in names)
+        print(f"{layer:20}" + "".join(f"{t:>{max(13, len(name) + 2)}}" for name, t in zip(names, texts, strict=True)))
+
+
+def milliseconds_per_step(args: argparse.Namespace) -> float | None:
+    """Return the duration of a time step; with `--bin_by events` it is unknown, since it varies: None."""
+    if args.bin_by == "events":
+        return None
+    return nmnist.SACCADE_ENDS[0 if args.first_saccade_only else -1] / args.time_steps
 
 
 def saccade_ends(args: argparse.Namespace) -> list[float]:
@@ -674,28 +802,29 @@ def saccade_ends(args: argparse.Namespace) -> list[float]:
 
 def visualize(args, metrics: dict, network: SpikingNetwork, frames: Frames, predictions: torch.Tensor) -> None:
     """Write the figures of training, if there is a history, and of the test."""
-    log_dir, name, model = Path(args.log_dir), type(network).__name__, args.model
+    name = network.title
     history, epoch = read_history(args), metrics["epoch"]
     try:
         if history[epoch - 1]["val_accuracy"] != metrics["val_accuracy"]:
             raise ValueError
-        utils.plot_history(history, f"{name} on {metrics['trained_on']}", log_dir / "training_results.png")
+        path = Path(args.log_dir) / "training_results.png"
+        utils.plot_history(history, f"{name} on {metrics['trained_on']}", path)
     except (IndexError, ValueError, TypeError, KeyError, OverflowError):
         path = files_of_run(args)[2]
         utils.warn(f"{path} is missing, damaged or of another run: training_results.png is not drawn")
     tested = f"{metrics['accuracy']:.2%} of {metrics['num_recordings']:,} test recordings"
     title = f"{name} on {metrics['dataset']}: {tested}"
     counts = np.array(metrics["confusion_matrix"])
-    utils.plot_confusion_matrix(counts, title, log_dir / f"{model}_confusion_matrix.png")
-    accuracy = np.array(metrics["accuracy_over_time"])
-    path = log_dir / f"{model}_accuracy_over_time.png"
-    utils.plot_accuracy_over_time(accuracy, saccade_ends(args)[:-1], title, path)
+    utils.plot_confusion_matrix(counts, title, log_path(args, "confusion_matrix.png"))
+    accuracy, step_ms = np.array(metrics["accuracy_over_time"]), milliseconds_per_step(args)
+    path = log_path(args, "accuracy_over_time.png")
+    utils.plot_accuracy_over_time(accuracy, metrics["early_exit"], saccade_ends(args)[:-1], step_ms, title, path)
     first_end = (saccade_ends(args) or [args.time_steps / 3])[0]
-    draw_samples(frames, predictions, first_end, title, log_dir / f"{model}_samples.png")
-    if model == "resnet":
+    draw_samples(frames, predictions, first_end, title, log_path(args, "samples.png"))
+    if args.model == "resnet":
         weight = network.conv1.weight.detach().cpu()
         title = f"{name} on {metrics['trained_on']}\nthe {len(weight)} filters of conv1, 3 x 3 pixels each"
-        utils.plot_filters(weight, title, log_dir / "resnet_filters.png")
+        utils.plot_filters(weight, title, log_path(args, "filters.png"))
 
 
 def draw_samples(frames: Frames, predictions: torch.Tensor, first_end: float, title: str, path: Path) -> None:
@@ -728,23 +857,27 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_seeds(argv: list[str], seeds: list[int]) -> None:
     """Run the script for each seed in folders of its own; print and write a table of the tests."""
-    args = make_parser().parse_args(argv)
-    if "RANK" in os.environ:
-        raise UserError("--seed: several seeds can't be trained under torchrun; start it for one seed at a time")
-    rows = []
+    args, rows = make_parser().parse_args(argv), []
     for seed in dict.fromkeys(seeds):
         folders = {name: Path(getattr(args, name)) / f"seed_{seed}" for name in ("save_dir", "log_dir")}
         print(f"seed        {seed}")
         run([*argv, "--seed", str(seed), *(f"--{name}={folder}" for name, folder in folders.items())])
-        metrics = json.loads((folders["log_dir"] / f"{args.model}_test_metrics.json").read_text())
+        if os.environ.get("RANK", "0") != "0":  # of torchrun: the first process tests
+            continue
+        metrics = json.loads((folders["log_dir"] / log_path(args, "test_metrics.json").name).read_text())
         row = {name: metrics[name] for name in ("model", "seed", "dataset", "accuracy", "loss", "epoch")}
         row |= {f"accuracy_{readout}": accuracy for readout, accuracy in metrics["accuracy_by_readout"].items()}
-        row |= {name: metrics[name] for name in ("synaptic_operations", "parameters", "training_seconds")}
+        row |= {name: metrics.get(name) for name in ("synaptic_operations", "macs", "parameters", "training_seconds")}
         rows.append(row)
-    path = Path(args.log_dir) / f"{args.model}_seeds.csv"
+    if rows:
+        print_seeds(rows, log_path(args, "seeds.csv"))
+
+
+def print_seeds(rows: list[dict], path: Path) -> None:
+    """Print mean, standard deviation, minimum and maximum of the accuracies in `rows`; write the rows to `path`."""
     utils.write_csv(path, rows)
     print(f"{'test accuracy':20} {'mean':>8} {'std':>8} {'min':>8} {'max':>8}   of {len(rows)} seeds")
-    for name in ("accuracy", *(f"accuracy_{readout}" for readout in READOUTS)):
+    for name in (name for name in rows[0] if name.startswith("accuracy")):
         values = np.array([row[name] for row in rows])
         spread = values.std(ddof=1) if len(values) > 1 else 0.0
         numbers = (values.mean(), spread, values.min(), values.max())
@@ -782,8 +915,8 @@ def locked_folders(args: argparse.Namespace) -> Iterator[None]:
     flags = {os.path.realpath(args.log_dir): "--log_dir", os.path.realpath(args.save_dir): "--save_dir"}
     with contextlib.ExitStack() as stack:
         for folder, flag in flags.items() if utils.rank() == 0 and not args.test_only else ():
-            busy = f"{flag} {folder}: another run of {args.model} writes there; choose another folder, or wait"
-            stack.enter_context(utils.locked(folder, args.model, busy))
+            busy = f"{flag} {folder}: another run of {network_name(args)} writes there; choose another folder, or wait"
+            stack.enter_context(utils.locked(folder, network_name(args), busy))
         yield
 
 

@@ -498,21 +498,25 @@ def read_tensors(path: str | Path, mmap: bool = False) -> dict:
 
 # --- Checkpoints -----------------------------------------------------------------------------------------
 
-CHECKPOINT_FORMAT = 3  # increased if older checkpoints can't be used
-CHECKPOINT_KEYS = ("network_config", "settings", "data", "threads", "network", "epoch", "training_seconds", "score")
+CHECKPOINT_FORMAT = 4  # increased if older checkpoints can't be used
+CHECKPOINT_KEYS = (
+    *("name", "network_config", "settings", "data", "threads", "network"),
+    *("epoch", "training_seconds", "temperature", "score"),
+)
 
 
-def checkpoint_path(save_dir: str | Path, model: str, which: str) -> Path:
+def checkpoint_path(save_dir: str | Path, name: str, which: str) -> Path:
     """Return the path of the checkpoint of the 'last' finished epoch, or of the 'best' validation accuracy."""
-    return Path(save_dir) / f"{model}_{which}.pt"
+    return Path(save_dir) / f"{name}_{which}.pt"
 
 
-def load_checkpoint(path: str | Path, model: str) -> dict:
-    """Read a checkpoint of `model` onto the CPU; `weights_only=True`, so no code in it is run.
+def load_checkpoint(path: str | Path, name: str) -> dict:
+    """Read the checkpoint of a network, such as 'cnn', onto the CPU; `weights_only=True`, so no code in it is run.
 
     Raises `UserError` if the file is missing, damaged, or something else.
     """
-    make_one = f"make one with `python train_nmnist.py --model {model}`"
+    flags = name.replace("_relu", " --no_spikes")
+    make_one = f"make one with `python train_nmnist.py --model {flags}`"
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder, not a checkpoint: {make_one}")
     if not Path(path).is_file():
@@ -526,12 +530,13 @@ def load_checkpoint(path: str | Path, model: str) -> dict:
     if checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} was written by another version of this project: {make_one}")
     config = checkpoint.get("network_config")
-    complete = all(name in checkpoint for name in CHECKPOINT_KEYS)
+    complete = all(key in checkpoint for key in CHECKPOINT_KEYS)
     if not complete or not all(isinstance(x, dict) for x in (config, checkpoint["settings"], checkpoint["data"])):
         raise UserError(f"{path} lacks parts of a checkpoint: {make_one}")
-    found = config.get("model")
-    if found != model:
-        raise UserError(f"{path} holds a {found}, not a {model}: choose --model {found}, or {make_one}")
+    found = checkpoint["name"]
+    if found != name:
+        flags = str(found).replace("_relu", " --no_spikes")
+        raise UserError(f"{path} holds a {found}, not a {name}: choose --model {flags}, or {make_one}")
     return checkpoint
 
 
@@ -613,16 +618,34 @@ def plot_confusion_matrix(counts: np.ndarray, title: str, path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_accuracy_over_time(accuracy: np.ndarray, saccade_ends: list[float], title: str, path: Path) -> None:
-    """Draw the accuracy [T] of predictions made after each step, and where saccades end, in steps."""
-    figure, axis = plt.subplots(figsize=(7.5, 4.4))
-    axis.plot(np.arange(1, len(accuracy) + 1), 100 * accuracy, "o-", color=BLUE, ms=4, label="accuracy so far")
+def plot_accuracy_over_time(
+    accuracy: np.ndarray,
+    early_exit: list[dict],
+    saccade_ends: list[float],
+    step_ms: float | None,
+    title: str,
+    path: Path,
+) -> None:
+    """Draw the accuracy [T] of predictions made after each step, and that of early exits at their mean step.
+
+    `saccade_ends` are in steps, `step_ms` is the duration of a step, if it is known.
+    """
+    figure, axis = plt.subplots(figsize=(7.5, 5))
+    axis.plot(np.arange(1, len(accuracy) + 1), 100 * accuracy, "o-", color=BLUE, ms=4, label="all at the same step")
+    steps, accuracies, thresholds = ([e[key] for e in early_exit] for key in ("mean_steps", "accuracy", "threshold"))
+    low, high = (f"{100 * threshold:g}" for threshold in (thresholds[0], thresholds[-1]))
+    label = f"each when its confidence passes a threshold\n(early exit; {low} to {high}%, mean step)"
+    axis.plot(steps, 100 * np.array(accuracies), "s-", color=ORANGE, ms=4, label=label)
     axis.axhline(10, color=GREY, linestyle=":", label="chance")
     for i, end in enumerate(saccade_ends):
-        axis.axvline(0.5 + end, color=GREY, linestyle="--", label=None if i else "ends of the first two saccades")
-    axis.set(xlabel="time step of the prediction", ylabel="test accuracy (%)", ylim=(0, 102), title=title)
+        axis.axvline(end, color=GREY, linestyle="--", label=None if i else "ends of the first two saccades")
+    axis.set(xlabel="time step of the prediction", ylabel="test accuracy (%)", ylim=(0, 102))
     axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(loc="outside lower center", ncols=3)
+    if step_ms:
+        upper = axis.secondary_xaxis("top", functions=(lambda step: step * step_ms, lambda ms: ms / step_ms))
+        upper.set_xlabel("time of the prediction (ms)")
+    figure.suptitle(title, fontsize=plt.rcParams["axes.titlesize"])
+    figure.legend(loc="outside lower center", ncols=2)
     save_figure(figure, path)
 
 

@@ -10,6 +10,7 @@
 
 import argparse
 import copy
+import dataclasses
 import os
 import platform
 import sys
@@ -102,19 +103,11 @@ def new_neuron(neuron: snntorch.SpikingNeuron) -> snntorch.SpikingNeuron:
     return snntorch.Leaky(beta, threshold, spike_grad, init_hidden=True)
 
 
-class ReLU(nn.Module):
-    """What stands in place of neurons in the network without spikes: cur -> (output, cur)."""
-
-    def forward(self, cur):
-        return torch.relu(cur), cur
-
-
 def without_spikes(network: models.SpikingNetwork) -> models.SpikingNetwork:
-    """Return the same network, its precision, layout and weights, with ReLU in place of neurons."""
-    network = copy.deepcopy(network)
-    for name in network.neuron_layers():
-        network.set_submodule(name, ReLU())
-    return network
+    """Return the network of `--no_spikes` with the weights of `network`."""
+    relu = models.build_model(dataclasses.replace(network.config, no_spikes=True))
+    relu.load_state_dict(network.state_dict(), strict=False)  # without the neurons' parameters
+    return relu.to(network.fc_out.weight.device)
 
 
 def training_step(network, frames, labels):

@@ -619,12 +619,16 @@ def test_precisions_and_backends_agree(model):
         with ActivityMeter(network) as meter, LayerRecorder(network) as layers:
             spk, mems[key] = network(frames)
         assert spk.dtype == mems[key].dtype == torch.float32
-        spikes[key], rates[key] = layers["lif1"][0], meter.firing_rate()
+        spikes[key], rates[key] = layers["lif1"][0], firing_rates(meter)
     fused, step, bf16 = mems
     torch.testing.assert_close(mems[fused], mems[step], rtol=1e-3, atol=1e-3)
     assert (spikes[fused] != spikes[bf16]).float().mean() < 0.005
     for name, rate in rates[fused].items():
         assert rates[bf16][name] == pytest.approx(rate, rel=0.1), name
+
+
+def firing_rates(meter: ActivityMeter) -> dict[str, float]:
+    return {name: layer["firing_rate"] for name, layer in meter.layers().items()}
 
 
 def network_that_fires(model: str, frames: torch.Tensor) -> models.SpikingNetwork:
@@ -717,8 +721,8 @@ def test_silent_input_gives_no_spikes(model):
             spk, mem = network(torch.zeros(10, 2, 2, 34, 34))
         assert spk.sum() == 0
         assert mem.abs().sum() == 0
-        assert set(meter.firing_rate().values()) == {0.0}
-        assert meter.synaptic_operations() == 0
+        assert set(firing_rates(meter).values()) == {0.0}
+        assert meter.operations().sum() == 0
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -732,7 +736,7 @@ def test_gradients_reach_every_parameter_and_no_layer_is_silent_or_saturated(mod
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
-    for name, rate in meter.firing_rate().items():
+    for name, rate in firing_rates(meter).items():
         assert 0.01 < rate < 0.6, f"{name} fires at {rate}"
 
 
@@ -886,14 +890,111 @@ def test_activity_of_the_cnn_equals_a_count_by_hand():
     spk4, _ = network.lif4(
         models.time_distributed(models.to_channels_last(spk3).flatten(2), network.fc1, network.norm4)
     )
-    rates = meter.firing_rate()
+    layers = meter.layers()
     for name, spk in {"lif1": spk1, "lif2": spk2, "lif3": spk3, "lif4": spk4, "lif_out": out}.items():
-        assert rates[name] == pytest.approx(spk.mean().item(), rel=1e-5)
+        assert layers[name]["neurons"] == spk[0, 0].numel()
+        assert layers[name]["firing_rate"] == pytest.approx(spk.mean().item(), rel=1e-5)
+        assert layers[name]["spikes"] == pytest.approx(spk.sum().item() / 3, rel=1e-5)
     reached = [count_connections(*shape, 3, 1, 1) for shape in ((2, 16, 34), (16, 32, 17), (32, 64, 8))]
-    operations = sum((x.detach().numpy() * n).sum() for x, n in zip((frames, spk1, spk2), reached, strict=True))
-    operations += spk3.sum().item() * 128 + spk4.sum().item() * 10
-    assert meter.synaptic_operations() == pytest.approx(operations / 3, rel=1e-6)
-    assert meter.macs() == 6 * (sum(int(n.sum()) for n in reached) + 1024 * 128 + 128 * 10)
+    inputs = zip((frames, spk1, spk2), reached, strict=True)
+    operations = [(x.detach().numpy() * n).sum((2, 3, 4)) for x, n in inputs]
+    operations += [spk3.sum((2, 3, 4)).detach().numpy() * 128, spk4.sum(2).detach().numpy() * 10]
+    for (name, layer), expected in zip(layers.items(), operations, strict=True):
+        np.testing.assert_allclose(meter.operations(name), np.tile(expected, 2))  # of two passes
+        assert layer["synaptic_operations"] == pytest.approx(expected.sum() / 3)
+    np.testing.assert_allclose(meter.operations(), np.tile(sum(operations), 2))
+    macs = [6 * int(n.sum()) for n in reached] + [6 * 1024 * 128, 6 * 128 * 10]
+    assert [layer["macs"] for layer in layers.values()] == macs
+    first, *rest = (x.sum() / 3 for x in operations)
+    assert models.energy_uj(layers, 6) == {
+        "spiking_events": pytest.approx(0.9e-6 * (first + sum(rest))),
+        "spiking_dense_input": pytest.approx(4.6e-6 * macs[0] + 0.9e-6 * sum(rest)),
+        "relu_all_frames": pytest.approx(4.6e-6 * sum(macs)),
+        "relu_one_frame": pytest.approx(4.6e-6 * sum(macs) / 6),
+    }
+
+
+def test_the_operations_of_a_residual_block_are_those_of_its_three_convolutions():
+    network = network_that_fires("resnet", make_frames(6, 3, rate=0.3))
+    frames = make_frames(6, 3, rate=0.3)
+    with ActivityMeter(network) as meter, LayerRecorder(network) as layers, torch.no_grad():
+        network(frames)
+    spk1, inner = layers["lif1"][0], layers["res1.lif1"][0]
+    pooled = models.time_distributed(spk1, network.res1.pool)
+    reached = count_connections(16, 32, 17, 3, 1, 1)
+    np.testing.assert_allclose(meter.operations("res1.lif1"), (spk1.numpy() * reached).sum((2, 3, 4)))
+    expected = (inner.numpy() * count_connections(32, 32, 8, 3, 1, 1)).sum((2, 3, 4)) + 32 * pooled.sum(
+        (2, 3, 4)
+    ).numpy()
+    np.testing.assert_allclose(meter.operations("res1.lif2"), expected)
+    assert meter.layers()["res1.lif2"]["macs"] == 6 * (count_connections(32, 32, 8, 3, 1, 1).sum() + 16 * 64 * 32)
+
+
+# --- Without spikes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", models.BACKENDS)
+def test_the_network_without_spikes_is_an_ordinary_one_on_each_frame(backend):
+    torch.manual_seed(0)
+    network = make_network("cnn", no_spikes=True, neuron_backend=backend).eval()
+    frames = make_frames(4, 3, rate=0.3)
+    with torch.no_grad():
+        out, mem = network(frames)
+        x = frames.flatten(0, 1)
+        for conv, norm in (
+            (network.conv1, network.norm1),
+            (network.conv2, network.norm2),
+            (network.conv3, network.norm3),
+        ):
+            x = F.relu(norm(F.max_pool2d(F.conv2d(x, conv.weight, padding=1), 2)))
+        x = F.relu(network.norm4(network.fc1(x.movedim(1, -1).flatten(1))))
+        expected = network.norm_out(network.fc_out(x)).unflatten(0, (4, 3))
+    assert expected.abs().mean() > 0.01
+    torch.testing.assert_close(mem, expected)
+    torch.testing.assert_close(out, F.relu(expected))
+
+
+def test_without_spikes_the_networks_have_the_same_weights_and_nothing_that_needs_spikes():
+    for model in MODELS:
+        spiking, relu = make_network(model), make_network(model, no_spikes=True)
+        assert [p.shape for p in spiking.parameters()] == [p.shape for p in relu.parameters()]
+        assert list(spiking.neuron_layers()) == list(relu.neuron_layers())
+        with ActivityMeter(spiking) as meter, ActivityMeter(relu) as relu_meter:
+            spiking(make_frames(4, 2))
+            relu(make_frames(4, 2))
+        for name, layer in relu_meter.layers().items():
+            assert layer == {key: meter.layers()[name][key] for key in ("neurons", "macs")}
+        assert set(models.energy_uj(relu_meter.layers(), 4)) == {"relu_all_frames", "relu_one_frame"}
+    for wrong in ({"readout": "rate"}, {"learn_beta": True}):
+        with pytest.raises(ValueError, match="no_spikes"):
+            NetworkConfig(no_spikes=True, **wrong)
+
+
+# --- Confidence ------------------------------------------------------------------------------------------
+
+
+def test_confidence_is_the_softmax_of_the_evidence():
+    mem = torch.zeros(3, 1, 10)
+    mem[:, 0, 4] = torch.tensor([1.0, 2.0, -1.0])  # sums to 1, 3, 2
+    spk = torch.zeros(3, 1, 10)
+    spk[1:, 0, 7] = 1
+    e = np.exp
+    expected = [e(1 / 2) / (e(1 / 2) + 9), e(3 / 2) / (e(3 / 2) + 9), e(2 / 2) / (e(2 / 2) + 9)]
+    np.testing.assert_allclose(models.confidence(spk, mem, "membrane", 2.0)[:, 0], expected, rtol=1e-6)
+    expected = [0.1, e(1 / 2) / (e(1 / 2) + 9), e(2 / 2) / (e(2 / 2) + 9)]
+    np.testing.assert_allclose(models.confidence(spk, mem, "rate", 2.0)[:, 0], expected, rtol=1e-6)
+    # Neuron 7 waited one step; the others wait for 1, 2, 3.
+    expected = [0.1, 1 / (1 + 9 * e(-1 / 2)), 1 / (1 + 9 * e(-2 / 2))]
+    np.testing.assert_allclose(models.confidence(spk, mem, "latency", 2.0)[:, 0], expected, rtol=1e-6)
+
+
+def test_the_fitted_temperature_is_the_one_that_labels_were_drawn_with():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 20_000, 10, generator=generator) * 8
+    for temperature in (1.0, 4.0, 16.0):
+        labels = torch.multinomial(torch.softmax(logits[0] / temperature, -1), 1, generator=generator)[:, 0]
+        fitted = models.fit_temperature(torch.zeros_like(logits), logits, "membrane", labels)
+        assert fitted == pytest.approx(temperature, rel=0.2)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -99,8 +99,8 @@ def trained(request, tmp_path_factory, made_data_dir):
 def test_training_learns_and_reports_every_epoch(trained):
     model, folder, result = trained
     entries = json.loads((folder / "logs" / f"{model}_history.json").read_text())
-    names = "epoch train_loss train_accuracy val_loss val_accuracy test_loss test_accuracy lr precision neuron_backend"
-    assert list(entries[0]) == [*names.split(), "seconds", "recordings_per_second"]
+    names = "epoch train_loss train_accuracy val_loss val_accuracy test_loss test_accuracy val_temperature lr precision"
+    assert list(entries[0]) == [*names.split(), "neuron_backend", "seconds", "recordings_per_second"]
     assert entries[0]["neuron_backend"] == "fused"
     assert [entry["epoch"] for entry in entries] == list(range(1, 9))
     assert entries[-1]["train_loss"] < entries[0]["train_loss"]
@@ -123,13 +123,115 @@ def test_metrics_agree_with_one_another(trained):
     assert len(metrics["accuracy_over_time"]) == 5
     assert metrics["accuracy_over_time"][-1] == metrics["accuracy"]
     assert 0 < metrics["synaptic_operations"] < metrics["macs"]
-    assert all(0 < rate < 1 for rate in metrics["firing_rate"].values())
+    layers = metrics["layers"].values()
+    assert all(0 < layer["firing_rate"] < 1 for layer in layers)
+    for name in ("synaptic_operations", "macs"):
+        assert metrics[name] == pytest.approx(sum(layer[name] for layer in layers))
+    energy = metrics["energy_uj"]
+    assert energy["spiking_events"] == pytest.approx(0.9e-6 * metrics["synaptic_operations"])
+    assert energy["relu_one_frame"] == pytest.approx(4.6e-6 * metrics["macs"] / 5)
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("energy at 45 nm")]
+    for value in energy.values():
+        assert f"{value:.3g} uJ" in line
+    assert all(line.startswith(name) for name, line in zip(metrics["layers"], layer_table(result.stdout), strict=True))
     assert metrics["parameters"] == sum(p.numel() for p in build_model(NetworkConfig(model)).parameters())
     assert f"test accuracy        {metrics['accuracy']:.2%}\n" in result.stdout
     assert "data set             NMNIST, 30 test recordings\n" in result.stdout
     assert metrics["precision"] == utils.pick_precision("auto", torch.device("cpu"))
     assert f"precision, neurons   {metrics['precision']}, fused\n" in result.stdout
     assert metrics["checkpoint"] == str(folder / "checkpoints" / f"{model}_best.pt")
+
+
+def layer_table(stdout):
+    """Return the lines of the printed table of layers."""
+    table = stdout[stdout.index("layer   ") :].splitlines()[1:]
+    return table[: next(i for i, line in enumerate(table) if line.startswith("metrics"))]
+
+
+def test_predictions_and_early_exits_equal_a_loop_by_hand(trained, made_data_dir):
+    model, folder, _ = trained
+    metrics = json.loads((folder / "logs" / f"{model}_test_metrics.json").read_text())
+    with open(folder / "logs" / f"{model}_predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    recordings = nmnist.NMNIST(made_data_dir, "test")
+    assert [row["file"] for row in rows] == [str(Path(path).relative_to(recordings.root)) for path in recordings.data]
+    assert [int(row["label"]) for row in rows] == list(recordings.targets)
+    for name, accuracy in metrics["accuracy_by_readout"].items():
+        assert statistics.mean(row[name] == row["label"] for row in rows) == pytest.approx(accuracy)
+    network, temperature = best_network(folder, model)
+    with torch.no_grad():
+        mems = network(nmnist.load_frames(recordings, 5).batch(torch.arange(30), network.dtype)[0])[1].numpy()
+    exits = {entry["threshold"]: entry for entry in metrics["early_exit"]}
+    assert list(exits) == [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999]
+    for threshold, entry in exits.items():
+        steps, correct = [], []
+        for n, row in enumerate(rows):
+            for step in range(1, 6):
+                odds = np.exp((mems[:step, n].sum(0) - mems[:step, n].sum(0).max()) / temperature)
+                if 1 / odds.sum() > threshold:
+                    break
+            steps.append(step)
+            correct.append(int(odds.argmax() == int(row["label"])))
+            if threshold == 0.9:
+                assert int(row["early_exit_step_0.9"]) == step
+                final = np.exp((mems[:, n].sum(0) - mems[:, n].sum(0).max()) / temperature)
+                assert float(row["confidence"]) == pytest.approx(1 / final.sum(), abs=1e-4)
+        assert entry["accuracy"] == pytest.approx(statistics.mean(correct))
+        assert entry["mean_steps"] == pytest.approx(statistics.mean(steps))
+        assert entry["mean_ms"] == pytest.approx(statistics.mean(steps) * 308 / 5)
+    used = [entry["synaptic_operations"] for entry in exits.values()]
+    assert used == sorted(used)
+    assert used[0] < used[-1] <= metrics["synaptic_operations"] * (1 + 1e-9)
+
+
+def best_network(folder, model):
+    """Return the network of a run's best checkpoint, and its temperature."""
+    checkpoint = utils.load_checkpoint(folder / "checkpoints" / f"{model}_best.pt", model)
+    return load_network(checkpoint, torch.device("cpu")).eval(), checkpoint["temperature"]
+
+
+def test_the_temperature_is_fitted_on_validation_recordings(trained, made_data_dir):
+    model, folder, _ = trained
+    network, temperature = best_network(folder, model)
+    frames = nmnist.load_frames(nmnist.NMNIST(made_data_dir, "train"), 5)
+    _, val_indices = nmnist.split_validation(frames.labels, 0.2, 0)
+    x, labels = frames.batch(val_indices, network.dtype)
+    with torch.no_grad():
+        sums = network(x)[1].cumsum(0).numpy().astype(float)
+
+    def cross_entropy(t):
+        logits = sums / t - (sums / t).max(-1, keepdims=True)
+        logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return -logs[:, np.arange(len(labels)), labels].mean()
+
+    best = min(np.geomspace(1 / 16, 256, 400), key=cross_entropy)
+    assert temperature == pytest.approx(best, rel=0.1)
+
+
+def test_training_without_spikes_keeps_files_of_its_own(tmp_path, made_data_dir, capsys):
+    train_here(tmp_path, made_data_dir, "--epochs", 1)
+    train_here(tmp_path, made_data_dir, "--epochs", 2, "--no_spikes", "--visualize")
+    output = capsys.readouterr().out
+    assert "earlier" not in output
+    train_here(tmp_path, made_data_dir, "--no_spikes", "--test_only")
+    train_here(tmp_path, made_data_dir, "--no_spikes", "--resume", "--epochs", 3)
+    names = {path.name for path in files_in(tmp_path)}
+    assert {"cnn_best.pt", "cnn_relu_best.pt", "cnn_relu_last.pt", "cnn_relu_predictions.csv"} <= names
+    assert {f"cnn_relu_{name}.png" for name in FIGURES} <= names
+    assert len(history(tmp_path, "cnn_relu")) == 3
+    metrics = json.loads((tmp_path / "logs" / "cnn_relu_test_metrics.json").read_text())
+    assert metrics["neuron_backend"] == "ReLU"
+    assert metrics["settings"]["no_spikes"]
+    assert set(metrics["accuracy_by_readout"]) == {"membrane"}
+    assert "synaptic_operations" not in metrics
+    last = metrics["early_exit"][-1]
+    assert last["macs"] == pytest.approx(metrics["macs"] * last["mean_steps"] / 5)
+    assert max(entry["val_accuracy"] for entry in history(tmp_path, "cnn_relu")) > 0.5
+    relu = tmp_path / "checkpoints" / "cnn_relu_last.pt"
+    with pytest.raises(utils.UserError, match="holds a cnn_relu, not a cnn: choose --model cnn --no_spikes"):
+        train_here(tmp_path, made_data_dir, "--resume", relu, "--epochs", 4)
+    with pytest.raises(utils.UserError, match=r"`python train_nmnist\.py --model resnet --no_spikes`"):
+        train_here(tmp_path, made_data_dir, "--test_only", "--model", "resnet", "--no_spikes")
 
 
 def test_the_best_checkpoint_is_chosen_on_validation(trained):
@@ -518,6 +620,7 @@ def test_tests_into_the_same_folder_wait_for_one_another(tmp_path, made_data_dir
     metrics = logs / "cnn_test_metrics.json"
     before = json.loads(metrics.read_text())
     metrics.unlink()
+    (logs / "cnn_predictions.csv").unlink()
     with ThreadPoolExecutor(2) as pool:
         with utils.locked(logs, "test"):
             flags = [tmp_path, made_data_dir, "--test_only", "--visualize"]
@@ -535,7 +638,7 @@ def test_tests_into_the_same_folder_wait_for_one_another(tmp_path, made_data_dir
         k: v for k, v in before.items() if k not in MEASURED
     }
     names = ["training_results.png", *(f"cnn_{name}.png" for name in FIGURES), metrics.name, "cnn_history.json"]
-    assert {path.name for path in files_in(logs)} == set(names)
+    assert {path.name for path in files_in(logs)} == {*names, "cnn_predictions.csv"}
 
 
 @pytest.mark.parametrize("flag", ["--save_dir", "--log_dir"])
@@ -635,12 +738,15 @@ def test_figures_show_the_history_and_the_metrics(trained, figures):
     accuracy = np.array(metrics["accuracy_over_time"])
     args, _ = train_nmnist.parse_args(SHORT)
     ends = train_nmnist.saccade_ends(args)[:2]
-    utils.plot_accuracy_over_time(accuracy, ends, "title", Path("over_time.png"))
-    curve, _chance, *saccades = figures["over_time.png"].axes[0].lines
+    exits = metrics["early_exit"]
+    utils.plot_accuracy_over_time(accuracy, exits, ends, 308 / 5, "title", Path("over_time.png"))
+    curve, early, _chance, *saccades = figures["over_time.png"].axes[0].lines
+    np.testing.assert_allclose(early.get_xdata(), [entry["mean_steps"] for entry in exits])
+    np.testing.assert_allclose(early.get_ydata(), [100 * entry["accuracy"] for entry in exits])
     np.testing.assert_allclose(curve.get_xdata(), [1, 2, 3, 4, 5])
     np.testing.assert_allclose(curve.get_ydata(), 100 * accuracy)
-    # 100 and 220 of 308 ms; step 1, drawn at 1, takes 0.5 to 1.5.
-    np.testing.assert_allclose([line.get_xdata()[0] for line in saccades], [0.5 + 500 / 308, 0.5 + 1100 / 308])
+    # 100 and 220 of 308 ms; what is predicted after step 1, at 61.6 ms, is drawn at 1.
+    np.testing.assert_allclose([line.get_xdata()[0] for line in saccades], [500 / 308, 1100 / 308])
 
 
 def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path, made_data_dir):
