@@ -148,8 +148,13 @@ def layer_table(stdout):
     return table[: next(i for i, line in enumerate(table) if line.startswith("metrics"))]
 
 
-def test_predictions_and_early_exits_equal_a_loop_by_hand(trained, made_data_dir):
-    model, folder, _ = trained
+def test_predictions_and_early_exits_equal_a_loop_by_hand(trained, made_data_dir, tmp_path):
+    """With a higher temperature than the fitted one, with which all of these easy recordings exit at the first step."""
+    model, trained_in, _ = trained
+    folder = tmp_path
+    checkpoint = torch.load(trained_in / "checkpoints" / f"{model}_best.pt", weights_only=True)
+    utils.save_tensors(folder / "checkpoints" / f"{model}_best.pt", checkpoint | {"temperature": 2.0})
+    train_here(folder, made_data_dir, "--model", model, "--test_only")
     metrics = json.loads((folder / "logs" / f"{model}_test_metrics.json").read_text())
     with open(folder / "logs" / f"{model}_predictions.csv") as file:
         rows = list(csv.DictReader(file))
@@ -182,6 +187,7 @@ def test_predictions_and_early_exits_equal_a_loop_by_hand(trained, made_data_dir
     used = [entry["synaptic_operations"] for entry in exits.values()]
     assert used == sorted(used)
     assert used[0] < used[-1] <= metrics["synaptic_operations"] * (1 + 1e-9)
+    assert len({entry["mean_steps"] for entry in metrics["early_exit"]}) > 4
 
 
 def best_network(folder, model):
