@@ -4,6 +4,8 @@
     python tests/benchmark.py --model resnet --json speed.json    # of the other network, written as JSON, too
     python tests/benchmark.py simulator                           # the simulated camera against 800 real recordings
     python tests/benchmark.py simulator --no_train                # without training a network: a minute, not twenty
+    python tests/benchmark.py accuracy --data_dir DIR             # accuracy against training time: a grid of networks
+    python tests/benchmark.py accuracy --data_dir DIR --model cnn --width 1 --time_steps 10 --epochs 3    # a part of it
 
 `simulator` needs `nmnist-small` and `mnist.npz`, by default from the folder `../shared` beside the project.
 """
@@ -11,6 +13,8 @@
 import argparse
 import copy
 import dataclasses
+import itertools
+import json
 import os
 import platform
 import sys
@@ -373,6 +377,8 @@ def train_on_simulated(shared: Path, images: np.ndarray, ids: np.ndarray, number
 
 def benchmark_simulator(args: argparse.Namespace) -> None:
     """Print how like the real recordings the simulated ones of the same images are."""
+    if not (args.shared / "nmnist-small").is_dir():
+        raise utils.UserError(f"--shared {args.shared}: there is no nmnist-small in it")
     real, images, ids = load_real(args.shared)
     simulated = list(nmnist.simulate_events(images, [np.random.default_rng([args.seed, i]) for i in ids]))
     rows = compare(simulated, real)
@@ -393,28 +399,109 @@ def benchmark_simulator(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Accuracy against time
+# ---------------------------------------------------------------------------------------------------------
+
+
+def benchmark_accuracy(args: argparse.Namespace) -> None:
+    """Train the grid of networks that the flags name, one after the other; print each one's accuracy and time.
+
+    What an earlier call has trained in `--output_dir` is not trained again; a run that was stopped goes on.
+    """
+    rows = []
+    for cell in itertools.product(args.model, args.width, args.time_steps, args.epochs):
+        results = [train_cell(args, *cell, seed) for seed in args.seed]
+        rows.append({name: value for name, value in zip(("model", "width", "T", "epochs"), cell, strict=True)})
+        rows[-1] |= {name: float(np.mean([result[name] for result in results])) for name in results[0]}
+    titles = (
+        f"{'model':8} {'width':>5} {'T':>3} {'epochs':>6} {'weights':>10} {'accuracy':>9} {'last 3':>8} {'training':>9}"
+    )
+    print(f"\n{utils.processor_name()}, {num_cores()} cores; {len(args.seed)} seed(s); `--scheduler`")
+    print(f"{titles} {'recordings/s':>12} {'operations':>11} {'energy':>8}")
+    for row in sorted(rows, key=lambda row: row["seconds"]):
+        print(
+            f"{row['model']:8} {row['width']:5} {row['T']:3} {row['epochs']:6} {row['parameters']:10,.0f} "
+            f"{row['accuracy']:9.2%} {row['last_three']:8.2%} {row['seconds'] / 60:5.1f} min "
+            f"{row['recordings_per_second']:12,.0f} {row['synaptic_operations'] / 1e6:9.2f} M "
+            f"{row['energy_uj']:5.2f} uJ"
+        )
+    if args.json:
+        utils.write_json(args.json, {"machine": f"{utils.processor_name()}, {num_cores()} cores", "rows": rows})
+        print(f"\nwritten to {args.json}")
+
+
+def train_cell(args: argparse.Namespace, model: str, width: int, time_steps: int, epochs: int, seed: int) -> dict:
+    """Train one network of the grid with one seed, or go on with it; return its results."""
+    folder = args.output_dir / f"{model}_width{width}_T{time_steps}_epochs{epochs}_seed{seed}"
+    flags = {"model": model, "width": width, "time_steps": time_steps, "epochs": epochs, "seed": seed}
+    flags |= {"data_dir": args.data_dir, "dataset": args.dataset, "batch_size": args.batch_size}
+    flags |= {"save_dir": folder, "log_dir": folder}
+    train_nmnist.main(["--scheduler", "--resume", *(f"--{name}={value}" for name, value in flags.items())])
+    metrics = json.loads((folder / f"{model}_test_metrics.json").read_text())
+    history = json.loads((folder / f"{model}_history.json").read_text())
+    return {
+        "accuracy": metrics["accuracy"],
+        "last_three": np.mean([entry["test_accuracy"] for entry in history[-3:]]),
+        "seconds": sum(entry["seconds"] for entry in history),
+        "recordings_per_second": np.median([entry["recordings_per_second"] for entry in history]),
+        "parameters": metrics["parameters"],
+        "synaptic_operations": metrics["synaptic_operations"],
+        "energy_uj": metrics["energy_uj"]["spiking_events"],
+    }
+
+
+def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
+    utils.add_device_argument(parser)
+    utils.add_precision_argument(parser)
+    parser.add_argument("--model", choices=list(models.NETWORKS), default="cnn", help="network (default: %(default)s)")
+    parser.add_argument("--time_steps", type=utils.number(int, 1), default=25, help="T (default: %(default)s)")
+    parser.add_argument("--batch_size", type=utils.number(int, 1, 1000), default=128, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=utils.number(int, 1), default=5, help="rounds (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the table as JSON, too")
+
+
+def add_simulator_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder of the reference data")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the simulation (default: %(default)s)")
+    parser.add_argument("--no_train", action="store_true", help="train no network")
+
+
+def add_accuracy_arguments(parser: argparse.ArgumentParser) -> None:
+    grid = {"nargs": "+", "type": utils.number(int, 1), "help": "(default: %(default)s)"}
+    parser.add_argument("--data_dir", default="./data", help="folder of the data sets (default: %(default)s)")
+    parser.add_argument("--dataset", choices=["auto", "nmnist", "simulated"], default="auto", help="as in training")
+    parser.add_argument("--model", nargs="+", choices=list(models.NETWORKS), default=list(models.NETWORKS))
+    parser.add_argument("--width", default=[1, 2], **grid)
+    parser.add_argument("--time_steps", default=[5, 10, 25], **grid)
+    parser.add_argument("--epochs", default=[1, 3, 10], **grid)
+    parser.add_argument("--seed", default=[0], **(grid | {"type": utils.number(int, 0)}))
+    parser.add_argument("--batch_size", default=128, type=utils.number(int, 1), help="(default: %(default)s)")
+    text = "folder of checkpoints and logs (default: %(default)s)"
+    parser.add_argument("--output_dir", type=Path, default="./logs/benchmark", help=text)
+    parser.add_argument("--json", metavar="FILE", help="write the table as JSON, too")
+
+
+BENCHMARKS = {
+    "speed": (add_speed_arguments, benchmark_speed),
+    "simulator": (add_simulator_arguments, benchmark_simulator),
+    "accuracy": (add_accuracy_arguments, benchmark_accuracy),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=["speed", "simulator"], nargs="?", default="speed", help="what to measure")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the simulation (default: %(default)s)")
-    speed = parser.add_argument_group("speed")
-    utils.add_device_argument(speed)
-    utils.add_precision_argument(speed)
-    speed.add_argument("--model", choices=list(models.NETWORKS), default="cnn", help="network (default: %(default)s)")
-    speed.add_argument("--time_steps", type=utils.number(int, 1), default=25, help="T (default: %(default)s)")
-    speed.add_argument("--batch_size", type=utils.number(int, 1, 1000), default=128, help="(default: %(default)s)")
-    speed.add_argument("--rounds", type=utils.number(int, 1), default=5, help="rounds (default: %(default)s)")
-    speed.add_argument("--json", metavar="FILE", help="write the table as JSON, too")
-    simulator = parser.add_argument_group("simulator")
-    simulator.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder of the reference data")
-    simulator.add_argument("--no_train", action="store_true", help="train no network")
-    args = parser.parse_args()
-    if args.benchmark == "speed":
-        benchmark_speed(args)
-        return
-    if not (args.shared / "nmnist-small").is_dir():
-        raise utils.UserError(f"--shared {args.shared}: there is no nmnist-small in it")
-    benchmark_simulator(args)
+    commands = parser.add_subparsers(dest="benchmark", help="what to measure (default: speed)")
+    for name, (add_arguments, run) in BENCHMARKS.items():
+        command = commands.add_parser(name, help=run.__doc__.split(".")[0].lower())
+        add_arguments(command)
+        command.set_defaults(run=run)
+    argv = sys.argv[1:]
+    if not argv or (argv[0] not in BENCHMARKS and argv[0] not in ("-h", "--help")):
+        argv = ["speed", *argv]
+    args = parser.parse_args(argv)
+    args.run(args)
 
 
 if __name__ == "__main__":
