@@ -88,7 +88,8 @@ class SpikingNetwork(nn.Module):
     @property
     def title(self) -> str:
         """The network's name in figures."""
-        return type(self).__name__ + " without spikes" * self.config.no_spikes
+        name = type(self).__name__
+        return name.replace("Spiking", "") + " with ReLU" if self.config.no_spikes else name
 
     @property
     def dtype(self) -> torch.dtype:
@@ -169,7 +170,9 @@ class SpikingResNet(SpikingNetwork):
         self.res1 = ResidualBlock(w1, w2, config, make_lif)  # 17 x 17 to 8 x 8
         self.res2 = ResidualBlock(w2, w3, config, make_lif)  # 8 x 8 to 4 x 4
         self.fc1 = nn.Linear(w3 * 4 * 4, hidden, bias=False)
-        self.norm2 = init_norm(nn.BatchNorm1d(hidden), config, scale=decay_gain(config.alpha))
+        self.norm2 = init_norm(
+            nn.BatchNorm1d(hidden), config, scale=1.0 if config.no_spikes else decay_gain(config.alpha)
+        )
         self.fc_syn = over_time(synaptic, config)
         self.dropout = TimeSharedDropout(config.dropout)
         self.fc_out = nn.Linear(hidden, NUM_DIGITS, bias=False)
@@ -278,13 +281,18 @@ def confidence(spk: torch.Tensor, mem: torch.Tensor, readout: str, temperature: 
 def fit_temperature(spk: torch.Tensor, mem: torch.Tensor, readout: str, labels: torch.Tensor) -> float:
     """Return the temperature with which confidences fit best: the smallest cross entropy, averaged over all time steps.
 
-    The best of a grid in steps of a fourth of an octave. Without it, evidence summed over many steps is overconfident.
-    Source: Guo et al. 2017, "On calibration of modern neural networks".
+    The best to a fourth of an octave, from 1/64 to 16 standard deviations of the evidence. Source: Guo et al. 2017, "On
+    calibration of modern neural networks".
     """
     seen = evidence(spk, mem, readout).flatten(0, 1)
     labels = labels.expand(len(spk), -1).flatten()
-    temperatures = [2 ** (k / 4) for k in range(-16, 33)]
-    return min(temperatures, key=lambda temperature: F.cross_entropy(seen / temperature, labels).item())
+    scale = seen.std().item() or 1.0  # 0 if the output neurons are silent
+
+    def loss(quarter_octaves: int) -> float:
+        return F.cross_entropy(seen / (scale * 2 ** (quarter_octaves / 4)), labels).item()
+
+    coarse = min(range(-24, 17, 4), key=loss)
+    return scale * 2 ** (min(range(coarse - 3, coarse + 4), key=loss) / 4)
 
 
 def init_norm(norm: nn.Module, config: NetworkConfig, scale: float = 1.0) -> nn.Module:
@@ -297,13 +305,13 @@ def init_norm(norm: nn.Module, config: NetworkConfig, scale: float = 1.0) -> nn.
 
 
 def initial_current(config: NetworkConfig) -> float:
-    """Return the standard deviation of a LIF layer's current at the start.
+    """Return the standard deviation of a LIF layer's current at the start; it is 1 without spikes.
 
     With one threshold, a layer is neither silent nor saturated (threshold-dependent normalization, Zheng et al. 2021).
     If beta is above 0.5, currents sum to membrane potentials far from the threshold, where the surrogate gradient is
     small. The currents then start smaller.
     """
-    return config.threshold * min(1.0, decay_gain(config.beta) / decay_gain(0.5))
+    return 1.0 if config.no_spikes else config.threshold * min(1.0, decay_gain(config.beta) / decay_gain(0.5))
 
 
 def decay_gain(decay: float) -> float:
@@ -856,10 +864,11 @@ ADDITION_PJ, MAC_PJ = 0.9, 4.6  # energy in pJ at 45 nm, 32-bit floating point: 
 class ActivityMeter:
     """Measures a network's activity by layer, through forward hooks, while it is open as a context manager.
 
-    A layer is named by its neurons, and includes the connections that lead to them. A synaptic operation is an input
-    spike times a connection: each spike counts as often as it is sent on, an input event as a spike of the sensor's
-    pixel. MACs are the multiply-accumulates of the same network without spikes, where every connection is used at every
-    time step. Connections to the zero padding around an image are not counted. Nor are the neurons' own operations.
+    A layer is named by its neurons, and includes the connections that lead to them. Synaptic operations are its input
+    spikes times their connections: a spike counts once for each connection that it travels, an event as a spike of the
+    sensor's pixel. MACs are the multiply-accumulates of the same network without spikes, where every connection is used
+    at every time step. Connections to the zero padding around an image are not counted. Nor are the neurons' own
+    operations.
     """
 
     def __init__(self, network: SpikingNetwork):
@@ -867,10 +876,10 @@ class ActivityMeter:
         self.num_recordings = self.time_steps = 0
         self._neurons: dict[str, int] = {}
         self._spikes: dict[str, float] = {name: 0.0 for name in network.neuron_layers()}
-        self._macs: dict[str, int] = {}  # per recording and time step
+        self._macs: dict[str, torch.Tensor] = {}  # per recording and time step
         self._operations: dict[str, list[torch.Tensor]] = {name: [] for name in self._spikes}  # a batch: [T, B]
         self._connections: list[tuple[nn.Module, torch.Tensor]] = []  # of the layer that runs: each module, its input
-        self._fan_outs: dict[nn.Module, torch.Tensor] = {}
+        self._fan_outs: dict[nn.Module, torch.Tensor] = {}  # of one channel, since they are the same for all
 
     def __enter__(self):
         self._hooks = []
@@ -898,11 +907,10 @@ class ActivityMeter:
         operations, self._macs[name] = 0, 0
         for module, x in self._connections:
             if module not in self._fan_outs:
-                self._fan_outs[module] = fan_out(module, x.shape[1:])
-            reached = self._fan_outs[module]  # the same for all channels
-            sent = x.sum(1, dtype=torch.float32) * reached[0]
+                self._fan_outs[module] = fan_out(module, x.shape[1:])[0]
+            sent = x.sum(1, dtype=torch.float32) * self._fan_outs[module]
             operations = operations + sent.view(len(x), -1).sum(1, dtype=torch.float64)
-            self._macs[name] += int(reached.sum(dtype=torch.float64))
+            self._macs[name] += x.shape[1] * self._fan_outs[module].sum(dtype=torch.float64)
         self._connections.clear()
         self._operations[name].append(operations.view(spk.shape[:2]).cpu())
 
@@ -926,7 +934,7 @@ class ActivityMeter:
                     "spikes": spikes / self.num_recordings,
                     "synaptic_operations": self.operations(name).sum(0).mean().item(),
                 }
-            result[name]["macs"] = self.time_steps * self._macs[name]
+            result[name]["macs"] = self.time_steps * int(self._macs[name])
         return result
 
 
@@ -966,4 +974,6 @@ def fan_out(layer: nn.Conv2d | nn.Linear, shape: torch.Size) -> torch.Tensor:
             out = F.linear(x, ones)
         else:
             out = F.conv2d(x, ones, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+            if isinstance(layer, ConvPool):  # an odd last row or column is in no window: nothing is computed there
+                out = out[..., : out.shape[2] // 2 * 2, : out.shape[3] // 2 * 2]
         return torch.autograd.grad(out.sum(), x)[0][0]

@@ -68,6 +68,7 @@ LOSSES = {
 # then vanishes.
 COUNT_RANGE = 5.0
 NETWORK_FLAGS = tuple(field.name for field in fields(NetworkConfig))
+NEED_SPIKES = ("beta", "threshold", "alpha", "readout", "learn_beta", "loss")  # flags without a meaning for ReLU
 TRAINING_FLAGS = (
     *("epochs", "batch_size", "lr", "weight_decay", "optimizer", "loss", "scheduler"),
     *("no_augment", "val_split", "seed", *nmnist.FRAME_FLAGS),
@@ -105,7 +106,7 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     text = "what decides: the largest summed membrane potential, the most spikes, or the first spike"
     add_flag(group, "--readout", NetworkConfig.readout, text, choices=READOUTS)
     group.add_argument("--learn_beta", action="store_true", help="learn one beta per layer")
-    text = "put ReLU in place of neurons: the baseline without spikes, as <model>_relu"
+    text = "put ReLU in place of neurons, as a baseline; its files are named <model>_relu_..."
     group.add_argument("--no_spikes", action="store_true", help=text)
 
 
@@ -165,8 +166,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
     args = parser.parse_args(argv)
     if args.time_steps * args.batch_size == 1 and not args.test_only:
         parser.error("argument --batch_size: 1 is too few for --time_steps 1, since norms need two frames")
-    if args.no_spikes and (args.readout != "membrane" or args.learn_beta or args.loss != "ce"):
-        parser.error("argument --no_spikes: not allowed with --readout, --loss or --learn_beta, which need spikes")
+    need_spikes = [name for name in NEED_SPIKES if getattr(args, name) != parser.get_default(name)]
+    if args.no_spikes and need_spikes:
+        parser.error(f"argument --no_spikes: not allowed with argument --{need_spikes[0]}, which needs spikes")
     if args.test_only and args.resume is not None:
         parser.error("argument --resume: not allowed with argument --test_only")
     path = find_checkpoint(args)
@@ -439,7 +441,7 @@ def make_state(args: argparse.Namespace, device: torch.device) -> TrainState:
     """Return a new network and what trains it, in this process or in several."""
     utils.set_seed(args.seed)
     network = build_model(network_config(args)).to(device)
-    print(f"network     {type(network).__name__}, {sum(p.numel() for p in network.parameters()):,} parameters")
+    print(f"network     {network.title}, {sum(p.numel() for p in network.parameters()):,} parameters")
     ema, parallel = AveragedModel(network, multi_avg_fn=update_ema, use_buffers=True), network
     if distributed.is_initialized():
         utils.sync_batch_norm(network)
@@ -593,7 +595,9 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
     path = checkpoint_path(args, "best")
     checkpoint = utils.load_checkpoint(path, network_name(args))
     try:
-        network = load_network(checkpoint, device)
+        network, temperature = load_network(checkpoint, device), checkpoint["temperature"]
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"its temperature is {temperature}")
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} does not hold the network it names ({utils.first_line(error)})") from None
     trained_with, here = checkpoint["data"], describe_data(data)
@@ -605,18 +609,17 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
         result = evaluate(network, data.test, indices, loss_fn, args.batch_size, bar)
     if not math.isfinite(result["loss"]):
         raise UserError(f"{path}: the loss of this network is not finite")
-    temperature = checkpoint["temperature"]
     result["confidence"] = confidence(result["spk"], result["mem"], network.config.readout, temperature)
     metrics = {
         "dataset": data.name,
         "trained_on": trained_with["data set"],
         "data": here,
-        "model": args.model,
+        "model": network.config.name,
         "num_recordings": len(indices),
         **describe_result(result, network.config),
         "temperature": temperature,
-        "early_exit": early_exit(result, meter, milliseconds_per_step(args)),
-        **describe_activity(meter),
+        **(activity := describe_activity(meter)),
+        "early_exit": early_exit(result, meter, activity["macs"], milliseconds_per_step(args)),
         "parameters": sum(p.numel() for p in network.parameters()),
         "precision": network.config.precision,
         "neuron_backend": describe_backend(network),
@@ -662,23 +665,20 @@ def readouts_of(config: NetworkConfig) -> tuple[str, ...]:
 def describe_activity(meter: ActivityMeter) -> dict:
     """Return the metrics of spikes, operations and energy per recording."""
     layers = meter.layers()
-    totals = {"synaptic_operations": meter.operations().sum(0).mean().item()}
-    if meter.network.config.no_spikes:
-        totals = {}
-    totals["macs"] = sum(layer["macs"] for layer in layers.values())
+    names = ("macs",) if meter.network.config.no_spikes else ("synaptic_operations", "macs")
+    totals = {name: sum(layer[name] for layer in layers.values()) for name in names}
     return {"layers": layers, **totals, "energy_uj": energy_uj(layers, meter.time_steps)}
 
 
-def early_exit(result: dict, meter: ActivityMeter, step_ms: float | None) -> list[dict]:
+def early_exit(result: dict, meter: ActivityMeter, macs: int, step_ms: float | None) -> list[dict]:
     """Return what is reached if each recording is decided as soon as its confidence passes a threshold.
 
-    For each of `EXIT_THRESHOLDS`: accuracy, and mean time steps, milliseconds (None if they are unknown) and synaptic
-    operations (MACs without spikes) until the decision.
+    For each of `EXIT_THRESHOLDS`: accuracy, and mean time steps, nominal milliseconds (None if they are unknown) and
+    synaptic operations (MACs without spikes, of `macs` in all) until the decision.
     """
+    name, cost = "synaptic_operations", meter.operations()
     if meter.network.config.no_spikes:
-        name, cost = "macs", torch.full_like(result["confidence"], describe_activity(meter)["macs"] / meter.time_steps)
-    else:
-        name, cost = "synaptic_operations", meter.operations()
+        name, cost = "macs", torch.full_like(cost, macs / meter.time_steps)
     cost, entries = cost.cumsum(0), []
     for threshold in EXIT_THRESHOLDS:
         step = exit_step(result["confidence"], threshold)
@@ -769,9 +769,9 @@ def describe_cost(metrics: dict) -> dict[str, str]:
         return {"MACs": f"{macs / 1e6:.2f} million per recording", "energy at 45 nm": relu}
     operations, best, worst = metrics["synaptic_operations"], energy["spiking_events"], energy["spiking_dense_input"]
     return {
-        "synaptic operations": f"{operations / 1e6:.2f} million per recording; without spikes {macs / 1e6:.2f} million "
-        f"MACs on {time_steps} frames ({operations / macs:.1%}), "
-        f"{macs / time_steps / 1e6:.2f} million on one ({operations * time_steps / macs:.0%})",
+        "synaptic operations": f"{operations / 1e6:.2f} million per recording: {operations / macs:.1%} of the "
+        f"{macs / 1e6:.1f} million MACs without spikes on {time_steps} frames, "
+        f"{operations * time_steps / macs:.0%} of the {macs / time_steps / 1e6:.2f} million on one",
         "energy at 45 nm": f"{best:.3g} uJ, {worst:.3g} uJ with a dense first layer; without spikes {relu}",
     }
 
@@ -786,7 +786,10 @@ def print_layers(layers: dict[str, dict[str, float]]) -> None:
 
 
 def milliseconds_per_step(args: argparse.Namespace) -> float | None:
-    """Return the duration of a time step; with `--bin_by events` it is unknown, since it varies: None."""
+    """Return the nominal duration of a time step: a recording takes 308 ms, its first saccade 100 ms.
+
+    With `--bin_by events` it is unknown, since it varies: None.
+    """
     if args.bin_by == "events":
         return None
     return nmnist.SACCADE_ENDS[0 if args.first_saccade_only else -1] / args.time_steps
@@ -862,7 +865,7 @@ def run_seeds(argv: list[str], seeds: list[int]) -> None:
         folders = {name: Path(getattr(args, name)) / f"seed_{seed}" for name in ("save_dir", "log_dir")}
         print(f"seed        {seed}")
         run([*argv, "--seed", str(seed), *(f"--{name}={folder}" for name, folder in folders.items())])
-        if os.environ.get("RANK", "0") != "0":  # of torchrun: the first process tests
+        if utils.rank() != 0:  # the first process tests
             continue
         metrics = json.loads((folders["log_dir"] / log_path(args, "test_metrics.json").name).read_text())
         row = {name: metrics[name] for name in ("model", "seed", "dataset", "accuracy", "loss", "epoch")}

@@ -295,6 +295,8 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 # --- Distributed training --------------------------------------------------------------------------------
 
+_RUNS = itertools.count()
+
 
 def rank() -> int:
     """Return this process's number among those of `torchrun`, 0 without it."""
@@ -318,8 +320,12 @@ def init_distributed(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # A script may do this for several seeds, one after the other: each time with other keys in torchrun's store.
+    store, rank, size = next(distributed.rendezvous("env://"))
+    store = distributed.PrefixStore(f"run {next(_RUNS)}", store)
     # The others wait while one downloads and bins.
-    distributed.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    timeout = datetime.timedelta(hours=2)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def destroy_distributed() -> None:
@@ -631,10 +637,17 @@ def plot_accuracy_over_time(
     `saccade_ends` are in steps, `step_ms` is the duration of a step, if it is known.
     """
     figure, axis = plt.subplots(figsize=(7.5, 5))
-    axis.plot(np.arange(1, len(accuracy) + 1), 100 * accuracy, "o-", color=BLUE, ms=4, label="all at the same step")
+    axis.plot(
+        np.arange(1, len(accuracy) + 1),
+        100 * accuracy,
+        "o-",
+        color=BLUE,
+        ms=4,
+        label="every recording decided at this step",
+    )
     steps, accuracies, thresholds = ([e[key] for e in early_exit] for key in ("mean_steps", "accuracy", "threshold"))
     low, high = (f"{100 * threshold:g}" for threshold in (thresholds[0], thresholds[-1]))
-    label = f"each when its confidence passes a threshold\n(early exit; {low} to {high}%, mean step)"
+    label = f"early exit at a confidence of\n{low} to {high}% (mean step)"
     axis.plot(steps, 100 * np.array(accuracies), "s-", color=ORANGE, ms=4, label=label)
     axis.axhline(10, color=GREY, linestyle=":", label="chance")
     for i, end in enumerate(saccade_ends):

@@ -409,15 +409,19 @@ def benchmark_accuracy(args: argparse.Namespace) -> None:
 
     What an earlier call has trained in `--output_dir` is not trained again; a run that was stopped goes on.
     """
+    for model in args.model:
+        compile_kernels(model)
     rows = []
     for cell in itertools.product(args.model, args.width, args.time_steps, args.epochs):
         results = [train_cell(args, *cell, seed) for seed in args.seed]
-        rows.append({name: value for name, value in zip(("model", "width", "T", "epochs"), cell, strict=True)})
+        rows.append(dict(zip(("model", "width", "T", "epochs"), cell, strict=True)))
+        rows[-1]["machine"] = "; ".join(sorted({result.pop("machine") for result in results}))
         rows[-1] |= {name: float(np.mean([result[name] for result in results])) for name in results[0]}
     titles = (
         f"{'model':8} {'width':>5} {'T':>3} {'epochs':>6} {'weights':>10} {'accuracy':>9} {'last 3':>8} {'training':>9}"
     )
-    print(f"\n{utils.processor_name()}, {num_cores()} cores; {len(args.seed)} seed(s); `--scheduler`")
+    machines = "; ".join(sorted({row["machine"] for row in rows}))
+    print(f"\n{machines}; {len(args.seed)} seed(s); `--scheduler`")
     print(f"{titles} {'recordings/s':>12} {'operations':>11} {'energy':>8}")
     for row in sorted(rows, key=lambda row: row["seconds"]):
         print(
@@ -427,13 +431,14 @@ def benchmark_accuracy(args: argparse.Namespace) -> None:
             f"{row['energy_uj']:5.2f} uJ"
         )
     if args.json:
-        utils.write_json(args.json, {"machine": f"{utils.processor_name()}, {num_cores()} cores", "rows": rows})
+        utils.write_json(args.json, rows)
         print(f"\nwritten to {args.json}")
 
 
 def train_cell(args: argparse.Namespace, model: str, width: int, time_steps: int, epochs: int, seed: int) -> dict:
     """Train one network of the grid with one seed, or go on with it; return its results."""
-    folder = args.output_dir / f"{model}_width{width}_T{time_steps}_epochs{epochs}_seed{seed}"
+    cell = f"{model}_width{width}_T{time_steps}_epochs{epochs}_batch{args.batch_size}_seed{seed}"
+    folder = args.output_dir / cell
     flags = {"model": model, "width": width, "time_steps": time_steps, "epochs": epochs, "seed": seed}
     flags |= {"data_dir": args.data_dir, "dataset": args.dataset, "batch_size": args.batch_size}
     flags |= {"save_dir": folder, "log_dir": folder}
@@ -448,7 +453,16 @@ def train_cell(args: argparse.Namespace, model: str, width: int, time_steps: int
         "parameters": metrics["parameters"],
         "synaptic_operations": metrics["synaptic_operations"],
         "energy_uj": metrics["energy_uj"]["spiking_events"],
+        "machine": metrics["machine"],
     }
+
+
+def compile_kernels(model: str) -> None:
+    """Make a training step on two empty recordings, so that compiling is not counted as training."""
+    device = utils.pick_device(None)
+    config = models.NetworkConfig(model=model, precision=utils.pick_precision("auto", device))
+    frames, labels = torch.zeros(6, 2, 2, 34, 34, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    training_step(models.build_model(config).to(device), frames, labels)()
 
 
 def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
@@ -469,14 +483,14 @@ def add_simulator_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_accuracy_arguments(parser: argparse.ArgumentParser) -> None:
-    grid = {"nargs": "+", "type": utils.number(int, 1), "help": "(default: %(default)s)"}
+    grid = {"nargs": "+", "help": "(default: %(default)s)"}
     parser.add_argument("--data_dir", default="./data", help="folder of the data sets (default: %(default)s)")
     parser.add_argument("--dataset", choices=["auto", "nmnist", "simulated"], default="auto", help="as in training")
     parser.add_argument("--model", nargs="+", choices=list(models.NETWORKS), default=list(models.NETWORKS))
-    parser.add_argument("--width", default=[1, 2], **grid)
-    parser.add_argument("--time_steps", default=[5, 10, 25], **grid)
-    parser.add_argument("--epochs", default=[1, 3, 10], **grid)
-    parser.add_argument("--seed", default=[0], **(grid | {"type": utils.number(int, 0)}))
+    parser.add_argument("--width", default=[1, 2], type=utils.number(int, 1, 64), **grid)
+    parser.add_argument("--time_steps", default=[5, 10, 25], type=utils.number(int, 1, 1000), **grid)
+    parser.add_argument("--epochs", default=[1, 3, 10], type=utils.number(int, 1), **grid)
+    parser.add_argument("--seed", default=[0], type=utils.number(int, 0, 2**32 - 1), **grid)
     parser.add_argument("--batch_size", default=128, type=utils.number(int, 1), help="(default: %(default)s)")
     text = "folder of checkpoints and logs (default: %(default)s)"
     parser.add_argument("--output_dir", type=Path, default="./logs/benchmark", help=text)

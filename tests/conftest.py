@@ -78,10 +78,12 @@ def figures(monkeypatch):
     plt.close("all")
 
 
-def run(*command, cwd=ROOT, **options) -> subprocess.CompletedProcess:
+def run(*command, cwd=ROOT, import_from=None, **options) -> subprocess.CompletedProcess:
     """Run a command as a user does, from the project's folder, and return it with its output."""
     # One thread: no result depends on the number of threads, and tests may run at the same time.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if import_from:
+        environment["PYTHONPATH"] = str(import_from)
     command = [str(part) for part in command]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=280, **options)
 

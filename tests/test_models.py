@@ -856,10 +856,11 @@ def test_the_rate_code_is_snntorchs_where_nothing_ties():
     assert float(ours) == pytest.approx(SF.accuracy_rate(spk, labels))
 
 
-def count_connections(in_channels, out_channels, size, kernel, stride, padding):
-    """Count, one by one, how many outputs of a convolution each input pixel reaches."""
+def count_connections(in_channels, out_channels, size, kernel, stride, padding, pooled=False):
+    """Count, one by one, how many outputs of a convolution each input pixel reaches; pooled, an odd last one is cut."""
     reached = np.zeros((in_channels, size, size))
     outputs = (size + 2 * padding - kernel) // stride + 1
+    outputs -= outputs % 2 if pooled else 0
     for oy in range(outputs):
         for ox in range(outputs):
             for ky in range(kernel):
@@ -895,7 +896,7 @@ def test_activity_of_the_cnn_equals_a_count_by_hand():
         assert layers[name]["neurons"] == spk[0, 0].numel()
         assert layers[name]["firing_rate"] == pytest.approx(spk.mean().item(), rel=1e-5)
         assert layers[name]["spikes"] == pytest.approx(spk.sum().item() / 3, rel=1e-5)
-    reached = [count_connections(*shape, 3, 1, 1) for shape in ((2, 16, 34), (16, 32, 17), (32, 64, 8))]
+    reached = [count_connections(*shape, 3, 1, 1, pooled=True) for shape in ((2, 16, 34), (16, 32, 17), (32, 64, 8))]
     inputs = zip((frames, spk1, spk2), reached, strict=True)
     operations = [(x.detach().numpy() * n).sum((2, 3, 4)) for x, n in inputs]
     operations += [spk3.sum((2, 3, 4)).detach().numpy() * 128, spk4.sum(2).detach().numpy() * 10]
@@ -921,7 +922,7 @@ def test_the_operations_of_a_residual_block_are_those_of_its_three_convolutions(
         network(frames)
     spk1, inner = layers["lif1"][0], layers["res1.lif1"][0]
     pooled = models.time_distributed(spk1, network.res1.pool)
-    reached = count_connections(16, 32, 17, 3, 1, 1)
+    reached = count_connections(16, 32, 17, 3, 1, 1, pooled=True)
     np.testing.assert_allclose(meter.operations("res1.lif1"), (spk1.numpy() * reached).sum((2, 3, 4)))
     expected = (inner.numpy() * count_connections(32, 32, 8, 3, 1, 1)).sum((2, 3, 4)) + 32 * pooled.sum(
         (2, 3, 4)
@@ -995,6 +996,9 @@ def test_the_fitted_temperature_is_the_one_that_labels_were_drawn_with():
         labels = torch.multinomial(torch.softmax(logits[0] / temperature, -1), 1, generator=generator)[:, 0]
         fitted = models.fit_temperature(torch.zeros_like(logits), logits, "membrane", labels)
         assert fitted == pytest.approx(temperature, rel=0.2)
+        for scale in (1e-3, 1e3):  # evidence may be of any size
+            fitted = models.fit_temperature(torch.zeros_like(logits), logits * scale, "membrane", labels)
+            assert fitted == pytest.approx(temperature * scale, rel=0.2)
 
 
 @pytest.mark.parametrize("model", MODELS)

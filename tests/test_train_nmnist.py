@@ -196,12 +196,16 @@ def best_network(folder, model):
     return load_network(checkpoint, torch.device("cpu")).eval(), checkpoint["temperature"]
 
 
-def test_the_temperature_is_fitted_on_validation_recordings(trained, made_data_dir):
-    model, folder, _ = trained
-    network, temperature = best_network(folder, model)
+def test_the_temperature_is_fitted_on_validation_recordings(tmp_path, made_data_dir, monkeypatch):
+    """After a few epochs, when the classes are not separable yet and the temperature is no extreme."""
+    fit, fitted_on = train_nmnist.fit_temperature, []
+    monkeypatch.setattr(train_nmnist, "fit_temperature", lambda *args: (fitted_on.append(args[3]), fit(*args))[1])
+    train_here(tmp_path, made_data_dir, "--epochs", 4, "--lr", 2e-3, "--no_augment")
+    network, temperature = best_network(tmp_path, "cnn")
     frames = nmnist.load_frames(nmnist.NMNIST(made_data_dir, "train"), 5)
-    _, val_indices = nmnist.split_validation(frames.labels, 0.2, 0)
-    x, labels = frames.batch(val_indices, network.dtype)
+    x, labels = frames.batch(nmnist.split_validation(frames.labels, 0.2, 0)[1], network.dtype)
+    assert len(labels) == 24
+    assert all(torch.equal(fitted, labels) for fitted in fitted_on)
     with torch.no_grad():
         sums = network(x)[1].cumsum(0).numpy().astype(float)
 
@@ -210,8 +214,9 @@ def test_the_temperature_is_fitted_on_validation_recordings(trained, made_data_d
         logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         return -logs[:, np.arange(len(labels)), labels].mean()
 
-    best = min(np.geomspace(1 / 16, 256, 400), key=cross_entropy)
-    assert temperature == pytest.approx(best, rel=0.1)
+    temperatures = np.geomspace(0.01, 100, 600)
+    assert temperature == pytest.approx(min(temperatures, key=cross_entropy), rel=0.1)
+    assert temperatures[0] * 2 < temperature < temperatures[-1] / 2
 
 
 def test_training_without_spikes_keeps_files_of_its_own(tmp_path, made_data_dir, capsys):
@@ -228,6 +233,7 @@ def test_training_without_spikes_keeps_files_of_its_own(tmp_path, made_data_dir,
     metrics = json.loads((tmp_path / "logs" / "cnn_relu_test_metrics.json").read_text())
     assert metrics["neuron_backend"] == "ReLU"
     assert metrics["settings"]["no_spikes"]
+    assert metrics["model"] == "cnn_relu"
     assert set(metrics["accuracy_by_readout"]) == {"membrane"}
     assert "synaptic_operations" not in metrics
     last = metrics["early_exit"][-1]
@@ -694,6 +700,21 @@ def test_two_processes_train_like_one(tmp_path, made_data_dir, alone):
             assert one[name] == pytest.approx(two[name], rel=1e-5), name
         for name in ("train_accuracy", "val_accuracy", "test_accuracy"):
             assert one[name] == two[name]
+
+
+def test_two_processes_train_several_seeds(tmp_path, made_data_dir):
+    """Each time they meet anew, also if the test between, which one of them makes, takes a while."""
+    code = "import utils, time, train_nmnist; test = train_nmnist.test; "
+    code += "train_nmnist.test = lambda *args: (time.sleep(1), test(*args))[1]; utils.run_script(train_nmnist.main)"
+    (tmp_path / "slow_test.py").write_text(code)
+    flags = [*folder_flags(tmp_path, made_data_dir), *SHORT, *STEP, "--epochs", 1, "--seed", 3, 7, 9]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    result = run(sys.executable, *torchrun, tmp_path / "slow_test.py", *flags, import_from=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("2 processes") == 3
+    assert "of 3 seeds" in result.stdout
+    with open(tmp_path / "logs" / "cnn_seeds.csv") as file:
+        assert [row["seed"] for row in csv.DictReader(file)] == ["3", "7", "9"]
 
 
 def test_processes_that_differ_are_refused(tmp_path, made_data_dir, monkeypatch):
