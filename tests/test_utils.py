@@ -178,8 +178,13 @@ def test_checkpoints_of_older_formats_are_refused(tmp_path, number):
 def test_damaged_checkpoints_are_refused_or_unchanged(tmp_path):
     """Cut anywhere, or with any bit flipped, a checkpoint is refused, or what it holds is unchanged."""
     config = {"model": "cnn", "beta": 0.5}
-    whole = dict.fromkeys(utils.CHECKPOINT_KEYS, 1) | {"format": utils.CHECKPOINT_FORMAT, "network_config": config}
-    whole |= {"network": {"weight": torch.arange(100.0)}, "settings": {"lr": 1.0}, "data": {"data set": "NMNIST"}}
+    whole = dict.fromkeys(utils.CHECKPOINT_KEYS, 1) | {"format": utils.CHECKPOINT_FORMAT, "name": "cnn"}
+    whole |= {
+        "network_config": config,
+        "network": {"weight": torch.arange(100.0)},
+        "settings": {"lr": 1.0},
+        "data": {"data set": "NMNIST"},
+    }
     path = tmp_path / "cnn_last.pt"
     utils.save_tensors(path, whole)
     content = path.read_bytes()
