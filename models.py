@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.dlpack import to_dlpack
 
 NUM_DIGITS = 10
-SURROGATE_SLOPE = 5  # of the fast sigmoid; snnTorch's default of 25 lets little gradient reach the first layer
+SURROGATE_SLOPE = 2  # of the fast sigmoid; snnTorch's default of 25 lets little gradient reach the first layer
 BACKENDS = ("fused", "step")
 READOUTS = ("membrane", "rate", "latency")
 
@@ -37,7 +37,7 @@ class NetworkConfig:
     model: str = "cnn"  # or "resnet"
     beta: float = 0.5  # decay of the membrane potential per step
     threshold: float = 1.0  # membrane potential above which a neuron fires
-    alpha: float = 0.9  # decay per step of ALIF's adaptation and of the synaptic current (resnet only)
+    alpha: float = 0.5  # decay per step of ALIF's adaptation and of the synaptic current (resnet only)
     dropout: float = 0.0  # probability of dropping a neuron of the last hidden layer
     precision: str = "fp32"  # or "bf16": layers in bfloat16, the state of fused neurons in float32
     neuron_backend: str = "fused"  # or "step"
@@ -188,9 +188,11 @@ class SpikingResNet(SpikingNetwork):
 
 
 class ResidualBlock(nn.Module):
-    """conv -> max pool -> norm -> LIF -> conv -> norm, plus max pool -> 1 x 1 conv of the input, -> LIF.
+    """conv -> max pool -> norm -> LIF -> conv -> norm, plus sum pool -> 1 x 1 conv of the input, -> LIF; spikes added.
 
-    Spikes [T, B, in_channels, H, W] -> spikes [T, B, out_channels, H // 2, W // 2].
+    Spikes [T, B, in_channels, H, W] -> spikes [T, B, out_channels, H // 2, W // 2], 0, 1 or 2 from the two neurons at
+    each place. Their sum lets gradients past the second neuron, as in Fang et al. 2021, "Deep residual learning in
+    spiking neural networks".
     """
 
     def __init__(self, in_channels: int, out_channels: int, config: NetworkConfig, make_lif: Callable):
@@ -200,7 +202,6 @@ class ResidualBlock(nn.Module):
         self.lif1 = over_time(make_lif(config), config)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = init_norm(nn.BatchNorm2d(out_channels), config)
-        self.pool = MaxPool(config)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         # The shortcut has no norm, so its initial weights are scaled instead.
         with torch.no_grad():
@@ -208,10 +209,10 @@ class ResidualBlock(nn.Module):
         self.lif2 = over_time(make_lif(config), config)
 
     def forward(self, spk):
-        inner, _ = self.lif1(time_distributed(spk, self.conv1, self.norm1))
-        shortcut = time_distributed(spk, self.pool, self.shortcut)
-        spk, _ = self.lif2(time_distributed(inner, self.conv2, self.norm2) + shortcut)
-        return spk
+        spk1, _ = self.lif1(time_distributed(spk, self.conv1, self.norm1))
+        cur = time_distributed(spk1, self.conv2, self.norm2) + time_distributed(spk, sum_pool, self.shortcut)
+        spk2, _ = self.lif2(cur)
+        return spk1 + spk2
 
 
 NETWORKS = {"cnn": SpikingCNN, "resnet": SpikingResNet}
@@ -520,6 +521,11 @@ class TimeSharedDropout(nn.Dropout):
         return spk * super().forward(torch.ones_like(spk[0])) if self.training else spk
 
 
+def sum_pool(x: torch.Tensor) -> torch.Tensor:
+    """Count the spikes in each window (2 x 2): x [F, C, H, W] -> [F, C, H // 2, W // 2]."""
+    return F.avg_pool2d(x, 2, divisor_override=1)
+
+
 class ConvPool(nn.Conv2d):
     """Convolution (3 x 3, padded by 1, no bias), then max pooling (2 x 2): x [F, C, H, W] -> [F, D, H // 2, W // 2]."""
 
@@ -531,17 +537,6 @@ class ConvPool(nn.Conv2d):
         if self.fused:
             return FusedConvPool.apply(x, self.weight.to(x.dtype))
         return F.max_pool2d(super().forward(x), 2)
-
-
-class MaxPool(nn.Module):
-    """Max pooling (2 x 2): x [F, C, H, W] -> [F, C, H // 2, W // 2]."""
-
-    def __init__(self, config: NetworkConfig):
-        super().__init__()
-        self.fused = config.neuron_backend == "fused"
-
-    def forward(self, x):
-        return FusedMaxPool.apply(x) if self.fused else F.max_pool2d(x, 2)
 
 
 # --- Compiled kernels: read last -------------------------------------------------------------------------
@@ -772,31 +767,6 @@ def max_unpool(grad: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return grad.new_zeros((len(grad), 2 * grad.shape[1], 2 * grad.shape[2], grad.shape[3]))
     window_index = torch.arange(4.0, device=index.device).view(2, 1, 2, 1)
     return pool_backward(*(detached_alias(x) for x in (grad, index, window_index))).flatten(3, 4).flatten(1, 2)
-
-
-class FusedMaxPool(torch.autograd.Function):
-    """Max pooling (2 x 2): x [F, C, H, W] -> [F, C, H // 2, W // 2], channels_last.
-
-    Values and gradients equal torch's, whose pooling takes a CPU longer than the convolution before it.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        probe_compiler(x.device, x.dtype)
-        even = x.movedim(1, -1)[:, : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2]  # an odd last row is in no window
-        pooled = x.new_empty((len(x), x.shape[2] // 2, x.shape[3] // 2, x.shape[1]))
-        index = torch.empty_like(pooled, dtype=torch.uint8)
-        max_pool(even.contiguous(), pooled, index)
-        ctx.save_for_backward(index)
-        ctx.odd = x.shape[2] % 2, x.shape[3] % 2
-        return pooled.movedim(-1, 1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        refuse_second_derivative()
-        (index,) = ctx.saved_tensors
-        grad_x = max_unpool(grad.movedim(1, -1).contiguous(), index)
-        return F.pad(grad_x, (0, 0, 0, ctx.odd[1], 0, ctx.odd[0])).movedim(-1, 1)
 
 
 class FusedConvPool(torch.autograd.Function):

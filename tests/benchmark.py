@@ -93,8 +93,8 @@ class Loop(nn.Module):
         return self.output(self.fc_syn(net.norm2(net.fc1(spk.movedim(1, -1).flatten(1)))))
 
     def step_block(self, block: models.ResidualBlock, lif1, lif2, x):
-        spk = lif1(block.norm1(self.conv_pool(block.conv1, x)))
-        return lif2(block.norm2(block.conv2(spk)) + block.shortcut(F.max_pool2d(x, 2)))
+        spk1 = lif1(block.norm1(self.conv_pool(block.conv1, x)))
+        return spk1 + lif2(block.norm2(block.conv2(spk1)) + block.shortcut(models.sum_pool(x)))
 
 
 def new_neuron(neuron: snntorch.SpikingNeuron) -> snntorch.SpikingNeuron:
