@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.dlpack import to_dlpack
 
 NUM_DIGITS = 10
-SURROGATE_SLOPE = 2  # of the fast sigmoid; snnTorch's default of 25 lets little gradient reach the first layer
+SURROGATE_SLOPE = 5  # of the fast sigmoid; snnTorch's default of 25 lets little gradient reach the first layer
 BACKENDS = ("fused", "step")
 READOUTS = ("membrane", "rate", "latency")
 
@@ -62,15 +62,16 @@ class NetworkConfig:
 
 def make_leaky(config: NetworkConfig) -> snn.Leaky:
     """Make the LIF neuron that both networks use unless told otherwise."""
-    return snn.Leaky(beta=config.beta, threshold=config.threshold, spike_grad=spike_grad, learn_beta=config.learn_beta)
+    grad = functools.partial(spike_grad, slope=NETWORKS[config.model].SLOPE)
+    return snn.Leaky(beta=config.beta, threshold=config.threshold, spike_grad=grad, learn_beta=config.learn_beta)
 
 
-def spike_grad(x: torch.Tensor) -> torch.Tensor:
+def spike_grad(x: torch.Tensor, slope: float = SURROGATE_SLOPE) -> torch.Tensor:
     """Spike where x > 0, with the surrogate gradient of Zenke and Ganguli 2018.
 
-    It is `snntorch.surrogate.fast_sigmoid(SURROGATE_SLOPE)`, as a function that can be pickled.
+    It is `snntorch.surrogate.fast_sigmoid(slope)`, as a function that can be pickled.
     """
-    return surrogate.FastSigmoid.apply(x, SURROGATE_SLOPE)
+    return surrogate.FastSigmoid.apply(x, slope)
 
 
 class SpikingNetwork(nn.Module):
@@ -81,8 +82,12 @@ class SpikingNetwork(nn.Module):
     The network wraps it in `OverTime` or `Fused`, so a neuron never sees the time dimension as the batch.
     """
 
+    SLOPE = SURROGATE_SLOPE  # of its neurons' surrogate gradient
+
     def __init__(self, config: NetworkConfig):
         super().__init__()
+        if not isinstance(self, NETWORKS[config.model]):
+            raise ValueError(f"{type(self).__name__} can't be built with model={config.model!r}")
         self.config = config
 
     @property
@@ -155,13 +160,14 @@ class SpikingCNN(SpikingNetwork):
 class SpikingResNet(SpikingNetwork):
     """conv -> ALIF, two residual blocks with LIF, fully connected -> synaptic LIF -> dropout, output -> LIF."""
 
+    SLOPE = 2  # a wider surrogate gradient, for more layers of neurons one after the other
     ADAPT_SCALE = 0.5  # in thresholds: how far the threshold of a neuron that fires at every step would rise
 
     def __init__(self, config: NetworkConfig, make_lif: Callable = make_leaky):
         super().__init__(config)
         w1, w2, w3, hidden = (config.width * size for size in (16, 32, 64, 128))
-        shared = {"beta": config.beta, "threshold": config.threshold, "spike_grad": spike_grad}
-        shared["learn_beta"] = config.learn_beta
+        shared = {"beta": config.beta, "threshold": config.threshold, "learn_beta": config.learn_beta}
+        shared["spike_grad"] = functools.partial(spike_grad, slope=self.SLOPE)
         alif = ALIF(rho=config.alpha, adapt_scale=self.ADAPT_SCALE * config.threshold, **shared)
         synaptic = snn.Synaptic(alpha=config.alpha, **shared)
         self.conv1 = ConvPool(2, w1, config)  # 34 x 34, pooled to 17 x 17
@@ -388,15 +394,24 @@ class Fused(OverTime):
         else:
             params = beta, neuron.threshold, None, None, None
         cur = to_channels_last(cur)
-        outputs = FusedNeuron.apply(cur.flatten(1).contiguous(), *params)
+        outputs = FusedNeuron.apply(cur.flatten(1).contiguous(), slope_of(neuron), *params)
         return tuple(to_channels_first(x.view(cur.shape)) for x in outputs)
+
+
+def slope_of(neuron: snn.SpikingNeuron) -> float | None:
+    """Return the slope of a neuron whose surrogate gradient is `spike_grad`, with another slope perhaps; else None."""
+    grad = neuron.spike_grad
+    options = grad.keywords if isinstance(grad, functools.partial) and not grad.args else {}
+    if spike_grad not in (grad, getattr(grad, "func", None)) or not options.keys() <= {"slope"}:
+        return None
+    return float(options.get("slope", SURROGATE_SLOPE))
 
 
 def unsupported_option(neuron: snn.SpikingNeuron) -> str | None:
     """Return the option of a neuron that the kernels can't run, None if they can run it."""
     if type(neuron) not in (snn.Leaky, snn.Synaptic, ALIF):
         return "its own equations"
-    if neuron.spike_grad is not spike_grad:
+    if slope_of(neuron) is None:
         return "another spike_grad than models.spike_grad"
     if neuron.reset_mechanism != "subtract":
         return f"reset_mechanism={neuron.reset_mechanism!r}"
@@ -623,16 +638,17 @@ def neuron_forward(cur, spks, mems, adapts, state, params):
 
 
 @compile_kernel
-def neuron_backward(grad_cur, grads, grad_mem_scale, spks, mems, adapts, prev_mems, state, grad_beta, params):
+def neuron_backward(grad_cur, grads, scales, spks, mems, adapts, prev_mems, state, grad_beta, params):
     """Run the gradients back over a few steps, and fill the list `grad_cur` of tensors [N], in the order of time.
 
-    `grads` are those of (spk, mem), [steps, N]; the second is multiplied by `grad_mem_scale`, which is 0 if no gradient
-    reaches the membrane potentials. `spks`, `mems` and `adapts` [steps, N] are those of the forward pass. If beta is
-    learned, `prev_mems` are the potentials one step earlier, and `grad_beta` [N] is its gradient so far. `state` holds
-    the gradients of (mem, syn, adapt) one step later. Returns the new state and grad_beta. The reset's spikes carry no
-    gradient.
+    `grads` are those of (spk, mem), [steps, N]. `scales` are a factor of the second, which is 0 if no gradient reaches
+    the membrane potentials, and the slope of the surrogate gradient. `spks`, `mems` and `adapts` [steps, N] are those
+    of the forward pass. If beta is learned, `prev_mems` are the potentials one step earlier, and `grad_beta` [N] is its
+    gradient so far. `state` holds the gradients of (mem, syn, adapt) one step later. Returns the new state and
+    grad_beta. The reset's spikes carry no gradient.
     """
     beta, threshold, alpha, rho, adapt_scale = params
+    grad_mem_scale, slope = scales
     grad_spks, grad_mems = grads
     grad_mem, grad_syn, grad_adapt = state
     for t in reversed(range(len(grad_cur))):
@@ -641,7 +657,7 @@ def neuron_backward(grad_cur, grads, grad_mem_scale, spks, mems, adapts, prev_me
         if adapt_scale is not None:
             grad_spk = grad_spk + (1 - rho) * grad_adapt
             limit = threshold + adapt_scale * adapts[t].float()
-        grad_fire = grad_spk / (1 + SURROGATE_SLOPE * (mems[t].float() - limit).abs()) ** 2  # fast_sigmoid
+        grad_fire = grad_spk / (1 + slope * (mems[t].float() - limit).abs()) ** 2  # fast_sigmoid
         grad_limit = -grad_fire - spks[t].float() * grad_mem
         grad_mem = beta * grad_mem + grad_fire
         grad_mem = grad_mem + grad_mem_scale * grad_mems[t].float()
@@ -697,12 +713,13 @@ class FusedNeuron(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, cur, *params):  # beta, threshold, alpha, rho, adapt_scale
+    def forward(ctx, cur, slope, *params):  # beta, threshold, alpha, rho, adapt_scale
         ctx.set_materialize_grads(False)
         probe_compiler(cur.device, cur.dtype)
         params = tuple(detached_alias(x) for x in params)
         spk, mem, adapt = run_neurons(cur, params)
         ctx.save_for_backward(spk, mem, adapt, *params)
+        ctx.slope = slope
         return spk, mem
 
     @staticmethod
@@ -711,19 +728,20 @@ class FusedNeuron(torch.autograd.Function):
         spk, mem, adapt, *params = ctx.saved_tensors
         grad_spk = torch.zeros_like(spk) if grad_spk is None else grad_spk.contiguous()
         # Without gradients of mem, grad_spk scaled by 0 stands in, so that no other variant is compiled.
-        grad_mem_scale = torch.tensor(0.0 if grad_mem is None else 1.0, device=spk.device)
+        scales = (0.0 if grad_mem is None else 1.0, ctx.slope)
+        scales = tuple(torch.tensor(scale, device=spk.device) for scale in scales)
         grad_mem = grad_spk if grad_mem is None else grad_mem.contiguous()
         grad_cur = torch.empty_like(spk)
         state, grad_beta, prev_mem = zero_state(spk, 1, 2, adapt is not None), None, None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[2]:
             (grad_beta,), prev_mem = zero_state(spk, 1, 0, False), torch.cat([torch.zeros_like(mem[:1]), mem[:-1]])
         for chunk in reversed(time_chunks(len(spk))) if spk.numel() else []:
             grads = detached_alias(grad_spk[chunk]), detached_alias(grad_mem[chunk])
             forward = (None if x is None else detached_alias(x[chunk]) for x in (spk, mem, adapt, prev_mem))
             state, grad_beta = neuron_backward(
-                unbind_steps(grad_cur[chunk]), grads, grad_mem_scale, *forward, state, grad_beta, tuple(params)
+                unbind_steps(grad_cur[chunk]), grads, scales, *forward, state, grad_beta, tuple(params)
             )
-        return grad_cur, None if grad_beta is None else grad_beta.sum(), None, None, None, None
+        return grad_cur, None, None if grad_beta is None else grad_beta.sum(), None, None, None, None
 
 
 def refuse_second_derivative() -> None:

@@ -1,6 +1,7 @@
 """The neurons against snnTorch's own stepped by hand and against their equations; the networks; the activity."""
 
 import copy
+import functools
 import os
 import pickle
 import re
@@ -124,6 +125,20 @@ def test_leaky_equals_snntorch_stepped_by_hand(wrapper, time_steps, learn, beta,
     reference = snn.Leaky(beta, threshold, SPIKE_GRAD, **options)
     layer = wrapper(snn.Leaky(beta, threshold, models.spike_grad, **options))
     compare_with_steps(layer, reference, step_by_hand(reference, 1), make_current(time_steps))
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("slope", [0.5, 2, 25])
+def test_other_slopes_equal_snntorchs(wrapper, slope):
+    reference = snn.Leaky(0.5, 0.3, surrogate.fast_sigmoid(slope))
+    layer = wrapper(snn.Leaky(0.5, 0.3, functools.partial(models.spike_grad, slope=slope)))
+    compare_with_steps(layer, reference, step_by_hand(reference, 1), make_current(7))
+
+
+def test_each_network_has_its_slope():
+    for model, slope in (("cnn", 5), ("resnet", 2)):
+        slopes = {models.slope_of(layer.neuron) for layer in make_network(model).neuron_layers().values()}
+        assert slopes == {slope}
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -435,6 +450,7 @@ UNSUPPORTED = [
     ("spike_grad", lambda _: snn.Leaky(0.5)),
     ("spike_grad", lambda _: snn.Leaky(0.5, spike_grad=SPIKE_GRAD)),
     ("spike_grad", lambda _: ALIF(0.9, 0.5, 0.5)),
+    ("spike_grad", lambda grad: snn.Leaky(0.5, spike_grad=functools.partial(grad, SPIKE_GRAD))),
     ("spike_grad", lambda grad: snn.Leaky(0.5, spike_grad=grad, surrogate_disable=True)),
     ("init_hidden", lambda grad: snn.Leaky(0.5, spike_grad=grad, init_hidden=True)),
     ("output", lambda grad: snn.Leaky(0.5, spike_grad=grad, output=True)),
@@ -462,15 +478,17 @@ def test_fused_refuses_inhibition():
         Fused(snn.Leaky(0.5, spike_grad=models.spike_grad, inhibition=True))
 
 
-@pytest.mark.parametrize("network", [SpikingCNN, SpikingResNet])
-def test_networks_of_other_neurons(network):
+@pytest.mark.parametrize(("network", "model"), [(SpikingCNN, "cnn"), (SpikingResNet, "resnet")])
+def test_networks_of_other_neurons(network, model):
     def make_lif(config):
         return snn.Lapicque(config.beta, threshold=config.threshold, spike_grad=models.spike_grad)
 
     with pytest.raises(ValueError, match="Lapicque"):
-        network(NetworkConfig(), make_lif=make_lif)
+        network(NetworkConfig(model), make_lif=make_lif)
+    with pytest.raises(ValueError, match="can't be built with model="):
+        network(NetworkConfig({"cnn": "resnet", "resnet": "cnn"}[model]))
     torch.manual_seed(0)
-    built = network(NetworkConfig(neuron_backend="step"), make_lif=make_lif)
+    built = network(NetworkConfig(model, neuron_backend="step"), make_lif=make_lif)
     kinds = [type(layer.neuron) for layer in built.neuron_layers().values()]
     assert kinds.count(snn.Lapicque) == 5
     assert snn.Leaky not in kinds
