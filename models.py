@@ -400,11 +400,11 @@ class Fused(OverTime):
 
 def slope_of(neuron: snn.SpikingNeuron) -> float | None:
     """Return the slope of a neuron whose surrogate gradient is `spike_grad`, with another slope perhaps; else None."""
-    grad = neuron.spike_grad
-    options = grad.keywords if isinstance(grad, functools.partial) and not grad.args else {}
-    if spike_grad not in (grad, getattr(grad, "func", None)) or not options.keys() <= {"slope"}:
-        return None
-    return float(options.get("slope", SURROGATE_SLOPE))
+    grad, options = neuron.spike_grad, {}
+    if isinstance(grad, functools.partial) and not grad.args:
+        grad, options = grad.func, grad.keywords
+    known = grad is spike_grad and options.keys() <= {"slope"}
+    return float(options.get("slope", SURROGATE_SLOPE)) if known else None
 
 
 def unsupported_option(neuron: snn.SpikingNeuron) -> str | None:
