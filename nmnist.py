@@ -532,7 +532,12 @@ def open_recordings(
     try:
         return _announce([NMNIST(data_dir, split, **options) for split in splits])
     except DownloadError as error:
-        how = f"connect this machine, or unpack train.zip and test.zip of {HOMEPAGE} into {Path(data_dir) / 'NMNIST'}"
+        root = Path(data_dir) / "NMNIST"
+        how = f"connect this machine, or unpack train.zip and test.zip of {HOMEPAGE} into {root}"
+        found = sorted(path.name for path in root.glob("*") if path.is_dir() and not path.name.startswith("."))
+        if found and dataset == "auto":  # a data set that is not whole, which the user means to use
+            wanted = " and ".join(f"{split.capitalize()}/<digit>/*.bin" for split in splits)
+            raise UserError(f"{root} holds {', '.join(found)}, but not {wanted}: {how}") from None
         if dataset == "nmnist":
             raise DownloadError(f"no N-MNIST in {data_dir}: {error}. To get it: {how}") from None
         utils.warn(f"no N-MNIST in {data_dir}: {error}")

@@ -376,6 +376,21 @@ def test_what_a_killed_download_left_is_removed_and_not_read(tmp_path, published
     assert entries(tmp_path / "NMNIST") == ["Test", "Train", "test.zip", "train.zip"]
 
 
+@pytest.mark.parametrize(
+    ("folders", "suffix"), [(["Train"], "bin"), (["train", "test"], "bin"), (["Train", "Test"], "BIN")]
+)
+def test_half_a_data_set_is_refused_rather_than_replaced_by_a_simulated_one(tmp_path, folders, suffix):
+    for folder in folders:
+        for digit in range(10):
+            path = tmp_path / "NMNIST" / folder / str(digit) / f"0000{digit}.{suffix}"
+            path.parent.mkdir(parents=True)
+            nmnist.write_recording(path, make_events(digit, np.random.default_rng(0)))
+    assert_refused(
+        run_offline("--data_dir", tmp_path), f"holds {', '.join(sorted(folders))}, but", "Test/<digit>/*.bin"
+    )
+    assert not (tmp_path / "SimulatedNMNIST").exists()
+
+
 def test_dataset_nmnist_does_not_fall_back_to_simulated(tmp_path):
     result = run_offline("--data_dir", tmp_path, "--dataset", "nmnist")
     assert_refused(result, "no N-MNIST in", "Connection refused", nmnist.HOMEPAGE)
