@@ -355,6 +355,7 @@ class OverTime(nn.Module):
         self.neuron = neuron
 
     def forward(self, cur):
+        self.check(cur)
         before = dict(self.neuron.named_buffers())
         # snntorch.utils.reset would miss neurons of a deep copy: it only knows those created through __init__.
         self.neuron.reset_mem()
@@ -368,6 +369,12 @@ class OverTime(nn.Module):
             for name, buffer in before.items():
                 setattr(self.neuron, name, buffer)
         return stack_steps(spks).to(cur.dtype), stack_steps(mems).to(cur.dtype)
+
+    @staticmethod
+    def check(cur):
+        """Raise `TypeError` for a current of integers, of whose type membrane potentials can't be."""
+        if not cur.is_floating_point():
+            raise TypeError(f"the current is {cur.dtype}; it must be a floating point type")
 
 
 class Fused(OverTime):
@@ -385,6 +392,7 @@ class Fused(OverTime):
             raise ValueError(f"the fused backend can't run {name} with {option}: use --neuron_backend step (OverTime)")
 
     def forward(self, cur):
+        self.check(cur)
         neuron, zero = self.neuron, torch.zeros_like(self.neuron.beta)
         beta = neuron.beta.clamp(0, 1)  # as snnTorch does
         if isinstance(neuron, ALIF):

@@ -251,7 +251,10 @@ def log_path(args: argparse.Namespace, name: str) -> Path:
 
 def resume_command(args: argparse.Namespace, *flags: str) -> str:
     """Return the command that continues the run of `args` with `flags`; its other settings are in the checkpoint."""
-    command, parser = ["python", "train_nmnist.py", "--model", args.model, *flags], make_parser()
+    launcher = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+    command, parser = [*launcher, "train_nmnist.py", "--model", args.model, *flags], make_parser()
     for name in ("save_dir", "log_dir", "data_dir", "dataset", "device"):
         if getattr(args, name) != parser.get_default(name):
             command.append(f"--{name}={getattr(args, name)}")

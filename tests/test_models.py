@@ -478,6 +478,12 @@ def test_fused_refuses_inhibition():
         Fused(snn.Leaky(0.5, spike_grad=models.spike_grad, inhibition=True))
 
 
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_currents_of_integers_are_refused(wrapper):
+    with pytest.raises(TypeError, match="the current is torch.int64"):
+        wrapper(snn.Leaky(0.5, spike_grad=models.spike_grad))(torch.ones(3, 2, 5, dtype=torch.int64))
+
+
 @pytest.mark.parametrize(("network", "model"), [(SpikingCNN, "cnn"), (SpikingResNet, "resnet")])
 def test_networks_of_other_neurons(network, model):
     def make_lif(config):

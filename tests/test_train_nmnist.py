@@ -717,6 +717,14 @@ def test_two_processes_train_several_seeds(tmp_path, made_data_dir):
         assert [row["seed"] for row in csv.DictReader(file)] == ["3", "7", "9"]
 
 
+def test_under_torchrun_the_printed_command_starts_as_many_processes(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    args, _ = train_nmnist.parse_args(["--save_dir", "runs", "--no_spikes"])
+    command = train_nmnist.resume_command(args, "--resume")
+    expected = "torchrun --nproc_per_node=2 train_nmnist.py --model cnn --resume --save_dir=runs --no_spikes"
+    assert command == expected
+
+
 def test_processes_that_differ_are_refused(tmp_path, made_data_dir, monkeypatch):
     monkeypatch.setattr(utils, "all_gather", lambda own: [own, {**own, "training part": "7 recordings"}])
     words = r"processes differ in training part: 120 recordings \(\w+\), and 7 recordings in process 1"
