@@ -480,7 +480,7 @@ def test_fused_refuses_inhibition():
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_currents_of_integers_are_refused(wrapper):
-    with pytest.raises(TypeError, match="the current is torch.int64"):
+    with pytest.raises(TypeError, match=r"the current is torch\.int64"):
         wrapper(snn.Leaky(0.5, spike_grad=models.spike_grad))(torch.ones(3, 2, 5, dtype=torch.int64))
 
 

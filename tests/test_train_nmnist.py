@@ -707,14 +707,14 @@ def test_two_processes_train_several_seeds(tmp_path, made_data_dir):
     code = "import utils, time, train_nmnist; test = train_nmnist.test; "
     code += "train_nmnist.test = lambda *args: (time.sleep(1), test(*args))[1]; utils.run_script(train_nmnist.main)"
     (tmp_path / "slow_test.py").write_text(code)
-    flags = [*folder_flags(tmp_path, made_data_dir), *SHORT, *STEP, "--epochs", 1, "--seed", 3, 7, 9]
+    flags = [*folder_flags(tmp_path, made_data_dir), *SHORT, *STEP, "--epochs", 1, "--seed", 3, 7]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
     result = run(sys.executable, *torchrun, tmp_path / "slow_test.py", *flags, import_from=ROOT)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("2 processes") == 3
-    assert "of 3 seeds" in result.stdout
+    assert result.stdout.count("2 processes") == 2
+    assert "of 2 seeds" in result.stdout
     with open(tmp_path / "logs" / "cnn_seeds.csv") as file:
-        assert [row["seed"] for row in csv.DictReader(file)] == ["3", "7", "9"]
+        assert [row["seed"] for row in csv.DictReader(file)] == ["3", "7"]
 
 
 def test_under_torchrun_the_printed_command_starts_as_many_processes(monkeypatch):
