@@ -612,6 +612,8 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
         result = evaluate(network, data.test, indices, loss_fn, args.batch_size, bar)
     if not math.isfinite(result["loss"]):
         raise UserError(f"{path}: the loss of this network is not finite")
+    readouts = ("membrane",) if network.config.no_spikes else READOUTS  # without spikes, there is one
+    result["by_readout"] = {name: predict(result["spk"], result["mem"], name) for name in readouts}
     result["confidence"] = confidence(result["spk"], result["mem"], network.config.readout, temperature)
     metrics = {
         "dataset": data.name,
@@ -640,29 +642,24 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
     if isinstance(earlier, dict) and earlier.get("checkpoint", metrics["checkpoint"]) != metrics["checkpoint"]:
         utils.keep_earlier_run(metrics_path, predictions_path)
     utils.write_json(metrics_path, metrics)
-    utils.write_csv(predictions_path, table_of_predictions(result, data.test_files, network.config))
+    utils.write_csv(predictions_path, table_of_predictions(result, data.test_files))
     print(f"{'metrics':20} {metrics_path}\n{'predictions':20} {predictions_path}")
     return metrics, network, result["predictions"][-1]
 
 
 def describe_result(result: dict, config: NetworkConfig) -> dict:
     """Return the metrics of what the output neurons told, from what `evaluate` returns."""
-    spk, mem, labels, predictions = (result[name] for name in ("spk", "mem", "labels", "predictions"))
-    readouts = readouts_of(config)
+    spk, labels, predictions = (result[name] for name in ("spk", "labels", "predictions"))
+    by_readout = result["by_readout"]
     return {
         "accuracy": result["accuracy"],
         "readout": config.readout,
-        "accuracy_by_readout": {name: mean_of(predict(spk, mem, name) == labels) for name in readouts},
-        "ties": {name: mean_of(leading(spk, name)[-1].sum(-1) > 1) for name in readouts if name != "membrane"},
+        "accuracy_by_readout": {name: mean_of(digits == labels) for name, digits in by_readout.items()},
+        "ties": {name: mean_of(leading(spk, name)[-1].sum(-1) > 1) for name in by_readout if name != "membrane"},
         "loss": result["loss"],
         "confusion_matrix": confusion_matrix(labels, predictions[-1], labels=range(10)).tolist(),
         "accuracy_over_time": (predictions == labels).double().mean(1).tolist(),
     }
-
-
-def readouts_of(config: NetworkConfig) -> tuple[str, ...]:
-    """Return the readouts that a network has; without spikes, it is one."""
-    return ("membrane",) if config.no_spikes else READOUTS
 
 
 def describe_activity(meter: ActivityMeter) -> dict:
@@ -699,10 +696,10 @@ def exit_step(confidences: torch.Tensor, threshold: float) -> torch.Tensor:
     return passed.int().argmax(0) + 1
 
 
-def table_of_predictions(result: dict, files: list[str], config: NetworkConfig) -> list[dict]:
+def table_of_predictions(result: dict, files: list[str]) -> list[dict]:
     """Return a row for each test recording: file, label, each readout's prediction, confidence, early exit."""
     columns = {"file": files, "label": result["labels"].tolist()}
-    columns |= {name: predict(result["spk"], result["mem"], name).tolist() for name in readouts_of(config)}
+    columns |= {name: digits.tolist() for name, digits in result["by_readout"].items()}
     columns["confidence"] = [f"{value:.6f}" for value in result["confidence"][-1].tolist()]
     columns[f"early_exit_step_{EXIT_THRESHOLD}"] = exit_step(result["confidence"], EXIT_THRESHOLD).tolist()
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -781,11 +778,11 @@ def describe_cost(metrics: dict) -> dict[str, str]:
 
 def print_layers(layers: dict[str, dict[str, float]]) -> None:
     """Print a row for each layer, per recording."""
-    names = list(next(iter(layers.values())))
-    print(f"{'layer':20}" + "".join(f"{name.replace('_', ' '):>{max(13, len(name) + 2)}}" for name in names))
+    widths = {name: max(13, len(name) + 2) for name in next(iter(layers.values()))}
+    print(f"{'layer':20}" + "".join(f"{name.replace('_', ' '):>{width}}" for name, width in widths.items()))
     for layer, values in layers.items():
-        texts = (f"{values[name]:.3f}" if name == "firing_rate" else f"{values[name]:,.0f}" for name in names)
-        print(f"{layer:20}" + "".join(f"{t:>{max(13, len(name) + 2)}}" for name, t in zip(names, texts, strict=True)))
+        texts = {name: f"{value:.3f}" if name == "firing_rate" else f"{value:,.0f}" for name, value in values.items()}
+        print(f"{layer:20}" + "".join(f"{texts[name]:>{width}}" for name, width in widths.items()))
 
 
 def milliseconds_per_step(args: argparse.Namespace) -> float | None:

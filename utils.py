@@ -521,8 +521,7 @@ def load_checkpoint(path: str | Path, name: str) -> dict:
 
     Raises `UserError` if the file is missing, damaged, or something else.
     """
-    flags = name.replace("_relu", " --no_spikes")
-    make_one = f"make one with `python train_nmnist.py --model {flags}`"
+    make_one = f"make one with `python train_nmnist.py {network_flags(name)}`"
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder, not a checkpoint: {make_one}")
     if not Path(path).is_file():
@@ -541,9 +540,13 @@ def load_checkpoint(path: str | Path, name: str) -> dict:
         raise UserError(f"{path} lacks parts of a checkpoint: {make_one}")
     found = checkpoint["name"]
     if found != name:
-        flags = str(found).replace("_relu", " --no_spikes")
-        raise UserError(f"{path} holds a {found}, not a {name}: choose --model {flags}, or {make_one}")
+        raise UserError(f"{path} holds a {found}, not a {name}: choose {network_flags(str(found))}, or {make_one}")
     return checkpoint
+
+
+def network_flags(name: str) -> str:
+    """Return the flags that choose a network by its name in files, such as 'cnn_relu'."""
+    return f"--model {name.replace('_relu', ' --no_spikes')}"
 
 
 def keep_earlier_run(*paths: Path) -> None:

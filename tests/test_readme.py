@@ -1,13 +1,11 @@
 """The README is a contract: its flags exist with the defaults it states, its commands are real."""
 
-import os
 import re
 import shlex
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, make_recordings
+from conftest import ROOT, make_recordings, run
 
 import nmnist
 import train_nmnist
@@ -137,12 +135,6 @@ def test_the_code_for_a_script_of_ones_own_runs_as_pasted(tmp_path):
     assert len([line for line in code.splitlines() if line]) <= 25
     make_recordings(tmp_path / "data")
     (tmp_path / "own.py").write_text(code)
-    result = subprocess.run(
-        [sys.executable, "own.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    result = run(sys.executable, "own.py", cwd=tmp_path, import_from=ROOT)
     assert result.returncode == 0, result.stderr
     assert re.search(r"accuracy \d\.\d+\nLapicque torch.Size\(\[10, 30, 10\]\)", result.stdout)

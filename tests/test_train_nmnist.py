@@ -703,7 +703,7 @@ def test_two_processes_train_like_one(tmp_path, made_data_dir, alone):
 
 
 def test_two_processes_train_several_seeds(tmp_path, made_data_dir):
-    """Each time they meet anew, also if the test between, which one of them makes, takes a while."""
+    """Each time they meet again, also if the test between, which one of them makes, takes a while."""
     code = "import utils, time, train_nmnist; test = train_nmnist.test; "
     code += "train_nmnist.test = lambda *args: (time.sleep(1), test(*args))[1]; utils.run_script(train_nmnist.main)"
     (tmp_path / "slow_test.py").write_text(code)
