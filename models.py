@@ -24,6 +24,7 @@ from torch.utils.dlpack import to_dlpack
 
 NUM_DIGITS = 10
 SURROGATE_SLOPE = 5  # of the fast sigmoid; snnTorch's default of 25 lets little gradient reach the first layer
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by precision
 BACKENDS = ("fused", "step")
 READOUTS = ("membrane", "rate", "latency")
 
@@ -39,7 +40,7 @@ class NetworkConfig:
     threshold: float = 1.0  # membrane potential above which a neuron fires
     alpha: float = 0.5  # decay per step of ALIF's adaptation and of the synaptic current (resnet only)
     dropout: float = 0.0  # probability of dropping a neuron of the last hidden layer
-    precision: str = "fp32"  # or "bf16": layers in bfloat16, the state of fused neurons in float32
+    precision: str = "fp32"  # or "bf16" or "fp16": the type of layers; the state of neurons is float32
     neuron_backend: str = "fused"  # or "step"
     width: int = 1  # factor on the channels and the hidden layer
     learn_beta: bool = False  # learn one beta per layer
@@ -47,7 +48,7 @@ class NetworkConfig:
     no_spikes: bool = False  # ReLU in place of the neurons: the baseline without spikes
 
     def __post_init__(self):
-        known = {"model": NETWORKS, "precision": ("fp32", "bf16"), "neuron_backend": BACKENDS, "readout": READOUTS}
+        known = {"model": NETWORKS, "precision": DTYPES, "neuron_backend": BACKENDS, "readout": READOUTS}
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}")
@@ -99,7 +100,7 @@ class SpikingNetwork(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type of the tensors between layers, which is also the best type for frames."""
-        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        return DTYPES[self.config.precision]
 
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map frames [T, B, 2, 34, 34] to (spk, mem) of the output neurons, both float32 [T, B, 10].
@@ -110,9 +111,9 @@ class SpikingNetwork(nn.Module):
             raise ValueError(f"frames have the shape {list(frames.shape)}; it must be [T, B, 2, 34, 34]")
         weight_dtype = self.fc_out.weight.dtype
         if weight_dtype != torch.float32:
-            raise TypeError(f"the weights are {weight_dtype}; they must stay float32: use precision='bf16' instead")
+            raise TypeError(f"the weights are {weight_dtype}; they must stay float32: set the precision instead")
         frames = to_channels_first(to_channels_last(frames.to(self.dtype)).contiguous())
-        with torch.autocast(frames.device.type, self.dtype, enabled=self.config.precision == "bf16"):
+        with torch.autocast(frames.device.type, self.dtype, enabled=self.dtype != torch.float32):
             spk, mem = self.forward_layers(frames)
         return spk.float(), mem.float()
 
@@ -575,7 +576,7 @@ compiler_error: str | None = None  # why kernels run uncompiled
 def compile_kernel(function: Callable) -> Callable:
     """Compile a kernel at its first call, once for all shapes.
 
-    It has a few variants: float32 and bfloat16, five steps and one, Leaky or not.
+    It has a few variants: for each type of the currents, five steps and one, Leaky or not.
     """
     compiled = functools.cache(lambda: torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=64))
     return functools.wraps(function)(lambda *args: (function if compiler_error else compiled())(*args))
@@ -737,7 +738,7 @@ class FusedNeuron(torch.autograd.Function):
         grad_spk = torch.zeros_like(spk) if grad_spk is None else grad_spk.contiguous()
         # Without gradients of mem, grad_spk scaled by 0 stands in, so that no other variant is compiled.
         scales = (0.0 if grad_mem is None else 1.0, ctx.slope)
-        scales = tuple(torch.tensor(scale, device=spk.device) for scale in scales)
+        scales = tuple(torch.full((), scale, device=spk.device) for scale in scales)  # torch.tensor waits for a GPU
         grad_mem = grad_spk if grad_mem is None else grad_mem.contiguous()
         grad_cur = torch.empty_like(spk)
         state, grad_beta, prev_mem = zero_state(spk, 1, 2, adapt is not None), None, None

@@ -266,9 +266,9 @@ class Frames:
     sha256: torch.Tensor  # uint8 [32]: of all recordings' contents and labels, whatever their files' names and dates
 
     def __post_init__(self):
-        self._length = self.nnz_per_frame.sum(1, dtype=torch.int64)
+        # On the CPU, so that the size of a batch is known without waiting for the device.
+        self._length = self.nnz_per_frame.sum(1, dtype=torch.int64).cpu()
         self._start = self._length.cumsum(0) - self._length
-        self._length_on_cpu = self._length.cpu()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -284,42 +284,60 @@ class Frames:
         return bytes(self.sha256.tolist()).hex()
 
     def to(self, device: torch.device) -> "Frames":
-        """Return the same frames on `device`."""
-        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        """Return the same frames, whose batches are made on `device`.
+
+        They lie on a GPU if they take at most half of its free memory, else on the host, in pinned memory.
+        """
+        moved = {field.name: getattr(self, field.name) for field in fields(self)}
+        if device.type == "cuda":
+            size, free = self.bin_index.nbytes + self.count.nbytes, torch.cuda.mem_get_info(device)[0]
+            if size > free / 2:
+                print(f"frames      stay on the host: {size / 1e9:.2f} GB, and the GPU has {free / 1e9:.2f} GB free")
+                moved |= {name: moved[name].pin_memory() for name in ("bin_index", "count")}
+        return replace(self, **{name: x if x.is_pinned() else x.to(device) for name, x in moved.items()})
 
     def batch(
         self, indices: torch.Tensor, dtype=torch.float32, augment=False, shard: slice | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return frames [T, B, 2, 34, 34] of type `dtype` and labels int64 [B] of the recordings `indices` [B].
 
-        `indices` are on the CPU, so the batch's size is known without waiting for the device. The frames are stored
-        channels-last. `augment` moves and drops events at random (`augment_events`). `shard` selects this process's
-        part of the batch; it is augmented as in the whole batch.
+        `indices` are on the CPU. The frames are stored channels-last. `augment` moves and drops events at random
+        (`augment_events`). `shard` selects this process's part of the batch; it is augmented as in the whole batch.
         """
-        device = self.bin_index.device
+        device = self.labels.device
         shard = shard or slice(0, len(indices))
-        length = self._length_on_cpu[indices]
+        length = self._length[indices]
         size = int(length[shard].sum())
         if augment:  # drawn for the whole batch, so that the number of processes does not matter
             affine = sample_affine(len(indices), self.time_steps)[:, shard].to(device, non_blocking=True)
             before = int(length[: shard.start].sum())
             drop_rand = torch.rand(int(length.sum()), device=device)[before : before + size]
+        bin_index, count = self._entries(indices[shard])
         indices = indices[shard].to(device, non_blocking=True)
         nnz = self.nnz_per_frame[indices].long()  # [B, T]
         batch_size, time_steps = nnz.shape
-        # Entry i of the batch is entry i + (start of its recording in the cache - start in the batch) of the cache.
-        length = self._length[indices]
-        shift = self._start[indices] - (length.cumsum(0) - length)
-        entry = torch.arange(size, device=device) + shift.repeat_interleave(length, output_size=size)
         frame = torch.arange(time_steps, device=device) * batch_size + torch.arange(batch_size, device=device)[:, None]
         frame = frame.flatten().repeat_interleave(nnz.flatten(), output_size=size)
-        bin_index, count = self.bin_index[entry], self.count[entry].to(dtype)
+        count = count.to(dtype)
         if augment:
             frame, bin_index, count = augment_events(frame, bin_index, count, affine, drop_rand, time_steps)
         frames = torch.zeros(time_steps * batch_size * BINS_PER_FRAME, dtype=dtype, device=device)
         # Events that moved to the same bin add up.
         frames.index_put_((frame * BINS_PER_FRAME + bin_index,), count, accumulate=augment)
         return frames.view(time_steps, batch_size, 34, 34, 2).movedim(-1, 2), self.labels[indices].long()
+
+    def _entries(self, indices: torch.Tensor) -> list[torch.Tensor]:
+        """Return bin_index and count of recordings, one recording after the other, without waiting for the device."""
+        values, device = (self.bin_index, self.count), self.labels.device
+        length, start = self._length[indices], self._start[indices]
+        if self.bin_index.is_pinned():
+            parts = [slice(0, 0), *(slice(i, i + n) for i, n in zip(start.tolist(), length.tolist(), strict=True))]
+            return [torch.cat([x[part].to(device, non_blocking=True) for part in parts]) for x in values]
+        # Entry i of the batch is entry i + (start of its recording in the cache - start in the batch) of the cache.
+        size, shift = int(length.sum()), start - (length.cumsum(0) - length)
+        shift, length = (x.to(device, non_blocking=True) for x in (shift, length))
+        entry = torch.arange(size, device=device) + shift.repeat_interleave(length, output_size=size)
+        return [x[entry] for x in values]
 
     def batches(self, indices: torch.Tensor, batch_size: int, dtype=torch.float32) -> Iterator:
         """Yield `batch` of `indices`, `batch_size` at a time; the last may be smaller."""

@@ -14,6 +14,7 @@ import utils  # must be first: Ctrl-C during the slow imports below exits with o
 # isort: split
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -30,7 +31,6 @@ import torch
 from sklearn.metrics import confusion_matrix
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import nmnist
@@ -271,13 +271,23 @@ class TrainState:
 
     network: SpikingNetwork
     parallel: torch.nn.Module  # the network; with several processes, their gradients are averaged
-    ema: AveragedModel  # the exponential moving average of the network, which is validated and tested
+    ema: SpikingNetwork  # the exponential moving average of the network, which is validated and tested
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # of the loss, so that float16 holds its gradients; without effect otherwise
     loss_fn: Callable
+    steps: int = 0  # training steps so far
+
+    SAVED = ("network", "ema", "optimizer", "scaler")
 
     def state_dict(self) -> dict:
-        """Return what `restore` needs: the weights in training, their average and the state of the optimizer."""
-        return {name: getattr(self, name).state_dict() for name in ("network", "ema", "optimizer")}
+        """Return what `load_state_dict` needs to go on."""
+        return {name: getattr(self, name).state_dict() for name in self.SAVED} | {"steps": self.steps}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Put the state that `state_dict` returned back."""
+        for name in self.SAVED:
+            getattr(self, name).load_state_dict(saved[name])
+        self.steps = saved["steps"]
 
 
 def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | None, data: Data) -> None:
@@ -325,7 +335,7 @@ def run_epoch(args, epoch: int, state: TrainState, data: Data, train_indices, va
     trained = time.perf_counter() - start
     for name, frames, indices in (("val", data.train, val_indices), ("test", data.test, torch.arange(len(data.test)))):
         with progress(name, len(indices)) as bar:
-            results[name] = evaluate(state.ema.module, frames, indices, state.loss_fn, args.batch_size, bar)
+            results[name] = evaluate(state.ema, frames, indices, state.loss_fn, args.batch_size, bar)
     if not math.isfinite(results["val"]["loss"]):
         raise FloatingPointError("in validation")
     entry = {"epoch": epoch}
@@ -349,24 +359,34 @@ def train_one_epoch(state: TrainState, batches: Iterator, bar: tqdm) -> dict:
     labels are this process's shard of the whole batch.
     """
     state.network.train()
-    totals = 0  # sums of loss, correct predictions and recordings; reading them waits for a GPU, so only the bar does
+    totals = 0  # reading them waits for a GPU, so only the bar does
     for frames, labels, whole in batches:
         utils.check_interrupted()
-        spk, mem = state.parallel(frames)
-        # A process without a recording of the last batch takes part with gradients of 0.
-        loss = state.loss_fn(spk, mem, labels) if len(labels) else mem.sum()
-        state.optimizer.zero_grad()
-        (loss * (len(labels) * utils.world_size() / whole)).backward()  # gradients are averaged over processes
-        state.optimizer.step()
-        state.ema.update_parameters(state.network)
-        with torch.no_grad():
-            correct = (predict(spk, mem, state.network.config.readout) == labels).sum()
-            num_samples = torch.full_like(correct, len(labels))
-            totals = totals + torch.stack([loss.double() * len(labels), correct, num_samples])
+        totals = totals + training_step(state, frames, labels, whole)
         if bar.update(whole):
             means = mean_results(totals, bar)
             bar.set_postfix(loss=f"{means['loss']:.4f}", accuracy=f"{means['accuracy']:.2%}", refresh=False)
     return mean_results(utils.all_reduce_sum(totals), bar)
+
+
+def training_step(state: TrainState, frames: torch.Tensor, labels: torch.Tensor, whole: int) -> torch.Tensor:
+    """Train on this process's shard of a batch of `whole` recordings, without waiting for the device.
+
+    Returns the sums [3] of loss, correct predictions and recordings of the shard.
+    """
+    spk, mem = state.parallel(frames)
+    # A process without a recording of the last batch takes part with gradients of 0.
+    loss = state.loss_fn(spk, mem, labels) if len(labels) else mem.sum()
+    share = len(labels) * utils.world_size() / whole  # gradients are averaged over processes
+    state.optimizer.zero_grad()
+    state.scaler.scale(loss * share).backward()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    update_ema(state.ema, state.network, state.steps)
+    state.steps += 1
+    with torch.no_grad():
+        correct = (predict(spk, mem, state.network.config.readout) == labels).sum()
+        return torch.stack([loss.double() * len(labels), correct, torch.full_like(correct, len(labels))])
 
 
 def mean_results(totals: torch.Tensor, bar: tqdm) -> dict:
@@ -445,7 +465,7 @@ def make_state(args: argparse.Namespace, device: torch.device) -> TrainState:
     utils.set_seed(args.seed)
     network = build_model(network_config(args)).to(device)
     print(f"network     {network.title}, {sum(p.numel() for p in network.parameters()):,} parameters")
-    ema, parallel = AveragedModel(network, multi_avg_fn=update_ema, use_buffers=True), network
+    ema, parallel = copy.deepcopy(network), network
     if distributed.is_initialized():
         utils.sync_batch_norm(network)
         parallel = DistributedDataParallel(network, forward_sync_buffers=False)
@@ -455,17 +475,19 @@ def make_state(args: argparse.Namespace, device: torch.device) -> TrainState:
     else:
         adam = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
         optimizer = adam(network.parameters(), **options)
-    return TrainState(network, parallel, ema, optimizer, make_loss(args.loss))
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    return TrainState(network, parallel, ema, optimizer, scaler, make_loss(args.loss))
 
 
-def update_ema(averaged: list[torch.Tensor], current: list[torch.Tensor], num_averaged: torch.Tensor) -> None:
-    """Update the exponential moving average of weights, and of what norms measured.
+@torch.no_grad()
+def update_ema(ema: SpikingNetwork, network: SpikingNetwork, steps: int) -> None:
+    """Update the exponential moving average of weights, and of what norms measured, after `steps` earlier updates.
 
     It averages out the noise of the last training steps, as lowering the learning rate would. The weight of the current
-    values, 9 / (9 + num_averaged), lets the average forget the first steps; it stays at 1 / EMA_STEPS from then on.
+    values, 9 / (9 + steps), lets the average forget the first steps; it stays at 1 / EMA_STEPS from then on.
     """
-    weight = (9 / (9 + num_averaged)).clamp(min=1 / EMA_STEPS)  # a tensor: a number would wait for a GPU
-    for ours, theirs in zip(averaged, current, strict=True):
+    weight = max(9 / (9 + steps), 1 / EMA_STEPS)  # torch's AveragedModel waits for a GPU at each step
+    for ours, theirs in zip(ema.state_dict().values(), network.state_dict().values(), strict=True):
         if ours.is_floating_point():
             ours.lerp_(theirs, weight)
         else:  # the norms' number of batches
@@ -498,7 +520,7 @@ def save(args, state: TrainState, history: list[dict], best: dict | None, data: 
         "data": describe_data(data),
         "threads": torch.get_num_threads(),
         "neuron_backend": describe_backend(state.network),
-        "network": {name: value.cpu().clone() for name, value in state.ema.module.state_dict().items()},
+        "network": {name: value.cpu().clone() for name, value in state.ema.state_dict().items()},
         "epoch": len(history),
         "training_seconds": sum(entry["seconds"] for entry in history),
         "temperature": history[-1]["val_temperature"],  # of the confidences that an early exit needs
@@ -535,8 +557,7 @@ def restore(args, state: TrainState, checkpoint: dict, data: Data) -> tuple[list
     ):
         raise UserError(f"{last} has changed since this command started: run it again")
     try:
-        for name in state.state_dict():
-            getattr(state, name).load_state_dict(checkpoint["state"][name])
+        state.load_state_dict(checkpoint["state"])
         history, best = checkpoint["history"], checkpoint["best"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"--resume: the checkpoint lacks parts of its state ({utils.first_line(error)})") from None

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import zipfile
@@ -84,13 +85,21 @@ def run_script(main: Callable[[], None]) -> None:
         print(f"\n{script}: interrupted: {str(stop) or 'all files are whole; run the command again'}", file=sys.stderr)
         sys.exit(143 if isinstance(stop, Terminated) else 130)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            sys.exit(f"{script}: error: not enough memory: choose a smaller --batch_size or --time_steps")
+        if is_out_of_memory(error):
+            asked = re.search(r"[Tt]ried to allocate ([\d.,]+ \w+)", str(error))
+            asked = f" ({asked[1]} more were asked for)" if asked else ""
+            sys.exit(f"{script}: error: not enough memory{asked}: choose a smaller --batch_size or --time_steps")
         if world_size() > 1 and "closed by peer" in str(error):
             sys.exit(f"{script}: error: another process ended, so this one ends too")
         raise
     finally:
         destroy_distributed()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error means that memory of the host or of a GPU is used up."""
+    said = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in said)
 
 
 interrupted_by: type[KeyboardInterrupt] | None = None  # set by a signal that nothing has handled yet
@@ -272,23 +281,27 @@ def add_precision_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--precision` to a script's flags."""
     parser.add_argument(
         "--precision",
-        choices=["auto", "bf16", "fp32"],
+        choices=["auto", "bf16", "fp16", "fp32"],
         default="auto",
-        help="bf16: layers in bfloat16, membrane potentials in float32; fp32: all in float32; auto: bf16 where the "
-        "device is built for it (default: %(default)s)",
+        help="bf16, fp16: layers in bfloat16 or float16, membrane potentials in float32; fp32: all in float32; auto: "
+        "what is fast on the device (default: %(default)s)",
     )
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """Return 'bf16' or 'fp32' for `--precision`.
+    """Return 'bf16', 'fp16' or 'fp32' for `--precision`; warn of fp16 on a CPU.
 
-    'auto' is bf16 on CUDA devices of compute capability 8 and up, and on CPUs with AMX or AVX512-BF16; on others
-    bfloat16 is slower than float32.
+    'auto' is bf16 on GPUs of compute capability 8 and up, and on CPUs with AMX or AVX512-BF16; on others bfloat16 is
+    slower than float32. It is fp16 on GPUs of compute capability 7 (V100, T4), which compute that several times as
+    fast as float32.
     """
+    if name == "fp16" and device.type == "cpu":
+        warn("--precision fp16 is meant for GPUs: on a CPU it may be many times slower than bf16 or fp32")
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
+        capability = torch.cuda.get_device_capability(device)[0]
+        return "bf16" if capability >= 8 else "fp16" if capability == 7 else "fp32"
     features = torch.cpu.get_capabilities()
     return "bf16" if features.get("amx_tile") or features.get("avx512_bf16") else "fp32"
 
@@ -504,7 +517,7 @@ def read_tensors(path: str | Path, mmap: bool = False) -> dict:
 
 # --- Checkpoints -----------------------------------------------------------------------------------------
 
-CHECKPOINT_FORMAT = 4  # increased if older checkpoints can't be used
+CHECKPOINT_FORMAT = 5  # increased if older checkpoints can't be used
 CHECKPOINT_KEYS = (
     *("name", "network_config", "settings", "data", "threads", "network"),
     *("epoch", "training_seconds", "temperature", "score"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -27,6 +28,23 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
+def device(request):
+    """Each device that there is, in turn."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def on_device(device, monkeypatch):
+    """Make new tensors and modules on `device`, where float32 is computed as float32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with device:
+        yield device
 
 
 @pytest.fixture(scope="session")

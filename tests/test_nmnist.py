@@ -688,18 +688,55 @@ def test_batches_are_tonics_frames_of_real_recordings(real_data_dir, time_steps)
 
 
 @pytest.mark.parametrize(("time_steps", "denoise"), [(1, None), (25, None), (40, None), (25, 5000)])
-def test_batches_are_tonics_frames(made_data_dir, time_steps, denoise):
+def test_batches_are_tonics_frames(made_data_dir, time_steps, denoise, device):
     recordings = nmnist.NMNIST(made_data_dir, "test")
-    frames = nmnist.load_frames(recordings, time_steps, denoise)
+    frames = nmnist.load_frames(recordings, time_steps, denoise).to(device)
     assert frames.time_steps == time_steps
     expected = torch.from_numpy(tonic_frames(recordings, time_steps, denoise)).float()
     x, labels = frames.batch(torch.arange(len(recordings)))
-    assert torch.equal(x, expected.transpose(0, 1))
+    assert x.device.type == labels.device.type == device.type
+    assert torch.equal(x.cpu(), expected.transpose(0, 1))
     assert labels.tolist() == recordings.targets
 
 
-def test_bfloat16_batches_are_equal_and_channels_last(made_data_dir):
+@pytest.mark.parametrize("augment", [False, True])
+def test_batches_of_frames_in_pinned_memory_are_equal(made_data_dir, device, augment, monkeypatch):
+    """Without a GPU nothing can be pinned, but the way such batches are made is the same."""
     frames = nmnist.load_frames(nmnist.NMNIST(made_data_dir, "test"), 10)
+    on_device = frames.to(device)
+    if device.type == "cuda":
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 10**9))
+    else:
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _tensor: True)
+    on_host = frames.to(device)
+    assert on_host.bin_index.is_pinned()
+    for indices in (torch.tensor([4, 0, 29, 8, 8]), torch.zeros(0, dtype=torch.int64)):
+        for shard in (None, slice(1, 3)):
+            batches = []
+            for place in (on_device, on_host):
+                torch.manual_seed(0)
+                batches.append(place.batch(indices, augment=augment, shard=shard))
+            assert all(torch.equal(*pair) for pair in zip(*batches, strict=True))
+
+
+def test_frames_stay_on_the_host_where_they_do_not_fit_on_the_gpu(made_data_dir, monkeypatch, capsys):
+    frames = nmnist.load_frames(nmnist.NMNIST(made_data_dir, "test"), 10)
+    size = frames.bin_index.nbytes + frames.count.nbytes
+    moved, pinned = [], []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, _device: moved.append(tensor.nbytes) or tensor)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.nbytes) or tensor)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.nbytes in pinned)
+    for free, bytes_pinned in ((2 * size, 0), (2 * size - 2, size)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, free=free: (free, 10**12))
+        moved.clear()
+        frames.to(torch.device("cuda"))
+        assert sum(pinned) == bytes_pinned
+        assert (frames.bin_index.nbytes in moved) == (bytes_pinned == 0)
+        assert ("frames      stay on the host" in capsys.readouterr().out) == (bytes_pinned > 0)
+
+
+def test_bfloat16_batches_are_equal_and_channels_last(made_data_dir, device):
+    frames = nmnist.load_frames(nmnist.NMNIST(made_data_dir, "test"), 10).to(device)
     indices = torch.tensor([4, 0, 29])
     x, _ = frames.batch(indices, torch.bfloat16)
     assert x.dtype == torch.bfloat16
@@ -708,8 +745,8 @@ def test_bfloat16_batches_are_equal_and_channels_last(made_data_dir):
 
 
 @pytest.mark.parametrize("augment", [False, True])
-def test_shards_are_parts_of_the_whole_batch(made_data_dir, augment):
-    frames = nmnist.load_frames(nmnist.NMNIST(made_data_dir, "test"), 10)
+def test_shards_are_parts_of_the_whole_batch(made_data_dir, augment, device):
+    frames = nmnist.load_frames(nmnist.NMNIST(made_data_dir, "test"), 10).to(device)
     indices = torch.tensor([4, 0, 29, 8, 8, 17, 3])
     batches = []
     for shard in (None, slice(0, 3), slice(3, 3), slice(3, 7)):
@@ -726,9 +763,9 @@ def augmented(frames, monkeypatch, draws=None, **limits):
     monkeypatch.setattr(nmnist, "AUGMENTATION", nmnist.Augmentation(**(nothing | limits)))
     with monkeypatch.context() as patch:
         if draws is not None:
-            patch.setattr(torch, "rand", lambda *size, **options: torch.full(size, draws))
+            patch.setattr(torch, "rand", lambda *size, **options: torch.full(size, draws, **options))
         indices = torch.arange(len(frames))
-        return frames.batch(indices)[0], frames.batch(indices, augment=True)[0]
+        return frames.batch(indices)[0].cpu(), frames.batch(indices, augment=True)[0].cpu()
 
 
 def test_augmentation_with_limits_of_zero_changes_nothing(made_data_dir, monkeypatch):
@@ -736,8 +773,8 @@ def test_augmentation_with_limits_of_zero_changes_nothing(made_data_dir, monkeyp
     assert torch.equal(plain, moved)
 
 
-def test_augmentation_rotates_shifts_and_scales(made_data_dir, monkeypatch):
-    frames = nmnist.load_frames(nmnist.NMNIST(made_data_dir, "test"), 10)
+def test_augmentation_rotates_shifts_and_scales(made_data_dir, monkeypatch, device):
+    frames = nmnist.load_frames(nmnist.NMNIST(made_data_dir, "test"), 10).to(device)
     plain, rotated = augmented(frames, monkeypatch, draws=1.0, rotation=90)
     assert torch.equal(rotated, plain.rot90(-1, (3, 4)))  # y points down: from x to y is clockwise
     plain, shifted = augmented(frames, monkeypatch, draws=1.0, shift=3)

@@ -23,9 +23,10 @@ import numpy as np
 import pytest
 import tonic
 import torch
-from conftest import ROOT, SHARED, assert_refused, files_in, limit_files, run
+from conftest import ROOT, SHARED, assert_refused, files_in, limit_files, needs_cuda, run
 from torch import distributed
 
+import models
 import nmnist
 import train_nmnist
 import utils
@@ -428,34 +429,28 @@ def test_only_training_recordings_are_augmented(tmp_path, made_data_dir, monkeyp
 
 def test_the_moving_average_equals_a_hand_computation():
     """The first weights count wholly, the next nine tenths, nine elevenths, ... and at last a hundredth."""
-    args, _ = train_nmnist.parse_args(["--precision", "fp32"])
-    state = train_nmnist.make_state(args, torch.device("cpu"))
-    norm, averaged = state.network.norm_out, state.ema.module.norm_out
+    network, averaged = (build_model(NetworkConfig()) for _ in range(2))
     weight, mean = 0.0, 0.0
     for step in (*range(30), *range(880, 910)):  # the share falls to a hundredth at step 891
-        if step == 880:
-            assert state.ema.n_averaged == 30
-            state.ema.n_averaged.fill_(step)
-        norm.weight.data.fill_(np.sin(step / 10))
-        norm.running_mean.fill_(np.cos(step / 10))
-        norm.num_batches_tracked.fill_(step + 7)
-        state.ema.update_parameters(state.network)
+        network.norm_out.weight.data.fill_(np.sin(step / 10))
+        network.norm_out.running_mean.fill_(np.cos(step / 10))
+        network.norm_out.num_batches_tracked.fill_(step + 7)
+        train_nmnist.update_ema(averaged, network, step)
         share = max(0.01, 9 / (9 + step))
         weight = (1 - share) * weight + share * np.sin(step / 10)
         mean = (1 - share) * mean + share * np.cos(step / 10)
-        assert averaged.num_batches_tracked == step + 7
-    torch.testing.assert_close(averaged.weight.data, torch.full((10,), weight), atol=1e-5, rtol=0)
-    torch.testing.assert_close(averaged.running_mean, torch.full((10,), mean), atol=1e-5, rtol=0)
+        assert averaged.norm_out.num_batches_tracked == step + 7
+    torch.testing.assert_close(averaged.norm_out.weight.data, torch.full((10,), weight), atol=1e-5, rtol=0)
+    torch.testing.assert_close(averaged.norm_out.running_mean, torch.full((10,), mean), atol=1e-5, rtol=0)
 
 
 def test_the_best_checkpoint_holds_the_moving_average(tmp_path, made_data_dir):
     train_here(tmp_path, made_data_dir, "--epochs", 1)
     last = torch.load(tmp_path / "checkpoints" / "cnn_last.pt", weights_only=True)
-    assert int(last["state"]["ema"].pop("n_averaged")) == 3
-    averaged = {name.removeprefix("module."): value for name, value in last["state"]["ema"].items()}
-    assert equal(weights(tmp_path, which="best"), averaged)
-    assert equal(last["network"], averaged)
-    assert not equal(last["state"]["network"], averaged)
+    assert last["state"]["steps"] == 3
+    assert equal(weights(tmp_path, which="best"), last["state"]["ema"])
+    assert equal(last["network"], last["state"]["ema"])
+    assert not equal(last["state"]["network"], last["state"]["ema"])
 
 
 def test_backends_train_alike(tmp_path, made_data_dir):
@@ -846,10 +841,102 @@ def test_cuda_is_refused_where_there_is_none(capsys):
     assert "error: argument --device: PyTorch finds no CUDA device" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_training_on_cuda(tmp_path, made_data_dir):
-    train_here(tmp_path, made_data_dir, "--epochs", 2, "--device", "cuda")
+# ---------------------------------------------------------------------------------------------------------
+# Devices and precisions
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["cnn", "resnet"])
+def test_a_run_on_each_device_is_resumed_and_read_on_the_other(tmp_path, made_data_dir, device, model):
+    flags = ["--model", model, "--device", device.type]
+    train_here(tmp_path, made_data_dir, "--epochs", 1, *flags)
+    train_here(tmp_path, made_data_dir, "--epochs", 3, "--resume", *flags)
+    assert [entry["epoch"] for entry in history(tmp_path, model)] == [1, 2, 3]
+    assert history(tmp_path, model)[-1]["train_loss"] < history(tmp_path, model)[0]["train_loss"]
+    path = tmp_path / "logs" / f"{model}_test_metrics.json"
+    there = json.loads(path.read_text())
+    assert device.type in there["machine"]
+    for other in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
+        train_here(tmp_path, made_data_dir, "--test_only", "--model", model, "--device", other)
+        here = json.loads(path.read_text())
+        assert here["loss"] == pytest.approx(there["loss"], rel=0.05)
+        assert here["accuracy"] == pytest.approx(there["accuracy"], abs=2 / 30)
+        for entry, expected in zip(here["early_exit"], there["early_exit"], strict=True):
+            assert entry["mean_steps"] == pytest.approx(expected["mean_steps"], abs=0.3)
+
+
+@needs_cuda
+def test_torchrun_on_cuda(tmp_path, made_data_dir):
+    """By nccl, one process a GPU."""
+    flags = ["--epochs", 2, "--device", "cuda"]
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={torch.cuda.device_count()}"]
+    process = start(tmp_path, made_data_dir, *flags, launcher=launcher)
+    _, stderr = process.communicate(timeout=280)
+    assert process.returncode == 0, stderr
     assert len(history(tmp_path)) == 2
+
+
+def state_and_step(made_data_dir, device, *flags):
+    """Return a new `TrainState`, and a function that makes an augmented batch and a training step with it."""
+    args, _ = train_nmnist.parse_args([*SHORT, "--device", device.type, *map(str, flags)])
+    frames = nmnist.load_frames(nmnist.NMNIST(made_data_dir, "train"), 5).to(device)
+    state = train_nmnist.make_state(args, device)
+    batches = train_nmnist.training_batches(args, torch.arange(96), frames, state.network.dtype)
+    return state, lambda: train_nmnist.training_step(state, *next(batches))
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("model", ["cnn", "resnet"])
+def test_a_training_step_on_cuda_waits_for_nothing(made_data_dir, model, precision):
+    device = torch.device("cuda")
+    _, step = state_and_step(made_data_dir, device, "--model", model, "--precision", precision, "--dropout", 0.2)
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+def test_out_of_memory_on_cuda_is_not_taken_for_a_missing_compiler(tmp_path, made_data_dir):
+    train_here(tmp_path / "before", made_data_dir, "--epochs", 1, "--device", "cuda")
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-3)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            train_here(tmp_path, made_data_dir, "--epochs", 1, "--device", "cuda", "--batch_size", 96, "--width", 32)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert models.compiler_error is None
+
+
+def test_fp16_learns_as_fp32_does_and_is_resumed(tmp_path, made_data_dir, capsys):
+    flags = ["--time_steps", 2, "--lr", 2e-3]
+    train_here(tmp_path / "fp32", made_data_dir, "--epochs", 3, "--precision", "fp32", *flags)
+    assert "WARNING" not in capsys.readouterr().err
+    train_here(tmp_path / "fp16", made_data_dir, "--epochs", 2, "--precision", "fp16", *flags)
+    assert "WARNING: --precision fp16 is meant for GPUs" in capsys.readouterr().err
+    train_here(tmp_path / "fp16", made_data_dir, "--epochs", 3, "--resume", *flags)
+    for fp32, fp16 in zip(history(tmp_path / "fp32"), history(tmp_path / "fp16"), strict=True):
+        assert fp16["precision"] == "fp16"
+        assert fp16["train_loss"] == pytest.approx(fp32["train_loss"], rel=0.05)
+    saved = torch.load(tmp_path / "fp16" / "checkpoints" / "cnn_last.pt", weights_only=True)
+    assert saved["state"]["scaler"]["_growth_tracker"] == 9  # steps without overflow, of both commands
+
+
+def test_fp16_skips_a_step_whose_gradients_overflow(made_data_dir, device):
+    state, step = state_and_step(made_data_dir, device, "--precision", "fp16")
+    before = {name: value.clone() for name, value in state.network.named_parameters()}
+    state.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**60)
+    loss, _correct, _number = step().tolist()
+    assert math.isfinite(loss)
+    assert state.scaler.get_scale() == 2.0**59
+    assert all(torch.equal(value, before[name]) for name, value in state.network.named_parameters())
+    state.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10)
+    step()
+    assert not all(torch.equal(value, before[name]) for name, value in state.network.named_parameters())
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real recordings in {SHARED}")

@@ -77,10 +77,10 @@ def test_auto_precision_follows_the_hardware(monkeypatch, features, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert utils.pick_precision("auto", cpu) == expected
-    for name in ("bf16", "fp32"):
+    for name in ("bf16", "fp16", "fp32"):
         assert utils.pick_precision(name, cpu) == name
-    for capability, precision in (((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, c=capability: c)
+    for capability, precision in ((6.1, "fp32"), (7.0, "fp16"), (7.5, "fp16"), (8.0, "bf16"), (9.0, "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, c=capability: divmod(c, 1))
         assert utils.pick_precision("auto", cuda) == precision
 
 
@@ -92,8 +92,10 @@ def test_the_precision_of_this_cpu_is_that_of_the_kernels_list_of_features():
 
 
 @pytest.mark.parametrize("shape", [(12, 3, 4, 4), (12, 3)])
-def test_sync_batch_norm_of_one_process_equals_torchs(shape):
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+@pytest.mark.usefixtures("on_device")
+def test_sync_batch_norm_of_one_process_equals_torchs(shape, device):
+    backend = {"cpu": "gloo", "cuda": "nccl"}[device.type]
+    distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     try:
         torch.manual_seed(0)
         ours = (torch.nn.BatchNorm2d if len(shape) == 4 else torch.nn.BatchNorm1d)(3, momentum=0.2)
@@ -275,6 +277,44 @@ def test_user_errors_are_one_line_and_status_1(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         utils.run_script(main)
     assert stop.value.code == "script.py: error: x.bin is damaged"  # a text is printed, and the status is 1
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.25 GiB. GPU 0 has"),
+            " (2.25 GiB more",
+        ),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), ": choose"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), ": choose"),
+        (MemoryError(), ": choose"),
+        (None, " (4000000000000000 bytes more"),
+    ],
+)
+def test_out_of_memory_ends_in_one_line(capsys, monkeypatch, error, asked):
+    """Of the last case, torch's own error: a tensor that no machine holds."""
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+
+    def main():
+        if error:
+            raise error
+        torch.empty(10**15)
+
+    with pytest.raises(SystemExit) as stop:
+        utils.run_script(main)
+    assert stop.value.code.startswith(f"script.py: error: not enough memory{asked}")
+    assert stop.value.code.endswith("choose a smaller --batch_size or --time_steps")
+
+
+def test_other_errors_are_not_taken_for_out_of_memory(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+
+    def main():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        utils.run_script(main)
 
 
 def test_save_figure_writes_prints_and_closes(tmp_path, capsys):
