@@ -2,6 +2,7 @@
 
     python tests/benchmark.py                                     # speed: training, inference, batches, binning
     python tests/benchmark.py --model resnet --json speed.json    # of the other network, written as JSON, too
+    python tests/benchmark.py --device cuda                       # on a GPU, with the share of time that it is busy
     python tests/benchmark.py simulator                           # the simulated camera against 800 real recordings
     python tests/benchmark.py simulator --no_train                # without training a network: a minute, not twenty
     python tests/benchmark.py accuracy --data_dir DIR             # accuracy against training time: a grid of networks
@@ -30,6 +31,7 @@ import tonic
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -42,6 +44,8 @@ import utils  # noqa: E402
 # ---------------------------------------------------------------------------------------------------------
 # Speed
 # ---------------------------------------------------------------------------------------------------------
+
+EPOCH = "a step of train_nmnist.py, batch included"
 
 
 class Loop(nn.Module):
@@ -155,6 +159,31 @@ def measure(competitors: dict, rounds: int, turns: int, device: torch.device) ->
     return {name: float(np.median(values[turns:])) for name, values in seconds.items()}  # the first round warms up
 
 
+def training_epoch(args: argparse.Namespace, precision: str, frames: nmnist.Frames, device: torch.device):
+    """Return a function that trains for an epoch as `train_nmnist.py` does: augmented batches, moving average."""
+    flags = {"model": args.model, "batch_size": args.batch_size, "precision": precision, "device": device.type}
+    train_args, _ = train_nmnist.parse_args([f"--{name}={value}" for name, value in flags.items()])
+    state = train_nmnist.make_state(train_args, device)
+
+    def epoch():
+        order = torch.randperm(len(frames))
+        batches = train_nmnist.training_batches(train_args, order, frames, state.network.dtype)
+        train_nmnist.train_one_epoch(state, batches, tqdm(total=len(order), disable=True))
+
+    return epoch
+
+
+def busy_share(run, device: torch.device) -> float:
+    """Return the share of the time of `run` in which the GPU runs kernels."""
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / seconds
+
+
 def make_recordings(folder: Path, number: int) -> None:
     """Record `number` of scikit-learn's digits as training and as many as test recordings into `folder`."""
     images, labels = nmnist.sklearn_images()
@@ -186,6 +215,7 @@ def benchmark_speed(args: argparse.Namespace) -> None:
         frames, labels = cached.batch(order, network.dtype)
         plain = frames.float().contiguous()
         loop, floor = Loop(network).to(device), without_spikes(network)
+        epoch = training_epoch(args, precision, cached, device)
         start = time.perf_counter()
         ours = training_step(network, frames, labels)
         ours()
@@ -205,6 +235,9 @@ def benchmark_speed(args: argparse.Namespace) -> None:
             turns=3,
             device=device,
         )
+        speed |= measure({EPOCH: epoch}, args.rounds, turns=1, device=device)
+        speed[EPOCH] *= args.batch_size / len(cached)
+        busy = busy_share(epoch, device) if device.type == "cuda" else None
         binning = measure(
             {
                 "binning, ours": lambda: nmnist.bin_recordings(recordings, args.time_steps),
@@ -214,10 +247,10 @@ def benchmark_speed(args: argparse.Namespace) -> None:
             turns=1,
             device=torch.device("cpu"),
         )
-    report_speed(args, device, precision, first_step, speed, binning, len(recordings))
+    report_speed(args, device, precision, first_step, speed, binning, len(recordings), busy)
 
 
-def report_speed(args, device, precision, first_step, speed, binning, recordings: int) -> None:
+def report_speed(args, device, precision, first_step, speed, binning, recordings: int, busy: float | None) -> None:
     """Print the table of `benchmark_speed`, and write it to `--json`."""
     head = {
         "machine": f"{utils.processor_name()}, {num_cores()} cores",
@@ -240,17 +273,20 @@ def report_speed(args, device, precision, first_step, speed, binning, recordings
         "an augmented batch, of a training step": speed["an augmented batch"] / speed["our training step"],
         "binning, times tonic alone": rates["binning, ours"] / rates["binning, tonic alone"],
     }
+    if busy is not None:
+        ratios["share of training in which the GPU is busy"] = busy
     print()
     for name, value in head.items():
-        print(f"{name:38} {value}")
-    print(f"{'first training step':38} {first_step:.1f} s")
-    print(f"\n{'medians':38} {'ms a batch':>12} {'recordings/s':>14}")
+        print(f"{name:42} {value}")
+    print(f"{'first training step':42} {first_step:.1f} s")
+    print(f"{'an epoch of 60,000 recordings':42} {60_000 / rates[EPOCH]:.1f} s")
+    print(f"\n{'medians':42} {'ms a batch':>12} {'recordings/s':>14}")
     for name, rate in rates.items():
         milliseconds = f"{1000 * speed[name]:12.1f}" if name in speed else " " * 12
-        print(f"{name:38} {milliseconds} {rate:14,.0f}")
+        print(f"{name:42} {milliseconds} {rate:14,.0f}")
     print()
     for name, ratio in ratios.items():
-        print(f"{name:38} {ratio:12.2f}")
+        print(f"{name:42} {ratio:12.2f}")
     if args.json:
         content = {**head, "first_step_seconds": first_step, "recordings_per_second": rates, "ratios": ratios}
         utils.write_json(args.json, content)
