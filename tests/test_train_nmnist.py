@@ -34,6 +34,7 @@ import visualize_activations
 from models import NetworkConfig, build_model, load_network
 
 SHORT = ["--time_steps", "5", "--batch_size", "32", "--val_split", "0.2", "--device", "cpu"]
+STEP = ["--neuron_backend", "step", "--time_steps", 2]  # the fastest training, with nothing to compile
 MEASURED = {"machine", "peak_memory_mb", "milliseconds_per_recording"}  # which differ from test to test
 FIGURES = ["confusion_matrix", "accuracy_over_time", "samples"]
 
@@ -63,6 +64,13 @@ def start_command(*command):
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
 
+def finish(process, status=0, timeout=120):
+    """Wait for a process that was started; return its stdout and stderr."""
+    stdout, stderr = process.communicate(timeout=timeout)
+    assert process.returncode == status, stderr
+    return stdout, stderr
+
+
 def train_here(folder, data_dir, *flags):
     """Do the same in this process, which starts faster."""
     train_nmnist.main([str(part) for part in (*folder_flags(folder, data_dir), *SHORT, *flags)])
@@ -90,15 +98,24 @@ def history(folder, model="cnn"):
     return [{k: v for k, v in entry.items() if k not in ("seconds", "recordings_per_second")} for entry in entries]
 
 
-@pytest.fixture(scope="module", params=["cnn", "resnet"])
-def trained(request, tmp_path_factory, made_data_dir):
-    """A network of either kind, trained and tested with figures: (model, folder, output)."""
-    folder = tmp_path_factory.mktemp(request.param)
-    return request.param, folder, train(folder, made_data_dir, "--model", request.param, "--epochs", 8, "--visualize")
+@pytest.fixture(scope="module")
+def trained_networks(tmp_path_factory, made_data_dir):
+    """Both networks, trained and tested with figures at the same time: {model: (folder, stdout, stderr)}."""
+    started = {}
+    for model in ("cnn", "resnet"):
+        folder = tmp_path_factory.mktemp(model)
+        started[model] = folder, start(folder, made_data_dir, "--model", model, "--epochs", 8, "--visualize")
+    return {model: (folder, *finish(process)) for model, (folder, process) in started.items()}
 
 
-def test_training_learns_and_reports_every_epoch(trained):
-    model, folder, result = trained
+@pytest.fixture(params=["cnn", "resnet"])
+def trained(request, trained_networks):
+    """One of `trained_networks`: (model, folder, stdout)."""
+    return request.param, *trained_networks[request.param][:2]
+
+
+def test_training_learns_and_reports_every_epoch(trained, trained_networks):
+    model, folder, stdout = trained
     entries = json.loads((folder / "logs" / f"{model}_history.json").read_text())
     names = "epoch train_loss train_accuracy val_loss val_accuracy test_loss test_accuracy val_temperature lr precision"
     assert list(entries[0]) == [*names.split(), "neuron_backend", "seconds", "recordings_per_second"]
@@ -106,15 +123,15 @@ def test_training_learns_and_reports_every_epoch(trained):
     assert [entry["epoch"] for entry in entries] == list(range(1, 9))
     assert entries[-1]["train_loss"] < entries[0]["train_loss"]
     assert max(entry["val_accuracy"] for entry in entries) > 0.8  # the made-up digits are easy
-    lines = [line for line in result.stdout.splitlines() if line.startswith("epoch")]
+    lines = [line for line in stdout.splitlines() if line.startswith("epoch")]
     assert len(lines) == 8
     assert "recordings/s" in lines[0]
     assert f"test {entries[0]['test_loss']:.4f}" in lines[0]
-    assert "epoch 1/8" in result.stderr  # the progress bar
+    assert "epoch 1/8" in trained_networks[model][2]  # the progress bar
 
 
 def test_metrics_agree_with_one_another(trained):
-    model, folder, result = trained
+    model, folder, stdout = trained
     metrics = json.loads((folder / "logs" / f"{model}_test_metrics.json").read_text())
     confusion = np.array(metrics["confusion_matrix"])
     facts = [metrics[name] for name in ("dataset", "trained_on", "model", "num_recordings", "seed")]
@@ -131,15 +148,15 @@ def test_metrics_agree_with_one_another(trained):
     energy = metrics["energy_uj"]
     assert energy["spiking_events"] == pytest.approx(0.9e-6 * metrics["synaptic_operations"])
     assert energy["relu_one_frame"] == pytest.approx(4.6e-6 * metrics["macs"] / 5)
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("energy at 45 nm")]
+    (line,) = [line for line in stdout.splitlines() if line.startswith("energy at 45 nm")]
     for value in energy.values():
         assert f"{value:.3g} uJ" in line
-    assert all(line.startswith(name) for name, line in zip(metrics["layers"], layer_table(result.stdout), strict=True))
+    assert all(line.startswith(name) for name, line in zip(metrics["layers"], layer_table(stdout), strict=True))
     assert metrics["parameters"] == sum(p.numel() for p in build_model(NetworkConfig(model)).parameters())
-    assert f"test accuracy        {metrics['accuracy']:.2%}\n" in result.stdout
-    assert "data set             NMNIST, 30 test recordings\n" in result.stdout
+    assert f"test accuracy        {metrics['accuracy']:.2%}\n" in stdout
+    assert "data set             NMNIST, 30 test recordings\n" in stdout
     assert metrics["precision"] == utils.pick_precision("auto", torch.device("cpu"))
-    assert f"precision, neurons   {metrics['precision']}, fused\n" in result.stdout
+    assert f"precision, neurons   {metrics['precision']}, fused\n" in stdout
     assert metrics["checkpoint"] == str(folder / "checkpoints" / f"{model}_best.pt")
 
 
@@ -275,11 +292,11 @@ def test_testing_again_gives_the_same_metrics_and_ignores_contradicting_flags(tr
 
 
 def test_figures_are_written(trained):
-    model, folder, result = trained
+    model, folder, stdout = trained
     names = ["training_results", *(f"{model}_{name}" for name in FIGURES)]
     for name in [*names, *(["resnet_filters"] if model == "resnet" else [])]:
         path = folder / "logs" / f"{name}.png"
-        assert f"figure      {path}" in result.stdout
+        assert f"figure      {path}" in stdout
         height, width, _ = plt.imread(path).shape
         assert width > 900
         assert height > 500
@@ -326,14 +343,10 @@ def test_filters_are_the_first_layers_weights(figures):
 
 
 def test_the_same_command_twice_gives_the_same_numbers(tmp_path, made_data_dir):
-    seeds = {"a": 0, "b": 0, "c": 1}
-    runs = [start(tmp_path / name, made_data_dir, "--epochs", 2, "--seed", seed) for name, seed in seeds.items()]
-    for process in runs:
-        _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 0, stderr
+    for process in [start(tmp_path / name, made_data_dir, "--epochs", 2) for name in "ab"]:
+        finish(process)
     assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert history(tmp_path / "a") == history(tmp_path / "b")
-    assert not equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
 @pytest.mark.parametrize("flags", [[], ["--scheduler", "--optimizer", "sgd", "--model", "resnet"]])
@@ -487,7 +500,7 @@ def wait_for(path, seconds=120):
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_and_resumed_equals_an_uninterrupted_one(tmp_path, made_data_dir, kills):
     """Binning, each epoch and every save are among the moments. Two runs at a time, each with a cache of its own."""
-    flags = ["--epochs", 12, "--neuron_backend", "step", "--time_steps", 2, "--resume"]
+    flags = ["--epochs", 8, *STEP, "--resume"]
     uninterrupted = tmp_path / "uninterrupted"
     begin = time.monotonic()
     train(uninterrupted, made_data_dir, *flags)
@@ -505,8 +518,7 @@ def test_a_run_killed_at_any_moment_and_resumed_equals_an_uninterrupted_one(tmp_
             process.kill()
             process.communicate()
         for process in [start(folder, folder, *flags) for folder in folders]:
-            _, stderr = process.communicate(timeout=120)
-            assert process.returncode == 0, stderr
+            finish(process)
         for folder in folders:
             for which in ("last", "best"):
                 assert equal(weights(uninterrupted, which=which), weights(folder, which=which))
@@ -515,20 +527,21 @@ def test_a_run_killed_at_any_moment_and_resumed_equals_an_uninterrupted_one(tmp_
             shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_prints_the_command_that_continues_it(tmp_path, made_data_dir, number, status):
-    last = tmp_path / "checkpoints" / "cnn_last.pt"
-    process = start(tmp_path, made_data_dir, "--epochs", 10_000, "--neuron_backend", "step", "--time_steps", 2)
-    wait_for(last)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=20)
-    assert process.returncode == status
-    assert "Traceback" not in stderr
-    saved = torch.load(last, weights_only=True)["epoch"]
-    message = stderr.strip().splitlines()[-1]
-    command = "python train_nmnist.py --model cnn --resume --epochs 10000"
-    assert f"{last} holds epoch {saved}; continue with: {command}" in message
-    assert not [path for path in files_in(tmp_path) if ".tmp" in path.name]
+def test_an_interrupted_run_prints_the_command_that_continues_it(tmp_path, made_data_dir):
+    stops = {signal.SIGINT: 130, signal.SIGTERM: 143}
+    running = [start(tmp_path / str(status), made_data_dir, "--epochs", 10_000, *STEP) for status in stops.values()]
+    for process, (number, status) in zip(running, stops.items(), strict=True):
+        folder = tmp_path / str(status)
+        last = folder / "checkpoints" / "cnn_last.pt"
+        wait_for(last)
+        process.send_signal(number)
+        _, stderr = finish(process, status, timeout=20)
+        assert "Traceback" not in stderr
+        saved = torch.load(last, weights_only=True)["epoch"]
+        message = stderr.strip().splitlines()[-1]
+        command = "python train_nmnist.py --model cnn --resume --epochs 10000"
+        assert f"{last} holds epoch {saved}; continue with: {command}" in message
+        assert not [path for path in files_in(folder) if ".tmp" in path.name]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what a process has imported on Linux alone")
@@ -559,8 +572,7 @@ def test_importing_utils_outside_the_scripts_keeps_pythons_ctrl_c():
 
 
 def test_a_full_disk_keeps_the_checkpoint_of_the_epoch_before(tmp_path, made_data_dir):
-    flags = ["--neuron_backend", "step", "--time_steps", 2]
-    train_here(tmp_path, made_data_dir, "--epochs", 1, *flags)
+    train_here(tmp_path, made_data_dir, "--epochs", 1, *STEP)
     before = {path: path.read_bytes() for path in files_in(tmp_path) if path.name != "cnn_best.pt"}
     command = [sys.executable, "train_nmnist.py", *folder_flags(tmp_path, made_data_dir), "--resume", "--epochs", 2]
     result = run(*command, preexec_fn=limit_files(1_000_000))  # enough for the best, not for the last
@@ -680,13 +692,9 @@ def test_two_processes_train_like_one(tmp_path, made_data_dir, alone):
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
     both = start(tmp_path / "two", made_data_dir, *flags, "--epochs", 1, launcher=torchrun)
     train_here(tmp_path / "one", made_data_dir, *flags, "--epochs", 2)
-    stdout, stderr = both.communicate(timeout=120)
-    assert both.returncode == 0, stderr
+    stdout, _ = finish(both)
     assert stdout.count("data set    NMNIST") == 1  # only the first prints
     assert "2 processes" in stdout
-    testing = start(tmp_path / "two", made_data_dir, "--test_only", launcher=torchrun)
-    stdout, stderr = testing.communicate(timeout=120)
-    assert testing.returncode == 0, stderr
     assert stdout.count("test accuracy") == 1
     # One process resumes what two began.
     train_here(tmp_path / "two", made_data_dir, *flags, "--resume", "--epochs", 2)
@@ -732,7 +740,7 @@ def test_processes_that_differ_are_refused(tmp_path, made_data_dir, monkeypatch)
 
 
 def test_when_one_process_dies_all_end(tmp_path, made_data_dir):
-    flags = ["--epochs", 10_000, "--neuron_backend", "step", "--time_steps", 2]
+    flags = ["--epochs", 10_000, *STEP]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
     both = start(tmp_path, made_data_dir, *flags, launcher=torchrun)
     wait_for(tmp_path / "checkpoints" / "cnn_last.pt")
@@ -871,8 +879,7 @@ def test_torchrun_on_cuda(tmp_path, made_data_dir):
     flags = ["--epochs", 2, "--device", "cuda"]
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={torch.cuda.device_count()}"]
     process = start(tmp_path, made_data_dir, *flags, launcher=launcher)
-    _, stderr = process.communicate(timeout=280)
-    assert process.returncode == 0, stderr
+    finish(process, timeout=280)
     assert len(history(tmp_path)) == 2
 
 
@@ -1016,9 +1023,6 @@ def test_a_run_that_fails_in_its_first_epoch_leaves_the_earlier_one(tmp_path, ma
     assert {path: path.read_bytes() for path in files_in(tmp_path)} == before
 
 
-STEP = ["--neuron_backend", "step", "--time_steps", 2]
-
-
 def test_a_broken_pipe_ends_training_with_all_epochs_saved(tmp_path, made_data_dir):
     process = start(tmp_path, made_data_dir, "--epochs", 10_000, *STEP)
     while "epoch" not in process.stdout.readline():
@@ -1053,12 +1057,15 @@ def test_output_to_a_full_disk_ends_in_one_line(tmp_path, made_data_dir):
     assert_refused(result, "output can't be written: No space left on device")
 
 
-@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
-def test_a_progress_bar_that_cannot_be_drawn_ends_no_run(tmp_path, made_data_dir, stderr):
-    command = [sys.executable, "train_nmnist.py", *folder_flags(tmp_path, made_data_dir), *SHORT, *STEP, "--epochs", 1]
-    result = run("sh", "-c", shlex.join(map(str, command)) + " " + stderr)
-    assert result.returncode == 0
-    assert "test accuracy" in result.stdout
+def test_a_progress_bar_that_cannot_be_drawn_ends_no_run(tmp_path, made_data_dir):
+    def run_without_stderr(name, stderr):
+        flags = [*folder_flags(tmp_path / name, made_data_dir), *SHORT, *STEP, "--epochs", 1]
+        return run("sh", "-c", shlex.join(map(str, [sys.executable, "train_nmnist.py", *flags])) + " " + stderr)
+
+    with ThreadPoolExecutor(2) as pool:
+        for result in pool.map(run_without_stderr, ("closed", "full"), ("2>&-", "2>/dev/full")):
+            assert result.returncode == 0
+            assert "test accuracy" in result.stdout
 
 
 def test_the_command_that_started_a_run_resumes_it(tmp_path, made_data_dir):
@@ -1187,6 +1194,7 @@ def test_several_seeds_end_with_a_table(tmp_path, made_data_dir, capsys):
     many = tmp_path / "many"
     for which in ("best", "last"):
         assert equal(weights(tmp_path / "one", which=which), weights_at(many / "checkpoints" / "seed_7", which))
+    assert not equal(*(weights_at(many / "checkpoints" / f"seed_{seed}", "last") for seed in (3, 7)))
     accuracies = []
     for seed in (3, 7):
         metrics = json.loads((many / "logs" / f"seed_{seed}" / "cnn_test_metrics.json").read_text())
@@ -1289,5 +1297,9 @@ def test_a_compile_cache_that_cannot_be_made_is_refused_by_name(tmp_path, made_d
     """torch's own optimizers need it."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    assert_refused(train(tmp_path, made_data_dir, "--epochs", 1, expect=1), str(tmp_path / "file" / "cache"))
-    assert train(tmp_path, made_data_dir, "--help").returncode == 0
+    with ThreadPoolExecutor(2) as pool:
+        refused, helped = (
+            pool.submit(train, tmp_path, made_data_dir, flag, expect=None) for flag in ("--scheduler", "--help")
+        )
+    assert_refused(refused.result(), str(tmp_path / "file" / "cache"))
+    assert helped.result().returncode == 0
