@@ -30,6 +30,8 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 
 
+torch.set_num_threads(1)  # tests are small, and start processes, which have the other cores
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
