@@ -540,17 +540,20 @@ BENCHMARKS = {
 }
 
 
-def main() -> None:
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Return the flags; without the name of a benchmark, those of `speed`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="benchmark", help="what to measure (default: speed)")
     for name, (add_arguments, run) in BENCHMARKS.items():
         command = commands.add_parser(name, help=run.__doc__.split(".")[0].lower())
         add_arguments(command)
         command.set_defaults(run=run)
-    argv = sys.argv[1:]
-    if not argv or (argv[0] not in BENCHMARKS and argv[0] not in ("-h", "--help")):
-        argv = ["speed", *argv]
-    args = parser.parse_args(argv)
+    named = argv and argv[0] in (*BENCHMARKS, "-h", "--help")
+    return parser.parse_args(argv if named else ["speed", *argv])
+
+
+def main() -> None:
+    args = parse_args(sys.argv[1:])
     args.run(args)
 
 

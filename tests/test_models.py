@@ -273,7 +273,7 @@ def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 @each_device
 @pytest.mark.parametrize("make", [leaky_and_steps, synaptic_and_steps, alif_and_steps])
-@pytest.mark.parametrize(("dtype", "time_steps"), [*((torch.bfloat16, T) for T in TIME_STEPS), (torch.float16, 10)])
+@pytest.mark.parametrize(("dtype", "time_steps"), [(torch.bfloat16, 27), (torch.float16, 10)])
 @pytest.mark.parametrize("outputs", ["spk", "mem", "both"])
 def test_gradients_of_fused_neurons_in_half_precision(make, time_steps, outputs, dtype):
     """Against float32 of the same current, rounded: so spikes are equal, and potentials to their rounding.
