@@ -578,7 +578,7 @@ def compile_kernel(function: Callable) -> Callable:
 
     It has a few variants: for each type of the currents, five steps and one, Leaky or not.
     """
-    compiled = functools.cache(lambda: torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=64))
+    compiled = functools.cache(lambda: torch.compile(function, dynamic=True, fullgraph=True, recompile_limit=256))
     return functools.wraps(function)(lambda *args: (function if compiler_error else compiled())(*args))
 
 
@@ -590,7 +590,8 @@ def probe_compiler(device: torch.device, dtype: torch.dtype) -> None:
     """
     global compiler_error
     try:
-        cur = torch.zeros(STEPS_PER_CALL, 16, device=device, dtype=dtype)
+        neurons = 16 if device.type == "cpu" else 2**18  # for the size of the first call, Triton chooses its blocks
+        cur = torch.zeros(STEPS_PER_CALL, neurons, device=device, dtype=dtype)
         run_neurons(cur, (torch.tensor(0.5, device=device), torch.tensor(1.0, device=device), None, None, None))
     except torch.OutOfMemoryError:
         raise
@@ -962,11 +963,12 @@ def energy_uj(layers: dict[str, dict[str, float]], time_steps: int) -> dict[str,
 def fan_out(layer: nn.Conv2d | nn.Linear, shape: torch.Size) -> torch.Tensor:
     """Return how many outputs of `layer` each element of an input of `shape` (without batch) reaches.
 
-    With all weights 1, the sum of a layer's outputs has this number as its gradient in each input.
+    With all weights 1, the sum of a layer's outputs has this number as its gradient in each input: in float64, a whole
+    number, which bfloat16 may not hold.
     """
-    x = torch.zeros(1, *shape, device=layer.weight.device, requires_grad=True)
-    ones = torch.ones_like(layer.weight)
-    with torch.enable_grad():
+    x = torch.zeros(1, *shape, device=layer.weight.device, dtype=torch.float64, requires_grad=True)
+    ones = torch.ones_like(layer.weight, dtype=torch.float64)
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         if isinstance(layer, nn.Linear):
             out = F.linear(x, ones)
         else:

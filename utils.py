@@ -216,8 +216,14 @@ def _device(text: str) -> str:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the device called `name`, or this machine's best one for None; of several GPUs, this process's."""
+    """Return the device called `name`, or this machine's best one for None; of several GPUs, this process's.
+
+    Raises `UserError` if there are fewer GPUs than processes.
+    """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and local_rank() >= torch.cuda.device_count():
+        gpus = f"{torch.cuda.device_count()} GPU(s) for more processes"
+        raise UserError(f"--nproc_per_node: {gpus}; start one a GPU, or choose --device cpu")
     return torch.device(name, local_rank() if name == "cuda" else None)
 
 

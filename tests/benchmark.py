@@ -173,15 +173,12 @@ def training_epoch(args: argparse.Namespace, precision: str, frames: nmnist.Fram
     return epoch
 
 
-def busy_share(run, device: torch.device) -> float:
-    """Return the share of the time of `run` in which the GPU runs kernels."""
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
+def kernel_seconds(run, device: torch.device) -> float:
+    """Return the time that a GPU's kernels take in `run`, which the profiler itself slows."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - start
-    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6 / seconds
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
 
 
 def make_recordings(folder: Path, number: int) -> None:
@@ -236,8 +233,8 @@ def benchmark_speed(args: argparse.Namespace) -> None:
             device=device,
         )
         speed |= measure({EPOCH: epoch}, args.rounds, turns=1, device=device)
+        busy = kernel_seconds(epoch, device) / speed[EPOCH] if device.type == "cuda" else None
         speed[EPOCH] *= args.batch_size / len(cached)
-        busy = busy_share(epoch, device) if device.type == "cuda" else None
         binning = measure(
             {
                 "binning, ours": lambda: nmnist.bin_recordings(recordings, args.time_steps),

@@ -44,9 +44,13 @@ def device(request):
 @pytest.fixture
 def on_device(device, monkeypatch):
     """Make new tensors and modules on `device`, where float32 is computed as float32."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    for name in ("allow_tf32", "benchmark"):
+        monkeypatch.setattr(torch.backends.cudnn, name, False)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     with device:
         yield device
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(scope="session")

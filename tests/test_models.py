@@ -939,6 +939,13 @@ def test_fan_out_of_a_convolution_equals_a_count_of_connections(size, kernel, st
     np.testing.assert_array_equal(fan_out(layer, torch.Size((2, size, size))).numpy(), expected)
 
 
+def test_connections_are_counted_exactly_inside_autocast():
+    """9 times 29 channels is 261, which bfloat16 rounds to 260."""
+    with torch.autocast("cpu", torch.bfloat16):
+        counted = fan_out(nn.Conv2d(2, 29, 3, padding=1), torch.Size((2, 5, 5)))
+    np.testing.assert_array_equal(counted.numpy(), count_connections(2, 29, 5, 3, 1, 1))
+
+
 def test_activity_of_the_cnn_equals_a_count_by_hand():
     torch.manual_seed(0)
     network = make_network("cnn", dropout=0.2).eval()

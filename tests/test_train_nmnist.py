@@ -871,6 +871,8 @@ def test_a_run_on_each_device_is_resumed_and_read_on_the_other(tmp_path, made_da
         assert here["accuracy"] == pytest.approx(there["accuracy"], abs=2 / 30)
         for entry, expected in zip(here["early_exit"], there["early_exit"], strict=True):
             assert entry["mean_steps"] == pytest.approx(expected["mean_steps"], abs=0.3)
+    train_here(tmp_path, made_data_dir, "--epochs", 4, "--resume", "--model", model, "--device", other)
+    assert len(history(tmp_path, model)) == 4
 
 
 @needs_cuda
@@ -893,10 +895,13 @@ def state_and_step(made_data_dir, device, *flags):
 
 
 @needs_cuda
+@pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("model", ["cnn", "resnet"])
-def test_a_training_step_on_cuda_waits_for_nothing(made_data_dir, model, precision):
+def test_a_training_step_on_cuda_waits_for_nothing(made_data_dir, model, precision, pinned, monkeypatch):
     device = torch.device("cuda")
+    if pinned:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 10**9))
     _, step = state_and_step(made_data_dir, device, "--model", model, "--precision", precision, "--dropout", 0.2)
     step()  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -909,11 +914,22 @@ def test_a_training_step_on_cuda_waits_for_nothing(made_data_dir, model, precisi
 @needs_cuda
 def test_out_of_memory_on_cuda_is_not_taken_for_a_missing_compiler(tmp_path, made_data_dir):
     train_here(tmp_path / "before", made_data_dir, "--epochs", 1, "--device", "cuda")
+    models.probe_compiler.cache_clear()
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(1e-3)
+    torch.cuda.set_per_process_memory_fraction(0.3e9 / torch.cuda.get_device_properties(0).total_memory)
+    flags = [
+        "--epochs",
+        1,
+        "--device",
+        "cuda",
+        "--batch_size",
+        96,
+        "--time_steps",
+        100,
+    ]  # whose convolution takes 0.36 GB
     try:
         with pytest.raises(torch.OutOfMemoryError):
-            train_here(tmp_path, made_data_dir, "--epochs", 1, "--device", "cuda", "--batch_size", 96, "--width", 32)
+            train_here(tmp_path, made_data_dir, *flags)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert models.compiler_error is None

@@ -85,6 +85,16 @@ def test_auto_precision_follows_the_hardware(monkeypatch, features, expected):
         assert utils.pick_precision("auto", cuda) == precision
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert utils.pick_device("cuda") == torch.device("cuda", rank)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(utils.UserError, match=r"2 GPU\(s\) for more processes"):
+        utils.pick_device("cuda")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's list of features is Linux's")
 def test_the_precision_of_this_cpu_is_that_of_the_kernels_list_of_features():
     flags = Path("/proc/cpuinfo").read_text().split()
