@@ -372,7 +372,8 @@ def train_one_epoch(state: TrainState, batches: Iterator, bar: tqdm) -> dict:
 def training_step(state: TrainState, frames: torch.Tensor, labels: torch.Tensor, whole: int) -> torch.Tensor:
     """Train on this process's shard of a batch of `whole` recordings.
 
-    It waits for no GPU, but with `--loss mse`, where snnTorch reads the labels on the host. Returns the sums [3] of loss, correct predictions and recordings of the shard.
+    It waits for no GPU, but with `--loss mse`, where snnTorch reads the labels on the host. Returns the sums [3] of
+    loss, correct predictions and recordings of the shard.
     """
     spk, mem = state.parallel(frames)
     # A process without a recording of the last batch takes part with gradients of 0.

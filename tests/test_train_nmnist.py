@@ -917,16 +917,7 @@ def test_out_of_memory_on_cuda_is_not_taken_for_a_missing_compiler(tmp_path, mad
     models.probe_compiler.cache_clear()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(0.3e9 / torch.cuda.get_device_properties(0).total_memory)
-    flags = [
-        "--epochs",
-        1,
-        "--device",
-        "cuda",
-        "--batch_size",
-        96,
-        "--time_steps",
-        100,
-    ]  # whose convolution takes 0.36 GB
+    flags = ["--epochs", 1, "--device", "cuda", "--batch_size", 96, "--time_steps", 100]  # a convolution: 0.36 GB
     try:
         with pytest.raises(torch.OutOfMemoryError):
             train_here(tmp_path, made_data_dir, *flags)
