@@ -47,6 +47,7 @@ NUM_DIGITS = 10
 # ms at which the three saccades of a recording end: the valleys of the real event rate, and the mean last event.
 SACCADE_ENDS = (100, 220, 308)
 SPLITS = ("train", "test")
+DATASETS = ("auto", "nmnist", "simulated")
 FRAME_FLAGS = ("time_steps", "denoise", "bin_by", "first_saccade_only", "stabilize")  # that shape the frames
 HOMEPAGE = "https://www.garrickorchard.com/datasets/n-mnist"
 SIMULATOR_FILE = "simulator.json"  # beside simulated recordings, which it tells from real ones
@@ -601,7 +602,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data_dir", default="./data", help="folder of the data sets (default: %(default)s)")
     group.add_argument(
         "--dataset",
-        choices=["auto", "nmnist", "simulated"],
+        choices=DATASETS,
         default="auto",
         help="nmnist: from data_dir, else downloaded; simulated: scikit-learn's digits before a simulated camera; "
         "auto: nmnist, or simulated if it can't be downloaded (default: %(default)s)",

@@ -518,7 +518,7 @@ def add_simulator_arguments(parser: argparse.ArgumentParser) -> None:
 def add_accuracy_arguments(parser: argparse.ArgumentParser) -> None:
     grid = {"nargs": "+", "help": "(default: %(default)s)"}
     parser.add_argument("--data_dir", default="./data", help="folder of the data sets (default: %(default)s)")
-    parser.add_argument("--dataset", choices=["auto", "nmnist", "simulated"], default="auto", help="as in training")
+    parser.add_argument("--dataset", choices=nmnist.DATASETS, default="auto", help="as in training")
     parser.add_argument("--model", nargs="+", choices=list(models.NETWORKS), default=list(models.NETWORKS))
     parser.add_argument("--width", default=[1, 2], type=utils.number(int, 1, 64), **grid)
     parser.add_argument("--time_steps", default=[5, 10, 25], type=utils.number(int, 1, 1000), **grid)
