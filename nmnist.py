@@ -307,13 +307,13 @@ class Frames:
         """
         device = self.labels.device
         shard = shard or slice(0, len(indices))
-        length = self._length[indices]
-        size = int(length[shard].sum())
+        bin_index, count = self._entries(indices[shard])
+        size = len(bin_index)
         if augment:  # drawn for the whole batch, so that the number of processes does not matter
             affine = sample_affine(len(indices), self.time_steps)[:, shard].to(device, non_blocking=True)
+            length = self._length[indices]
             before = int(length[: shard.start].sum())
             drop_rand = torch.rand(int(length.sum()), device=device)[before : before + size]
-        bin_index, count = self._entries(indices[shard])
         indices = indices[shard].to(device, non_blocking=True)
         nnz = self.nnz_per_frame[indices].long()  # [B, T]
         batch_size, time_steps = nnz.shape

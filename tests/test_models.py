@@ -273,7 +273,7 @@ def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 @each_device
 @pytest.mark.parametrize("make", [leaky_and_steps, synaptic_and_steps, alif_and_steps])
-@pytest.mark.parametrize(("dtype", "time_steps"), [(torch.bfloat16, 27), (torch.float16, 10)])
+@pytest.mark.parametrize(("dtype", "time_steps"), [*((torch.bfloat16, T) for T in TIME_STEPS), (torch.float16, 10)])
 @pytest.mark.parametrize("outputs", ["spk", "mem", "both"])
 def test_gradients_of_fused_neurons_in_half_precision(make, time_steps, outputs, dtype):
     """Against float32 of the same current, rounded: so spikes are equal, and potentials to their rounding.
@@ -303,11 +303,11 @@ def test_gradients_of_fused_neurons_in_half_precision(make, time_steps, outputs,
 
 @each_device
 @pytest.mark.parametrize("make", [leaky_and_steps, synaptic_and_steps])
-@pytest.mark.parametrize("dtype", HALF)
-def test_gradient_of_beta_in_half_precision(make, dtype):
+@pytest.mark.parametrize(("dtype", "time_steps"), [(torch.bfloat16, 27), (torch.float16, 25)])
+def test_gradient_of_beta_in_half_precision(make, dtype, time_steps):
     """Of a positive current, so that no terms of the sum over neurons and steps cancel; within 1%."""
     neuron, reference, steps = make()
-    cur = make_current(25).detach().abs().mul(0.5).to(dtype)
+    cur = make_current(time_steps).detach().abs().mul(0.5).to(dtype)
     for spk, mem in (Fused(neuron)(cur), steps(cur.float())):
         assert 0.05 < spk.float().mean() < 0.95
         (spk.float().sum() + mem.float().sum()).backward()
