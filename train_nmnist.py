@@ -303,11 +303,12 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
         for epoch in range(saved + 1, args.epochs + 1):
             entry = run_epoch(args, epoch, state, data, train_indices, val_indices)
             history.append(entry)
-            if utils.rank() == 0:
-                if epoch == 1:
-                    utils.keep_earlier_run(*files_of_run(args))
-                best = save(args, state, history, best, data)
-            saved = epoch
+            with utils.delay_interrupts():
+                if utils.rank() == 0:
+                    if epoch == 1:
+                        utils.keep_earlier_run(*files_of_run(args))
+                    best = save(args, state, history, best, data)
+                saved = epoch
             print_epoch(entry, args.epochs)  # after saving: a line that can't be printed loses nothing
     except FloatingPointError as error:
         kept = f"{last} holds epoch {saved}" if saved else "no epoch was finished, so there is no checkpoint"

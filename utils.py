@@ -103,12 +103,26 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 interrupted_by: type[KeyboardInterrupt] | None = None  # set by a signal that nothing has handled yet
+interrupts_wait = False
 
 
 def _interrupt(number, _frame):
     global interrupted_by
     interrupted_by = Terminated if number == signal.SIGTERM else KeyboardInterrupt
-    raise interrupted_by
+    if not interrupts_wait:
+        raise interrupted_by
+
+
+@contextlib.contextmanager
+def delay_interrupts() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the block ends, so that what it changes stays together."""
+    global interrupts_wait
+    interrupts_wait = True
+    try:
+        yield
+    finally:
+        interrupts_wait = False
+    check_interrupted()
 
 
 def check_interrupted() -> None:

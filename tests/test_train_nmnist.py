@@ -544,6 +544,24 @@ def test_an_interrupted_run_prints_the_command_that_continues_it(tmp_path, made_
         assert not [path for path in files_in(folder) if ".tmp" in path.name]
 
 
+SIGNAL_AFTER_SAVE = """
+import signal, sys, utils, train_nmnist
+save_tensors = utils.save_tensors
+def save(path, content):
+    save_tensors(path, content)
+    if path.name == "cnn_last.pt" and content["epoch"] == 2:
+        signal.raise_signal(signal.SIGTERM)
+utils.save_tensors = save
+utils.run_script(train_nmnist.main)
+"""
+
+
+def test_an_interrupt_right_after_a_save_counts_the_saved_epoch(tmp_path, made_data_dir):
+    flags = [*folder_flags(tmp_path, made_data_dir), *SHORT, *STEP, "--epochs", 10]
+    _, stderr = finish(start_command("-c", SIGNAL_AFTER_SAVE, *flags), 143)
+    assert f"{tmp_path / 'checkpoints' / 'cnn_last.pt'} holds epoch 2; continue with: python" in stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what a process has imported on Linux alone")
 @pytest.mark.parametrize(
     ("script", "library", "seconds"),
