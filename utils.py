@@ -98,8 +98,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether an error means that memory of the host or of a GPU is used up."""
-    said = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in said)
+    return isinstance(error, MemoryError) or bool(re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)))
 
 
 interrupted_by: type[KeyboardInterrupt] | None = None  # set by a signal that nothing has handled yet

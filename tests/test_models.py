@@ -614,16 +614,29 @@ def test_errors_of_kernels_are_not_taken_for_a_missing_compiler(kernel, error, m
     assert runs_compiled(network.lif_out, torch.rand(5, 3, 10))
 
 
-def test_out_of_memory_in_the_probe_is_not_taken_for_a_missing_compiler(monkeypatch, capsys, probe_again):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: out of memory\nmore lines"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        MemoryError(),
+        None,
+    ],
+)
+def test_out_of_memory_in_the_probe_is_not_taken_for_a_missing_compiler(error, monkeypatch, capsys, probe_again):
+    """The last is torch's own: a tensor that no machine holds."""
     cur, layer = make_current(7), Fused(snn.Leaky(0.5, spike_grad=models.spike_grad))
 
     def out_of_memory(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        if error:
+            raise error
+        torch.empty(10**15)
 
     with monkeypatch.context() as patch:
         patch.setattr(models, "run_neurons", out_of_memory)
         for _ in range(2):
-            with pytest.raises(torch.OutOfMemoryError):
+            with pytest.raises(type(error) if error else RuntimeError):
                 layer(cur)
     assert models.compiler_error is None
     assert runs_compiled(layer, cur)
