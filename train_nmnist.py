@@ -619,13 +619,7 @@ def write_best_and_history(args: argparse.Namespace, best: dict, history: list[d
 def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, torch.Tensor]:
     """Test the best checkpoint, write and print its metrics; return them, the network and its predictions [N]."""
     path = checkpoint_path(args, "best")
-    checkpoint = utils.load_checkpoint(path, network_name(args))
-    try:
-        network, temperature = load_network(checkpoint, device), checkpoint["temperature"]
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"its temperature is {temperature}")
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not hold the network it names ({utils.first_line(error)})") from None
+    checkpoint, network = load_best(path, network_name(args), device)
     trained_with, here = checkpoint["data"], describe_data(data)
     for part in ("data set", "test part"):
         if trained_with[part] != here[part]:
@@ -637,7 +631,7 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
         raise UserError(f"{path}: the loss of this network is not finite")
     readouts = ("membrane",) if network.config.no_spikes else READOUTS  # without spikes, there is one
     result["by_readout"] = {name: predict(result["spk"], result["mem"], name) for name in readouts}
-    result["confidence"] = confidence(result["spk"], result["mem"], network.config.readout, temperature)
+    result["confidence"] = confidence(result["spk"], result["mem"], network.config.readout, checkpoint["temperature"])
     metrics = {
         "dataset": data.name,
         "trained_on": trained_with["data set"],
@@ -645,7 +639,7 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
         "model": network.config.name,
         "num_recordings": len(indices),
         **describe_result(result, network.config),
-        "temperature": temperature,
+        "temperature": checkpoint["temperature"],
         **(activity := describe_activity(meter)),
         "early_exit": early_exit(result, meter, activity["macs"], milliseconds_per_step(args)),
         "parameters": sum(p.numel() for p in network.parameters()),
@@ -668,6 +662,18 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
     utils.write_csv(predictions_path, table_of_predictions(result, data.test_files))
     print(f"{'metrics':20} {metrics_path}\n{'predictions':20} {predictions_path}")
     return metrics, network, result["predictions"][-1]
+
+
+def load_best(path: Path, name: str, device: torch.device) -> tuple[dict, SpikingNetwork]:
+    """Return the checkpoint at `path` and its network, called `name`; raise `UserError` if it does not hold that."""
+    checkpoint = utils.load_checkpoint(path, name)
+    try:
+        network, temperature = load_network(checkpoint, device), checkpoint["temperature"]
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"its temperature is {temperature}")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not hold the network it names ({utils.first_line(error)})") from None
+    return checkpoint, network
 
 
 def describe_result(result: dict, config: NetworkConfig) -> dict:
