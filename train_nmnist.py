@@ -122,7 +122,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     text = "ce: cross entropy of the membrane potentials at every step; mse: squared error of the spike counts; "
     text += f"count: cross entropy of the spike counts, where a spike at every step counts {COUNT_RANGE:g}"
     add_flag(group, "--loss", "ce", text, choices=list(LOSSES))
-    group.add_argument("--scheduler", action="store_true", help="lower the learning rate to 0 along a cosine")
+    group.add_argument("--scheduler", action="store_true", help="lower the learning rate along a half cosine")
     text = "train on the recordings as they are, without random shift, rotation, ..."
     group.add_argument("--no_augment", action="store_true", help=text)
     share = number(float, 0, 1, open_low=True, open_high=True)
