@@ -169,6 +169,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
     need_spikes = [name for name in NEED_SPIKES if getattr(args, name) != parser.get_default(name)]
     if args.no_spikes and need_spikes:
         parser.error(f"argument --no_spikes: not allowed with argument --{need_spikes[0]}, which needs spikes")
+    if args.model != "resnet" and args.alpha != parser.get_default("alpha"):
+        parser.error(f"argument --alpha: not allowed with argument --model {args.model}, which has no such neurons")
     if args.test_only and args.resume is not None:
         parser.error("argument --resume: not allowed with argument --test_only")
     path = find_checkpoint(args)

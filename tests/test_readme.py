@@ -29,7 +29,7 @@ OUTSIDE = {
     "train_nmnist.py": [
         *("--beta 1.1", "--alpha 2", "--threshold 0", "--dropout 1", "--val_split 0", "--val_split 1"),
         *("--lr 0", "--lr inf", "--epochs 0", "--epochs 1.5", "--batch_size 0", f"--seed {2**32}"),
-        *("--batch_size 1 --time_steps 1", "--resume --test_only"),
+        *("--batch_size 1 --time_steps 1", "--resume --test_only", "--alpha 0.9 --model cnn"),
         *("--no_spikes --readout rate", "--no_spikes --loss mse", "--no_spikes --learn_beta", "--no_spikes --beta 0.9"),
     ],
     "nmnist.py": ["--time_steps 0", "--time_steps 1001", "--denoise 0"],
