@@ -199,8 +199,8 @@ class ResidualBlock(nn.Module):
     """conv -> max pool -> norm -> LIF -> conv -> norm, plus sum pool -> 1 x 1 conv of the input, -> LIF; spikes added.
 
     Spikes [T, B, in_channels, H, W] -> spikes [T, B, out_channels, H // 2, W // 2], 0, 1 or 2 from the two neurons at
-    each place. Their sum lets gradients past the second neuron, as in Fang et al. 2021, "Deep residual learning in
-    spiking neural networks".
+    each place. Their sum lets gradients past the second neuron; the blocks of Fang et al. 2021, "Deep residual learning
+    in spiking neural networks" (SEW), add the spikes of the shortcut instead.
     """
 
     def __init__(self, in_channels: int, out_channels: int, config: NetworkConfig, make_lif: Callable):

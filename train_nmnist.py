@@ -443,7 +443,7 @@ def training_batches(args, order: torch.Tensor, frames: Frames, dtype: torch.dty
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
-    """Return the learning rate of an epoch, counted from 1: constant, or falling along a cosine to near 0."""
+    """Return the learning rate of an epoch, counted from 1: constant, or falling along a half cosine."""
     return args.lr * (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2 if args.scheduler else args.lr
 
 
