@@ -273,13 +273,14 @@ def leading(spk: torch.Tensor, readout: str) -> torch.Tensor:
 def evidence(spk: torch.Tensor, mem: torch.Tensor | None, readout: str) -> torch.Tensor:
     """Return what a readout has for each digit after each time step, [T, B, 10], from spk and mem of that shape.
 
-    'membrane': the sum of the membrane potentials; 'rate': the number of spikes; 'latency': minus the number of steps
+    'membrane': the mean membrane potential so far; 'rate': the firing rate so far; 'latency': minus the number of steps
     without a spike before the first.
     """
-    if readout == "membrane":
-        return mem.cumsum(0)
-    counts = spk.cumsum(0)
-    return counts if readout == "rate" else -(counts == 0).float().cumsum(0)
+    if readout == "latency":
+        return -(spk.cumsum(0) == 0).float().cumsum(0)
+    # Means, not sums: a sum grows with time, faster than what it tells of the digit, and no temperature fits all steps.
+    values = mem if readout == "membrane" else spk
+    return values.cumsum(0) / torch.arange(1, len(values) + 1, device=values.device).view(-1, 1, 1)
 
 
 def confidence(spk: torch.Tensor, mem: torch.Tensor, readout: str, temperature: float) -> torch.Tensor:
@@ -913,31 +914,39 @@ class ActivityMeter:
         self._connections.clear()
         self._operations[name].append(operations.view(spk.shape[:2]).cpu())
 
-    def operations(self, layer: str | None = None) -> torch.Tensor:
-        """Return the synaptic operations of each recording at each time step, [T, N]; of one layer or of all."""
-        if layer:
-            return torch.cat(self._operations[layer], dim=1)
-        return sum(self.operations(name) for name in self._operations)
+    def operations(self, layer: str) -> torch.Tensor:
+        """Return a layer's synaptic operations for each recording at each time step, [T, N]."""
+        return torch.cat(self._operations[layer], dim=1)
 
     def layers(self) -> dict[str, dict[str, float]]:
         """Return by layer, per recording: neurons, firing rate (spikes per neuron and step), spikes, operations, MACs.
 
         Without spikes, it is neurons and MACs alone.
         """
-        result = {}
+        result = self.cost_until(torch.full((self.num_recordings,), self.time_steps))
         for name, spikes in self._spikes.items():
-            result[name] = {"neurons": self._neurons[name]}
+            activity = {"neurons": self._neurons[name]}
             if not self.network.config.no_spikes:
-                result[name] |= {
-                    "firing_rate": spikes / (self.num_recordings * self._neurons[name] * self.time_steps),
-                    "spikes": spikes / self.num_recordings,
-                    "synaptic_operations": self.operations(name).sum(0).mean().item(),
-                }
-            result[name]["macs"] = self.time_steps * int(self._macs[name])
+                activity["firing_rate"] = spikes / (self.num_recordings * self._neurons[name] * self.time_steps)
+                activity["spikes"] = spikes / self.num_recordings
+            result[name] = activity | result[name]
+        return result
+
+    def cost_until(self, step: torch.Tensor) -> dict[str, dict[str, float]]:
+        """Return by layer synaptic operations (none without spikes) and MACs, if each recording ends at `step` [N].
+
+        They are means over the recordings; steps count from 1.
+        """
+        result = {}
+        for name, macs in self._macs.items():
+            result[name] = {"macs": step.double().mean().item() * float(macs)}
+            if not self.network.config.no_spikes:
+                operations = self.operations(name).cumsum(0).gather(0, step[None] - 1)
+                result[name] = {"synaptic_operations": operations.mean().item()} | result[name]
         return result
 
 
-def energy_uj(layers: dict[str, dict[str, float]], time_steps: int) -> dict[str, float]:
+def energy_uj(layers: dict[str, dict[str, float]], time_steps: float) -> dict[str, float]:
     """Estimate the energy per recording in uJ, from `ActivityMeter.layers`, under four conventions.
 
     - 'spiking_events': a synaptic operation is an addition (`ADDITION_PJ`), in the first layer, too, for each event.
@@ -945,8 +954,8 @@ def energy_uj(layers: dict[str, dict[str, float]], time_steps: int) -> dict[str,
     - 'relu_all_frames': the same network without spikes, all MACs on all `time_steps` frames.
     - 'relu_one_frame': the same, on one frame that holds all events.
 
-    Reading weights and states from memory, which may cost more, is left out, as in most papers, and so are the neurons'
-    own operations.
+    Reading weights and states from memory, which may cost more, is left out, as in most papers, and so are pooling and
+    the neurons' own operations. `time_steps` may be a mean over recordings, as of an early exit.
     """
     macs = sum(layer["macs"] for layer in layers.values())
     energy = {"relu_all_frames": MAC_PJ * macs, "relu_one_frame": MAC_PJ * macs / time_steps}

@@ -67,6 +67,7 @@ LOSSES = {
 # The count of a neuron that spikes at every step. Counts of up to T would soon saturate the softmax, whose gradient
 # then vanishes.
 COUNT_RANGE = 5.0
+PACKAGES = ("torch", "snntorch", "tonic", "numpy")  # whose releases may change results
 NETWORK_FLAGS = tuple(field.name for field in fields(NetworkConfig))
 NEED_SPIKES = ("beta", "threshold", "alpha", "readout", "learn_beta", "loss")  # flags without a meaning for ReLU
 TRAINING_FLAGS = (
@@ -117,7 +118,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(group, "--batch_size", 128, "recordings per training step", type=number(int, 1))
     rates = ", ".join(f"{lr} for {name}" for name, lr in DEFAULT_LR.items())
     group.add_argument("--lr", type=number(float, 0, open_low=True), help=f"learning rate (default: {rates})")
-    add_flag(group, "--weight_decay", 0.0, "weight decay", type=number(float, 0))
+    add_flag(
+        group, "--weight_decay", 0.0, "weight decay of connections, not of norms and beta", type=number(float, 0)
+    )
     add_flag(group, "--optimizer", "adam", "optimizer", choices=list(DEFAULT_LR))
     text = "ce: cross entropy of the membrane potentials at every step; mse: squared error of the spike counts; "
     text += f"count: cross entropy of the spike counts, where a spike at every step counts {COUNT_RANGE:g}"
@@ -253,15 +256,18 @@ def log_path(args: argparse.Namespace, name: str) -> Path:
 
 def resume_command(args: argparse.Namespace, *flags: str) -> str:
     """Return the command that continues the run of `args` with `flags`; its other settings are in the checkpoint."""
-    launcher = ["python"]
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
-    command, parser = [*launcher, "train_nmnist.py", "--model", args.model, *flags], make_parser()
+    command, parser = [*launcher(), "--model", args.model, *flags], make_parser()
     for name in ("save_dir", "log_dir", "data_dir", "dataset", "device"):
         if getattr(args, name) != parser.get_default(name):
             command.append(f"--{name}={getattr(args, name)}")
     switches = [f"--{name}" for name in ("no_spikes", "visualize") if getattr(args, name)]
     return shlex.join([*command, *switches])
+
+
+def launcher() -> list[str]:
+    """Return how this script was started, without its flags."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    return [*(["torchrun", f"--nproc_per_node={processes}"] if processes else ["python"]), "train_nmnist.py"]
 
 
 # --- Training --------------------------------------------------------------------------------------------
@@ -473,12 +479,14 @@ def make_state(args: argparse.Namespace, device: torch.device) -> TrainState:
     if distributed.is_initialized():
         utils.sync_batch_norm(network)
         parallel = DistributedDataParallel(network, forward_sync_buffers=False)
-    options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
+    connections = [p for p in network.parameters() if p.dim() > 1]
+    others = [p for p in network.parameters() if p.dim() <= 1]  # norms and beta, which must not decay
+    groups = [{"params": connections, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(network.parameters(), momentum=0.9, **options)
+        optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, fused=True)
     else:
         adam = torch.optim.Adam if args.optimizer == "adam" else torch.optim.AdamW
-        optimizer = adam(network.parameters(), **options)
+        optimizer = adam(groups, args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     return TrainState(network, parallel, ema, optimizer, scaler, make_loss(args.loss))
 
@@ -522,11 +530,13 @@ def save(args, state: TrainState, history: list[dict], best: dict | None, data: 
         "network_config": asdict(network_config(args)),
         "settings": {name: getattr(args, name) for name in TRAINING_FLAGS},
         "data": describe_data(data),
+        "constants": constants(args),
+        "versions": utils.versions(*PACKAGES),
         "threads": torch.get_num_threads(),
         "neuron_backend": describe_backend(state.network),
         "network": {name: value.cpu().clone() for name, value in state.ema.state_dict().items()},
         "epoch": len(history),
-        "training_seconds": sum(entry["seconds"] for entry in history),
+        "seconds_to_epoch": sum(entry["seconds"] for entry in history),
         "temperature": history[-1]["val_temperature"],  # of the confidences that an early exit needs
         # If validation accuracies are equal, the smaller loss is better. The test recordings are not used.
         "score": [history[-1]["val_accuracy"], -history[-1]["val_loss"]],
@@ -543,17 +553,18 @@ def save(args, state: TrainState, history: list[dict], best: dict | None, data: 
 def restore(args, state: TrainState, checkpoint: dict, data: Data) -> tuple[list[dict], dict]:
     """Put the state that `save` wrote back; return the history and the best checkpoint so far.
 
-    Raises `UserError` if the data are not those of the checkpoint. Another number of threads gives a warning.
+    Raises `UserError` if the data or this code's constants are not those of the checkpoint. Another number of threads
+    and other releases of packages give a warning.
     """
-    here = describe_data(data)
-    for name, trained in checkpoint["data"].items():
-        if here[name] != trained:
-            raise UserError(f"--resume: trained with another {name}: {trained}, and this is {here[name]}")
-    if checkpoint["threads"] != torch.get_num_threads():
-        utils.warn(
-            f"resuming with {torch.get_num_threads()} threads a run of {checkpoint['threads']}: "
-            "it will not be equal bit for bit to one that was not stopped (OMP_NUM_THREADS)"
-        )
+    here = describe_data(data) | constants(args)
+    for name, trained in (checkpoint["data"] | checkpoint["constants"]).items():
+        if here.get(name) != trained:
+            raise UserError(f"--resume: trained with another {name}: {trained}, and this is {here.get(name)}")
+    before = {"threads (OMP_NUM_THREADS)": checkpoint["threads"]} | checkpoint["versions"]
+    now = {"threads (OMP_NUM_THREADS)": torch.get_num_threads()} | utils.versions(*PACKAGES)
+    changed = [f"{name}: {now[name]}, before {value}" for name, value in before.items() if now[name] != value]
+    if changed:
+        utils.warn(f"resumed, it will not be equal bit for bit to a run that was not stopped ({'; '.join(changed)})")
     last = checkpoint_path(args, "last")
     if (
         args.resume == "last"
@@ -582,6 +593,16 @@ def files_of_run(args: argparse.Namespace) -> list[Path]:
     """Return the files of a run that a later one would overwrite: two of save_dir, then three of log_dir."""
     checkpoints = [checkpoint_path(args, which) for which in ("last", "best")]
     return checkpoints + [log_path(args, name) for name in ("history.json", "test_metrics.json", "predictions.csv")]
+
+
+def constants(args: argparse.Namespace) -> dict:
+    """Return what shapes a training run beside its flags and data: constants of this code."""
+    return {
+        "augmentation": asdict(nmnist.AUGMENTATION),
+        "surrogate slope": NETWORKS[args.model].SLOPE,
+        "EMA steps": EMA_STEPS,
+        "count range": COUNT_RANGE,
+    }
 
 
 def read_json(path: Path):
@@ -621,7 +642,8 @@ def write_best_and_history(args: argparse.Namespace, best: dict, history: list[d
 def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, torch.Tensor]:
     """Test the best checkpoint, write and print its metrics; return them, the network and its predictions [N]."""
     path = checkpoint_path(args, "best")
-    checkpoint, network = load_best(path, network_name(args), device)
+    checkpoint = utils.load_checkpoint(path, network_name(args))
+    network = rebuild_network(checkpoint, path, device)
     trained_with, here = checkpoint["data"], describe_data(data)
     for part in ("data set", "test part"):
         if trained_with[part] != here[part]:
@@ -642,8 +664,9 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
         "num_recordings": len(indices),
         **describe_result(result, network.config),
         "temperature": checkpoint["temperature"],
-        **(activity := describe_activity(meter)),
-        "early_exit": early_exit(result, meter, activity["macs"], milliseconds_per_step(args)),
+        "layers": (layers := meter.layers()),
+        **total_cost(layers, meter.time_steps),
+        "early_exit": early_exit(result, meter, milliseconds_per_step(args)),
         "parameters": sum(p.numel() for p in network.parameters()),
         "precision": network.config.precision,
         "neuron_backend": describe_backend(network),
@@ -658,7 +681,7 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
     print_metrics(metrics, saccade_ends(args))
     metrics_path, predictions_path = files_of_run(args)[3:]
     earlier = read_json(metrics_path)
-    if isinstance(earlier, dict) and earlier.get("checkpoint", metrics["checkpoint"]) != metrics["checkpoint"]:
+    if isinstance(earlier, dict) and any(earlier.get(name) != metrics[name] for name in ("checkpoint", "data")):
         utils.keep_earlier_run(metrics_path, predictions_path)
     utils.write_json(metrics_path, metrics)
     utils.write_csv(predictions_path, table_of_predictions(result, data.test_files))
@@ -666,16 +689,14 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
     return metrics, network, result["predictions"][-1]
 
 
-def load_best(path: Path, name: str, device: torch.device) -> tuple[dict, SpikingNetwork]:
-    """Return the checkpoint at `path` and its network, called `name`; raise `UserError` if it does not hold that."""
-    checkpoint = utils.load_checkpoint(path, name)
+def rebuild_network(checkpoint: dict, path: Path, device: torch.device) -> SpikingNetwork:
+    """Return the network of the checkpoint read from `path`; raise `UserError` if it does not hold a whole one."""
     try:
-        network, temperature = load_network(checkpoint, device), checkpoint["temperature"]
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"its temperature is {temperature}")
+        if not 0 < checkpoint["temperature"] < math.inf:
+            raise ValueError(f"its temperature is {checkpoint['temperature']}")
+        return load_network(checkpoint, device)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} does not hold the network it names ({utils.first_line(error)})") from None
-    return checkpoint, network
 
 
 def describe_result(result: dict, config: NetworkConfig) -> dict:
@@ -693,30 +714,26 @@ def describe_result(result: dict, config: NetworkConfig) -> dict:
     }
 
 
-def describe_activity(meter: ActivityMeter) -> dict:
-    """Return the metrics of spikes, operations and energy per recording."""
-    layers = meter.layers()
-    names = ("macs",) if meter.network.config.no_spikes else ("synaptic_operations", "macs")
+def total_cost(layers: dict[str, dict[str, float]], time_steps: float) -> dict:
+    """Return synaptic operations (none without spikes), MACs and energy per recording of all `layers` together."""
+    names = [name for name in ("synaptic_operations", "macs") if name in next(iter(layers.values()))]
     totals = {name: sum(layer[name] for layer in layers.values()) for name in names}
-    return {"layers": layers, **totals, "energy_uj": energy_uj(layers, meter.time_steps)}
+    return totals | {"energy_uj": energy_uj(layers, time_steps)}
 
 
-def early_exit(result: dict, meter: ActivityMeter, macs: int, step_ms: float | None) -> list[dict]:
+def early_exit(result: dict, meter: ActivityMeter, step_ms: float | None) -> list[dict]:
     """Return what is reached if each recording is decided as soon as its confidence passes a threshold.
 
     For each of `EXIT_THRESHOLDS`: accuracy, and mean time steps, nominal milliseconds (None if they are unknown) and
-    synaptic operations (MACs without spikes, of `macs` in all) until the decision.
+    `total_cost` until the decision.
     """
-    name, cost = "synaptic_operations", meter.operations()
-    if meter.network.config.no_spikes:
-        name, cost = "macs", torch.full_like(cost, macs / meter.time_steps)
-    cost, entries = cost.cumsum(0), []
+    entries = []
     for threshold in EXIT_THRESHOLDS:
         step = exit_step(result["confidence"], threshold)
         correct = result["predictions"].gather(0, step[None] - 1)[0] == result["labels"]
         entry = {"threshold": threshold, "accuracy": mean_of(correct), "mean_steps": mean_of(step)}
         entry["mean_ms"] = step_ms and step_ms * entry["mean_steps"]
-        entries.append(entry | {name: mean_of(cost.gather(0, step[None] - 1))})
+        entries.append(entry | total_cost(meter.cost_until(step), entry["mean_steps"]))
     return entries
 
 
@@ -742,10 +759,12 @@ def provenance(checkpoint: dict, device: torch.device) -> dict:
         "weights": "exponential moving average",
         "epoch": checkpoint["epoch"],
         "val_accuracy": checkpoint["score"][0],
-        "training_seconds": checkpoint["training_seconds"],
+        "seconds_to_epoch": checkpoint["seconds_to_epoch"],
         "seed": checkpoint["settings"]["seed"],
         "settings": checkpoint["network_config"] | checkpoint["settings"],
-        "versions": utils.versions("torch", "snntorch", "tonic", "numpy"),
+        "constants": checkpoint["constants"],
+        "trained_with": checkpoint["versions"],
+        "tested_with": utils.versions(*PACKAGES),
         "machine": f"{utils.processor_name()}, {utils.describe_device(device)}",
     }
 
@@ -764,7 +783,8 @@ def time_per_recording(network: SpikingNetwork, frames: Frames, batch_size: int,
 
 def print_metrics(metrics: dict, saccade_ends: list[float]) -> None:
     """Print the test metrics as a short table."""
-    after_saccades = [metrics["accuracy_over_time"][math.ceil(end) - 1] for end in saccade_ends]
+    # A saccade shorter than a frame has none of its own.
+    after_saccades = [f"{metrics['accuracy_over_time'][int(end) - 1]:.2%}" if end >= 1 else "-" for end in saccade_ends]
     exits = next(entry for entry in metrics["early_exit"] if entry["threshold"] == EXIT_THRESHOLD)
     exit_ms = f" ({exits['mean_ms']:.0f} ms)" if exits["mean_ms"] else ""
     rows = {
@@ -775,8 +795,7 @@ def print_metrics(metrics: dict, saccade_ends: list[float]) -> None:
             for name, accuracy in metrics["accuracy_by_readout"].items()
         ),
         "test loss": f"{metrics['loss']:.4f}",
-        "after each saccade": "  ".join(f"{accuracy:.2%}" for accuracy in after_saccades)
-        or "unknown with --bin_by events",
+        "after each saccade": "  ".join(after_saccades) or "unknown with --bin_by events",
         f"exit at {EXIT_THRESHOLD:.0%}": f"{exits['accuracy']:.2%} after {exits['mean_steps']:.1f} steps{exit_ms}",
         **describe_cost(metrics),
         "parameters": f"{metrics['parameters']:,}",
@@ -895,13 +914,18 @@ def run_seeds(argv: list[str], seeds: list[int]) -> None:
     for seed in dict.fromkeys(seeds):
         folders = {name: Path(getattr(args, name)) / f"seed_{seed}" for name in ("save_dir", "log_dir")}
         print(f"seed        {seed}")
-        run([*argv, "--seed", str(seed), *(f"--{name}={folder}" for name, folder in folders.items())])
+        try:
+            run([*argv, "--seed", str(seed), *(f"--{name}={folder}" for name, folder in folders.items())])
+        except (KeyboardInterrupt, BrokenPipeError) as stop:
+            resume = ["--resume"] if not args.test_only and args.resume is None else []
+            command = shlex.join([*launcher(), *argv, *resume])
+            raise type(stop)(f"stopped at seed {seed}; continue with: {command}") from None
         if utils.rank() != 0:  # the first process tests
             continue
         metrics = json.loads((folders["log_dir"] / log_path(args, "test_metrics.json").name).read_text())
         row = {name: metrics[name] for name in ("model", "seed", "dataset", "accuracy", "loss", "epoch")}
         row |= {f"accuracy_{readout}": accuracy for readout, accuracy in metrics["accuracy_by_readout"].items()}
-        row |= {name: metrics.get(name) for name in ("synaptic_operations", "macs", "parameters", "training_seconds")}
+        row |= {name: metrics.get(name) for name in ("synaptic_operations", "macs", "parameters", "seconds_to_epoch")}
         rows.append(row)
     if rows:
         print_seeds(rows, log_path(args, "seeds.csv"))
@@ -909,6 +933,7 @@ def run_seeds(argv: list[str], seeds: list[int]) -> None:
 
 def print_seeds(rows: list[dict], path: Path) -> None:
     """Print mean, standard deviation, minimum and maximum of the accuracies in `rows`; write the rows to `path`."""
+    utils.keep_earlier_run(path)
     utils.write_csv(path, rows)
     print(f"{'test accuracy':20} {'mean':>8} {'std':>8} {'min':>8} {'max':>8}   of {len(rows)} seeds")
     for name in (name for name in rows[0] if name.startswith("accuracy")):

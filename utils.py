@@ -69,6 +69,9 @@ def run_script(main: Callable[[], None]) -> None:
         main()
         if sys.stdout:
             sys.stdout.flush()  # here, where an error becomes a line
+        if not first:  # while the first process tests, an error in the exit of another would end it
+            destroy_distributed()
+            os._exit(0)
     except BrokenPipeError as error:  # of `| head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python still flushes at its end
         what = "all files are whole; run the command again" if error.errno else error
@@ -536,10 +539,10 @@ def read_tensors(path: str | Path, mmap: bool = False) -> dict:
 
 # --- Checkpoints -----------------------------------------------------------------------------------------
 
-CHECKPOINT_FORMAT = 5  # increased if older checkpoints can't be used
+CHECKPOINT_FORMAT = 6  # increased if older checkpoints can't be used
 CHECKPOINT_KEYS = (
-    *("name", "network_config", "settings", "data", "threads", "network"),
-    *("epoch", "training_seconds", "temperature", "score"),
+    *("name", "network_config", "settings", "constants", "data", "versions", "threads", "network"),
+    *("epoch", "seconds_to_epoch", "temperature", "score"),
 )
 
 
@@ -566,9 +569,9 @@ def load_checkpoint(path: str | Path, name: str) -> dict:
         raise UserError(f"{path} is not a checkpoint of this project: {make_one}")
     if checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} was written by another version of this project: {make_one}")
-    config = checkpoint.get("network_config")
     complete = all(key in checkpoint for key in CHECKPOINT_KEYS)
-    if not complete or not all(isinstance(x, dict) for x in (config, checkpoint["settings"], checkpoint["data"])):
+    parts = [checkpoint.get(name) for name in ("network_config", "settings", "constants", "data", "versions")]
+    if not complete or not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{path} lacks parts of a checkpoint: {make_one}")
     found = checkpoint["name"]
     if found != name:

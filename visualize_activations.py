@@ -21,8 +21,8 @@ from snntorch import spikeplot
 from tqdm import tqdm
 
 import nmnist
-from models import ALIF, NETWORKS, SpikingNetwork, load_network, predict
-from train_nmnist import merge_settings
+from models import ALIF, NETWORKS, SpikingNetwork, predict
+from train_nmnist import merge_settings, rebuild_network
 from utils import UserError, number
 
 BATCH_SIZE = 100
@@ -261,7 +261,8 @@ def main(argv: list[str] | None = None) -> None:
     data = nmnist.load_data(args, device)
     if args.sample >= len(data.test):
         raise UserError(f"--sample {args.sample}: there are {len(data.test):,} test recordings, counted from 0")
-    network = load_network(checkpoint, device).eval()
+    path = utils.checkpoint_path(args.save_dir, args.model, "best")
+    network = rebuild_network(checkpoint, path, device).eval()
     name = f"{type(network).__name__} on {data.name}"
     trained_on = checkpoint["data"]["data set"]
     if trained_on != data.name:

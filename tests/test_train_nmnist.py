@@ -171,7 +171,7 @@ def test_predictions_and_early_exits_equal_a_loop_by_hand(trained, made_data_dir
     model, trained_in, _ = trained
     folder = tmp_path
     checkpoint = torch.load(trained_in / "checkpoints" / f"{model}_best.pt", weights_only=True)
-    utils.save_tensors(folder / "checkpoints" / f"{model}_best.pt", checkpoint | {"temperature": 2.0})
+    utils.save_tensors(folder / "checkpoints" / f"{model}_best.pt", checkpoint | {"temperature": 0.65})
     train_here(folder, made_data_dir, "--model", model, "--test_only")
     metrics = json.loads((folder / "logs" / f"{model}_test_metrics.json").read_text())
     with open(folder / "logs" / f"{model}_predictions.csv") as file:
@@ -190,18 +190,22 @@ def test_predictions_and_early_exits_equal_a_loop_by_hand(trained, made_data_dir
         steps, correct = [], []
         for n, row in enumerate(rows):
             for step in range(1, 6):
-                odds = np.exp((mems[:step, n].sum(0) - mems[:step, n].sum(0).max()) / temperature)
+                odds = np.exp((mems[:step, n].mean(0) - mems[:step, n].mean(0).max()) / temperature)
                 if 1 / odds.sum() > threshold:
                     break
             steps.append(step)
             correct.append(int(odds.argmax() == int(row["label"])))
             if threshold == 0.9:
                 assert int(row["early_exit_step_0.9"]) == step
-                final = np.exp((mems[:, n].sum(0) - mems[:, n].sum(0).max()) / temperature)
+                final = np.exp((mems[:, n].mean(0) - mems[:, n].mean(0).max()) / temperature)
                 assert float(row["confidence"]) == pytest.approx(1 / final.sum(), abs=1e-4)
         assert entry["accuracy"] == pytest.approx(statistics.mean(correct))
         assert entry["mean_steps"] == pytest.approx(statistics.mean(steps))
         assert entry["mean_ms"] == pytest.approx(statistics.mean(steps) * 308 / 5)
+        energy, dense = entry["energy_uj"], metrics["layers"]["lif1"]["macs"] * statistics.mean(steps) / 5
+        assert energy["spiking_events"] == pytest.approx(0.9e-6 * entry["synaptic_operations"])
+        assert 0 < energy["spiking_dense_input"] - energy["spiking_events"] < 4.6e-6 * dense
+        assert energy["relu_one_frame"] == pytest.approx(metrics["energy_uj"]["relu_one_frame"])
     used = [entry["synaptic_operations"] for entry in exits.values()]
     assert used == sorted(used)
     assert used[0] < used[-1] <= metrics["synaptic_operations"] * (1 + 1e-9)
@@ -225,16 +229,51 @@ def test_the_temperature_is_fitted_on_validation_recordings(tmp_path, made_data_
     assert len(labels) == 24
     assert all(torch.equal(fitted, labels) for fitted in fitted_on)
     with torch.no_grad():
-        sums = network(x)[1].cumsum(0).numpy().astype(float)
+        mem = network(x)[1].numpy().astype(float)
+        means = np.stack([mem[:step].mean(0) for step in range(1, 6)])
 
     def cross_entropy(t):
-        logits = sums / t - (sums / t).max(-1, keepdims=True)
+        logits = means / t - (means / t).max(-1, keepdims=True)
         logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         return -logs[:, np.arange(len(labels)), labels].mean()
 
     temperatures = np.geomspace(0.01, 100, 600)
     assert temperature == pytest.approx(min(temperatures, key=cross_entropy), rel=0.1)
     assert temperatures[0] * 2 < temperature < temperatures[-1] / 2
+
+
+@pytest.mark.parametrize(
+    ("time_steps", "ends", "printed"),
+    [
+        # Saccades end after 100, 220 and 308 ms: after 8.1 of 25 frames, of which 8 lie in the first.
+        (25, [8, 17, 25], ["8.00%", "17.00%", "25.00%"]),
+        (2, [None, 1, 2], ["-", "1.00%", "2.00%"]),  # the first of two frames goes on after the first saccade
+    ],
+)
+def test_accuracy_after_a_saccade_uses_no_event_of_the_next(trained, capsys, time_steps, ends, printed):
+    model, folder, _ = trained
+    metrics = json.loads((folder / "logs" / f"{model}_test_metrics.json").read_text())
+    metrics["accuracy_over_time"] = [step / 100 for step in range(1, time_steps + 1)]
+    for step, end in zip(ends, nmnist.SACCADE_ENDS, strict=True):
+        assert step is None or step * 308 / time_steps <= end
+    args, _ = train_nmnist.parse_args(["--time_steps", str(time_steps)])
+    train_nmnist.print_metrics(metrics, train_nmnist.saccade_ends(args))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("after each saccade"))
+    assert line.split()[3:] == printed
+
+
+def test_weight_decay_shrinks_connections_alone(tmp_path, made_data_dir):
+    """By a decay that ends all connections; norms and beta, which start at other values than 0, stay."""
+    flags = ["--epochs", 1, *STEP, "--learn_beta", "--optimizer", "adamw", "--lr", 1e-3]
+    train_here(tmp_path / "decayed", made_data_dir, *flags, "--weight_decay", 1000)
+    decayed = weights(tmp_path / "decayed")
+    for name, value in decayed.items():
+        if name.endswith(".weight") and value.dim() > 1:
+            assert value.abs().max() < 0.01, name
+        if name.startswith("norm") and name.endswith(".weight"):
+            assert value.min() > 0.9, name
+        if name.endswith(".beta"):
+            assert value == pytest.approx(0.5, abs=0.01), name
 
 
 def test_training_without_spikes_keeps_files_of_its_own(tmp_path, made_data_dir, capsys):
@@ -739,6 +778,18 @@ def test_two_processes_train_several_seeds(tmp_path, made_data_dir):
         assert [row["seed"] for row in csv.DictReader(file)] == ["3", "7"]
 
 
+def test_an_error_in_the_exit_of_a_process_leaves_the_first_ones_test_alone(tmp_path):
+    """torch's threads may abort a process while Python ends; torchrun then stops all others."""
+    code = "import atexit, os, time, utils\n"
+    code += "def main():\n    time.sleep(3 if utils.rank() == 0 else 0)\n    print('tested')\n"
+    code += "if utils.rank() == 1:\n    atexit.register(os.abort)\nutils.run_script(main)\n"
+    (tmp_path / "script.py").write_text(code)
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    result = run(sys.executable, *torchrun, tmp_path / "script.py", import_from=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "tested\n"
+
+
 def test_under_torchrun_the_printed_command_starts_as_many_processes(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     args, _ = train_nmnist.parse_args(["--save_dir", "runs", "--no_spikes"])
@@ -824,6 +875,11 @@ def test_testing_on_other_data_than_trained_on_warns(tmp_path, made_data_dir, ca
     assert warning in capsys.readouterr().err
     metrics = json.loads((tmp_path / "logs" / "cnn_test_metrics.json").read_text())
     assert (metrics["dataset"], metrics["trained_on"]) == ("SimulatedNMNIST (x)", "NMNIST")
+    earlier = json.loads((tmp_path / "logs" / "cnn_test_metrics.1.json").read_text())  # of the first test
+    assert earlier["dataset"] == "NMNIST"
+    assert (tmp_path / "logs" / "cnn_predictions.1.csv").exists()
+    train_here(tmp_path, simulated, "--test_only")
+    assert not (tmp_path / "logs" / "cnn_test_metrics.2.json").exists()  # the same test again
     words = r"trained with another data set: NMNIST, and this is SimulatedNMNIST \(x\)"
     with pytest.raises(utils.UserError, match=words):
         train_here(tmp_path, simulated, "--resume", "--epochs", 2)
@@ -1126,7 +1182,32 @@ def test_resuming_with_another_number_of_threads_gives_a_warning(tmp_path, made_
         train_here(tmp_path, made_data_dir, *STEP, "--epochs", 2, "--resume")
     finally:
         torch.set_num_threads(threads)
-    assert f"resuming with {threads + 1} threads a run of {threads}: it will not be equal" in capsys.readouterr().err
+    words = "it will not be equal bit for bit to a run that was not stopped "
+    words += f"(threads (OMP_NUM_THREADS): {threads + 1}, before {threads})"
+    assert words in capsys.readouterr().err
+
+
+def test_resuming_with_another_release_of_a_package_gives_a_warning(tmp_path, made_data_dir, capsys, monkeypatch):
+    train_here(tmp_path, made_data_dir, "--epochs", 1, *STEP)
+    versions = utils.versions("torch", "snntorch", "tonic", "numpy")
+    monkeypatch.setattr(utils, "versions", lambda *_: {**versions, "snntorch": "9.9"})
+    train_here(tmp_path, made_data_dir, *STEP, "--epochs", 2, "--resume")
+    assert f"not stopped (snntorch: 9.9, before {versions['snntorch']})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "words"),
+    [
+        (nmnist, "AUGMENTATION", nmnist.Augmentation(shift=2.0), "another augmentation: "),
+        (train_nmnist, "EMA_STEPS", 50, "another EMA steps: 100, and this is 50"),
+        (models.SpikingCNN, "SLOPE", 25, "another surrogate slope: 5, and this is 25"),
+    ],
+)
+def test_a_run_resumed_by_changed_code_is_refused(tmp_path, made_data_dir, monkeypatch, module, name, value, words):
+    train_here(tmp_path, made_data_dir, "--epochs", 1, *STEP)
+    monkeypatch.setattr(module, name, value)
+    with pytest.raises(utils.UserError, match=f"--resume: trained with {words}"):
+        train_here(tmp_path, made_data_dir, *STEP, "--epochs", 2, "--resume")
 
 
 # --- Recordings as tonic offers them -----------------------------------------------------------------------
@@ -1235,6 +1316,18 @@ def test_several_seeds_end_with_a_table(tmp_path, made_data_dir, capsys):
     # Stopped and resumed: what is done is only tested again.
     train_here(tmp_path / "many", made_data_dir, *flags, "--resume", "--seed", 3, 7, 9)
     assert len(list((many / "checkpoints").glob("seed_*/cnn_best*.pt"))) == 3
+    with open(many / "logs" / "cnn_seeds.1.csv") as file:  # the earlier table
+        assert list(csv.DictReader(file)) == rows
+
+
+def test_an_interrupted_run_of_several_seeds_prints_the_command_that_continues_all(tmp_path, made_data_dir):
+    flags = [*folder_flags(tmp_path, made_data_dir), *SHORT, *STEP, "--epochs", 10_000, "--seed", 3, 7]
+    process = start_command("train_nmnist.py", *flags)
+    wait_for(tmp_path / "checkpoints" / "seed_3" / "cnn_last.pt")
+    process.send_signal(signal.SIGINT)
+    _, stderr = finish(process, 130, timeout=20)
+    command = shlex.join(["python", "train_nmnist.py", *map(str, flags), "--resume"])
+    assert stderr.strip().splitlines()[-1].endswith(f"interrupted: stopped at seed 3; continue with: {command}")
 
 
 def weights_at(save_dir, which):
@@ -1246,10 +1339,11 @@ def test_metrics_say_how_they_came_about(tmp_path, made_data_dir):
     train_here(tmp_path, made_data_dir, "--epochs", 2, *STEP)
     metrics = json.loads((tmp_path / "logs" / "cnn_test_metrics.json").read_text())
     entries = json.loads((tmp_path / "logs" / "cnn_history.json").read_text())
-    assert metrics["training_seconds"] == pytest.approx(sum(e["seconds"] for e in entries[: metrics["epoch"]]))
+    assert metrics["seconds_to_epoch"] == pytest.approx(sum(e["seconds"] for e in entries[: metrics["epoch"]]))
     assert metrics["settings"]["time_steps"] == 2
     assert metrics["settings"]["neuron_backend"] == "step"
-    assert metrics["versions"]["torch"] == torch.__version__
+    assert metrics["constants"]["augmentation"]["rotation"] == nmnist.Augmentation().rotation
+    assert metrics["trained_with"]["torch"] == metrics["tested_with"]["torch"] == torch.__version__
     assert f"{torch.get_num_threads()} threads" in metrics["machine"]
     assert 100 < metrics["peak_memory_mb"] < 100_000
     assert list(metrics["milliseconds_per_recording"]) == ["batch of 1", "batch of 30"]

@@ -197,6 +197,8 @@ def test_damaged_checkpoints_are_refused_or_unchanged(tmp_path):
         "network": {"weight": torch.arange(100.0)},
         "settings": {"lr": 1.0},
         "data": {"data set": "NMNIST"},
+        "constants": {},
+        "versions": {"torch": "2"},
     }
     path = tmp_path / "cnn_last.pt"
     utils.save_tensors(path, whole)

@@ -147,3 +147,13 @@ def test_missing_checkpoints_recordings_and_folders_are_refused(network_dir, mad
     with pytest.raises(utils.UserError, match=r"--output_dir .*file is not a folder"):
         visualize_activations.main([*flags, "--save_dir", str(folder), "--output_dir", str(tmp_path / "file")])
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_checkpoint_without_its_network_is_refused(network_dir, made_data_dir, tmp_path):
+    model, folder = network_dir
+    checkpoint = utils.load_checkpoint(folder / f"{model}_best.pt", model)
+    utils.save_tensors(tmp_path / f"{model}_best.pt", checkpoint | {"network": {}})
+    flags = ["--model", model, "--data_dir", str(made_data_dir), "--output_dir", str(tmp_path / "figures")]
+    with pytest.raises(utils.UserError, match=rf"{model}_best\.pt does not hold the network it names"):
+        visualize_activations.main([*flags, "--save_dir", str(tmp_path)])
+    assert not (tmp_path / "figures").exists()
