@@ -241,15 +241,13 @@ def load_network(checkpoint: dict, device: torch.device) -> SpikingNetwork:
 def predict(spk: torch.Tensor, mem: torch.Tensor, readout: str = "membrane") -> torch.Tensor:
     """Return the digit [B] that the output neurons' spk and mem [T, B, 10] tell.
 
-    - 'membrane': the largest membrane potential, summed over time. In the mean over time, U (1 - beta) = I - rate *
+    - 'membrane': the largest mean membrane potential. In the mean over time, U (1 - beta) = I - rate *
       threshold: if two neurons fire at the same rate, their potentials still tell which has the larger current.
     - 'rate': the most spikes (rate code).
     - 'latency': the first spike (latency code).
 
     Ties of the last two are decided by the membrane.
     """
-    if readout == "membrane":
-        return mem.sum(0).argmax(-1)
     return predict_over_time(spk, mem, readout)[-1]
 
 
@@ -291,15 +289,15 @@ def confidence(spk: torch.Tensor, mem: torch.Tensor, readout: str, temperature: 
 def fit_temperature(spk: torch.Tensor, mem: torch.Tensor, readout: str, labels: torch.Tensor) -> float:
     """Return the temperature with which confidences fit best: the smallest cross entropy, averaged over all time steps.
 
-    The best to a fourth of an octave, from 1/64 to 16 standard deviations of the evidence. Source: Guo et al. 2017, "On
-    calibration of modern neural networks".
+    The best to a fourth of an octave, from about 1/64 to 16 standard deviations of the evidence. Source: Guo et al.
+    2017, "On calibration of modern neural networks".
     """
-    seen = evidence(spk, mem, readout).flatten(0, 1)
+    values = evidence(spk, mem, readout).flatten(0, 1)
     labels = labels.expand(len(spk), -1).flatten()
-    scale = seen.std().item() or 1.0  # 0 if the output neurons are silent
+    scale = values.std().item() or 1.0  # 0 if the output neurons are silent
 
     def loss(quarter_octaves: int) -> float:
-        return F.cross_entropy(seen / (scale * 2 ** (quarter_octaves / 4)), labels).item()
+        return F.cross_entropy(values / (scale * 2 ** (quarter_octaves / 4)), labels).item()
 
     coarse = min(range(-24, 17, 4), key=loss)
     return scale * 2 ** (min(range(coarse - 3, coarse + 4), key=loss) / 4)
@@ -696,17 +694,16 @@ def unbind_steps(x: torch.Tensor) -> list[torch.Tensor]:
     return [detached_alias(step) for step in x]
 
 
-def zero_state(x: torch.Tensor, plain: int, adaptive: int, is_adaptive: bool) -> tuple:
-    """Return `plain` zeros [N] for x [T, N], then `adaptive` more, which are None without synapse and adaptation."""
-    zeros = [torch.zeros(x.shape[1], device=x.device) for _ in range(plain + adaptive * is_adaptive)]
-    return (*zeros, *[None] * (adaptive * (not is_adaptive)))
+def zero_state(x: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """Return `count` tensors of zeros [N], in float32, for x [T, N]."""
+    return [torch.zeros(x.shape[1], device=x.device) for _ in range(count)]
 
 
 def run_neurons(cur, params):
     """Run `neuron_forward` over all steps: cur [T, N] -> (spk, mem, adapt), each [T, N]."""
     is_adaptive = params[-1] is not None
     spk, mem, adapt = torch.empty_like(cur), torch.empty_like(cur), torch.empty_like(cur) if is_adaptive else None
-    state = zero_state(cur, 2, 2, is_adaptive)
+    state = (*zero_state(cur, 2), *(zero_state(cur, 2) if is_adaptive else (None, None)))
     for chunk in time_chunks(len(cur)) if cur.numel() else []:
         outputs = (None if x is None else unbind_steps(x[chunk]) for x in (spk, mem, adapt))
         state = neuron_forward(detached_alias(cur[chunk]), *outputs, state, params)
@@ -744,9 +741,10 @@ class FusedNeuron(torch.autograd.Function):
         scales = tuple(torch.full((), scale, device=spk.device) for scale in scales)  # torch.tensor waits for a GPU
         grad_mem = grad_spk if grad_mem is None else grad_mem.contiguous()
         grad_cur = torch.empty_like(spk)
-        state, grad_beta, prev_mem = zero_state(spk, 1, 2, adapt is not None), None, None
+        state = (*zero_state(spk, 1), *((None, None) if adapt is None else zero_state(spk, 2)))
+        grad_beta = prev_mem = None
         if ctx.needs_input_grad[2]:
-            (grad_beta,), prev_mem = zero_state(spk, 1, 0, False), torch.cat([torch.zeros_like(mem[:1]), mem[:-1]])
+            (grad_beta,), prev_mem = zero_state(spk, 1), torch.cat([torch.zeros_like(mem[:1]), mem[:-1]])
         for chunk in reversed(time_chunks(len(spk))) if spk.numel() else []:
             grads = detached_alias(grad_spk[chunk]), detached_alias(grad_mem[chunk])
             forward = (None if x is None else detached_alias(x[chunk]) for x in (spk, mem, adapt, prev_mem))
@@ -873,7 +871,6 @@ class ActivityMeter:
 
     def __init__(self, network: SpikingNetwork):
         self.network = network
-        self.num_recordings = self.time_steps = 0
         self._neurons: dict[str, int] = {}
         self._spikes: dict[str, float] = {name: 0.0 for name in network.neuron_layers()}
         self._macs: dict[str, torch.Tensor] = {}  # per recording and time step
@@ -899,8 +896,6 @@ class ActivityMeter:
 
     def _count(self, name, _layer, _inputs, outputs):
         spk = outputs[0].detach()
-        self.time_steps = len(spk)
-        self.num_recordings += spk.shape[1] if name == next(iter(self._spikes)) else 0
         self._neurons[name] = spk[0, 0].numel()
         # Over time and batch first: float32 counts exactly to 2^24, and a whole layer may fire more spikes.
         self._spikes[name] += float(spk.sum((0, 1), dtype=torch.float32).sum(dtype=torch.float64))
@@ -923,12 +918,13 @@ class ActivityMeter:
 
         Without spikes, it is neurons and MACs alone.
         """
-        result = self.cost_until(torch.full((self.num_recordings,), self.time_steps))
+        time_steps, num_recordings = self.operations(next(iter(self._spikes))).shape
+        result = self.cost_until(torch.full((num_recordings,), time_steps))
         for name, spikes in self._spikes.items():
             activity = {"neurons": self._neurons[name]}
             if not self.network.config.no_spikes:
-                activity["firing_rate"] = spikes / (self.num_recordings * self._neurons[name] * self.time_steps)
-                activity["spikes"] = spikes / self.num_recordings
+                activity["firing_rate"] = spikes / (num_recordings * self._neurons[name] * time_steps)
+                activity["spikes"] = spikes / num_recordings
             result[name] = activity | result[name]
         return result
 

@@ -84,9 +84,10 @@ class NMNIST(tonic.datasets.NMNIST):
         files = sorted((self.root / self.folder_name).glob("[0-9]/*.bin"))
         files = [file for file in files if not file.name.startswith(".")]
         self.data, self.targets = [str(file) for file in files], [int(file.parent.name) for file in files]
-        for digit in sorted(set(range(NUM_DIGITS)) - set(self.targets)):
-            folder = self.root / self.folder_name / str(digit)
-            raise UserError(f"no recordings of digit {digit} in {folder}: download or unpack them again")
+        missing = set(range(NUM_DIGITS)) - set(self.targets)
+        if missing:
+            folder = self.root / self.folder_name / str(min(missing))
+            raise UserError(f"no recordings of digit {min(missing)} in {folder}: download or unpack them again")
 
     @property
     def root(self) -> Path:
@@ -182,7 +183,7 @@ class NMNIST(tonic.datasets.NMNIST):
         if (self.root / SIMULATOR_FILE).is_file():  # real recordings must not come to lie beside simulated ones
             raise UserError(f"no {self.folder_name} in {self.root}: it was simulated from images without a test part")
         if not archive.is_file():
-            download(self.url, self.file_md5, archive, self.connect_seconds)
+            download_zip(self.url, self.file_md5, archive, self.connect_seconds)
         try:
             with zipfile.ZipFile(archive) as zip_file:
                 for member in tqdm(self._missing_members(), desc=f"extract {self.filename}", unit="file"):
@@ -197,7 +198,7 @@ class NMNIST(tonic.datasets.NMNIST):
             raise UserError(f"{archive} can't be extracted here ({error}): extract it by another program") from None
 
 
-def download(url: str, md5: str, path: Path, connect_seconds: float) -> None:
+def download_zip(url: str, md5: str, path: Path, connect_seconds: float) -> None:
     """Download `url` to `path` by tonic; `path` appears only once it is complete and its md5 is right.
 
     A host that is silent for `connect_seconds` is given up. Raises `DownloadError`.
@@ -341,8 +342,8 @@ class Frames:
         return [x[entry] for x in values]
 
     def batches(self, indices: torch.Tensor, batch_size: int, dtype=torch.float32) -> Iterator:
-        """Yield `batch` of `indices`, `batch_size` at a time; the last may be smaller."""
-        for chunk in indices.split(batch_size):
+        """Yield `batch` of `indices`, `batch_size` at a time; the last may be smaller. Of no indices, yield nothing."""
+        for chunk in indices.split(batch_size) if len(indices) else ():
             yield self.batch(chunk, dtype)
 
 
@@ -359,7 +360,7 @@ def load_frames(recordings: NMNIST, time_steps: int, denoise: int | None = None,
     options = "_first_saccade" * recordings.first_saccade_only + "_stabilized" * recordings.stabilize
     bins = f"T{time_steps}" + "_by_events" * (bin_by == "events")
     prefix = f"{recordings.root.name}_{recordings.split}{options}_{bins}_denoise{denoise or 0}_"
-    path = cache / f"{prefix}{_fingerprint(recordings)}.pt"
+    path = cache / f"{prefix}{_cache_key(recordings)}.pt"
     frames = _read_cache(path)
     if frames is None:
         with utils.locked(recordings.root.parent, "data"):
@@ -373,7 +374,7 @@ def load_frames(recordings: NMNIST, time_steps: int, denoise: int | None = None,
     return frames
 
 
-def _fingerprint(recordings: NMNIST) -> str:
+def _cache_key(recordings: NMNIST) -> str:
     """Return what a cache is keyed by: all that the data set or a subclass of it sets, and the state of its files."""
     kind = type(recordings)
     options = {name: value for name, value in vars(recordings).items() if name not in NOT_IN_FRAMES}
@@ -599,28 +600,19 @@ def split_validation(labels: torch.Tensor, val_split: float, seed: int) -> tuple
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which recordings to use and how to bin them."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data_dir", default="./data", help="folder of the data sets (default: %(default)s)")
-    group.add_argument(
-        "--dataset",
-        choices=DATASETS,
-        default="auto",
-        help="nmnist: from data_dir, else downloaded; simulated: scikit-learn's digits before a simulated camera; "
-        "auto: nmnist, or simulated if it can't be downloaded (default: %(default)s)",
-    )
-    group.add_argument(
-        "--time_steps",
-        type=number(int, 1, 1000),
-        default=25,
-        help="frames a recording is binned into, T (default: %(default)s)",
-    )
+    utils.add_flag(group, "--data_dir", "./data", "folder of the data sets")
+    text = "nmnist: from data_dir, else downloaded; simulated: scikit-learn's digits before a simulated camera; "
+    text += "auto: nmnist, or simulated if it can't be downloaded"
+    utils.add_flag(group, "--dataset", "auto", text, choices=DATASETS)
+    utils.add_flag(group, "--time_steps", 25, "frames a recording is binned into, T", type=number(int, 1, 1000))
     group.add_argument(
         "--denoise",
         type=number(int, 1),
         metavar="MICROSECONDS",
         help="drop events without a neighbour within this time (default: off)",
     )
-    text = "frames of equal duration or of equal event count (default: %(default)s)"
-    group.add_argument("--bin_by", choices=["time", "events"], default="time", help=text)
+    text = "frames of equal duration or of equal event count"
+    utils.add_flag(group, "--bin_by", "time", text, choices=["time", "events"])
     text = "only events of the first saccade, the first 100 ms (tonic's option)"
     group.add_argument("--first_saccade_only", action="store_true", help=text)
     text = "take the movement of the saccades out of the events (tonic's option)"
@@ -806,9 +798,8 @@ def _pixel_events(scene: np.ndarray, path: np.ndarray, threshold: np.ndarray):
     pixels = np.flatnonzero(max_log_intensity(scene, path) - np.float32(dark) >= threshold)
     threshold = threshold.ravel()[pixels]
     slow, fast = 1 - np.exp(-STEP / CAMERA.tau_dark), 1 - np.exp(-STEP / CAMERA.tau_bright)
-    gain = np.float32(
-        (fast - slow) / (bright - dark)
-    )  # in a step V moves by the share base + gain L of its distance to L
+    # In a step, V moves by the share base + gain L of its distance to L.
+    gain = np.float32((fast - slow) / (bright - dark))
     base = np.float32(slow - gain * dark)
     view, work = np.empty((2, SIDE, SIDE, scene.shape[-1]), np.float32)
     sample_scene(scene, path[0], view, work)
@@ -902,18 +893,12 @@ class SimulatedNMNIST(NMNIST):
 
     def _check_exists(self) -> bool:
         """Return whether the recordings are there, made by this very camera of these images."""
-        try:
-            found = json.loads((self.root / SIMULATOR_FILE).read_text())
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            return False
-        return found == describe_simulator(BUILT_IN_IMAGES, self.seed)
+        return utils.read_json(self.root / SIMULATOR_FILE) == describe_simulator(BUILT_IN_IMAGES, self.seed)
 
     def _prepare(self) -> None:
         """Record the digits: a fixed, stratified split. Recordings of an older camera are replaced, and only they."""
-        try:
-            ours = json.loads((self.root / SIMULATOR_FILE).read_text())["images"] == BUILT_IN_IMAGES
-        except (OSError, ValueError, KeyError, TypeError):
-            ours = False
+        found = utils.read_json(self.root / SIMULATOR_FILE)
+        ours = isinstance(found, dict) and found.get("images") == BUILT_IN_IMAGES
         if self.root.exists() and not ours:
             raise UserError(f"{self.root} exists, and this project did not make it: move it away")
         images, labels = sklearn_images()
@@ -1025,9 +1010,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="record these images into data_dir/NMNIST with the simulated camera: arrays images (uint8 [N, 28, 28]) "
         "and labels, or train_images, train_labels, test_images, test_labels",
     )
-    parser.add_argument(
-        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of --simulate (default: %(default)s)"
-    )
+    utils.add_flag(parser, "--seed", 0, "seed of --simulate", type=number(int, 0, 2**32 - 1))
     add_data_arguments(parser)
     return parser
 

@@ -53,7 +53,7 @@ from models import (
     predict_over_time,
 )
 from nmnist import Data, Frames
-from utils import UserError, number
+from utils import UserError, add_flag, number
 
 DEFAULT_LR = {"adam": 5e-3, "adamw": 5e-3, "sgd": 0.1}
 EXIT_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # confidences of an early exit
@@ -104,7 +104,7 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(group, "--neuron_backend", NetworkConfig.neuron_backend, text, choices=BACKENDS)
     utils.add_precision_argument(group)
     add_flag(group, "--width", NetworkConfig.width, "factor on channels and hidden layer", type=number(int, 1, 64))
-    text = "what decides: the largest summed membrane potential, the most spikes, or the first spike"
+    text = "what decides: the largest mean membrane potential, the most spikes, or the first spike"
     add_flag(group, "--readout", NetworkConfig.readout, text, choices=READOUTS)
     group.add_argument("--learn_beta", action="store_true", help="learn one beta per layer")
     text = "put ReLU in place of neurons, as a baseline; its files are named <model>_relu_..."
@@ -118,9 +118,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add_flag(group, "--batch_size", 128, "recordings per training step", type=number(int, 1))
     rates = ", ".join(f"{lr} for {name}" for name, lr in DEFAULT_LR.items())
     group.add_argument("--lr", type=number(float, 0, open_low=True), help=f"learning rate (default: {rates})")
-    add_flag(
-        group, "--weight_decay", 0.0, "weight decay of connections, not of norms and beta", type=number(float, 0)
-    )
+    add_flag(group, "--weight_decay", 0.0, "weight decay of connections, not of norms and beta", type=number(float, 0))
     add_flag(group, "--optimizer", "adam", "optimizer", choices=list(DEFAULT_LR))
     text = "ce: cross entropy of the membrane potentials at every step; mse: squared error of the spike counts; "
     text += f"count: cross entropy of the spike counts, where a spike at every step counts {COUNT_RANGE:g}"
@@ -146,11 +144,6 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--visualize", action="store_true", help="write figures to log_dir")
 
 
-def add_flag(group, flag: str, default, text: str, **options) -> None:
-    """Add a flag with a value; its help ends with its default."""
-    group.add_argument(flag, default=default, help=f"{text} (default: %(default)s)", **options)
-
-
 class OneOrMore(argparse.Action):
     """Store a single value as it is, several as a list."""
 
@@ -163,7 +156,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
 
     A checkpoint's settings are the defaults of the flags that are not given. Of flags that contradict them, testing
     uses the checkpoint's, and says so; resuming raises `UserError`, since the run would end elsewhere, but lets
-    `--epochs` grow.
+    `--epochs` change, not below the epochs done.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -201,12 +194,14 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """Return the path of the checkpoint to test or to resume, None if training starts from scratch."""
     if args.test_only:
         return checkpoint_path(args, "best")
-    if args.resume not in (None, "last"):
-        return Path(args.resume)
+    if args.resume != "last":
+        return None if args.resume is None else Path(args.resume)
     last = checkpoint_path(args, "last")
-    if args.resume == "last" and not last.exists():  # stopped before its first epoch ended, perhaps
-        print(f"resume      no checkpoint at {last} yet: training starts from scratch, with the flags as given")
-    return last if args.resume == "last" and last.exists() else None
+    if last.exists():
+        return last
+    # Stopped before its first epoch ended, perhaps.
+    print(f"resume      no checkpoint at {last} yet: training starts from scratch, with the flags as given")
+    return None
 
 
 def merge_settings(
@@ -266,8 +261,12 @@ def resume_command(args: argparse.Namespace, *flags: str) -> str:
 
 def launcher() -> list[str]:
     """Return how this script was started, without its flags."""
-    processes = os.environ.get("LOCAL_WORLD_SIZE")
-    return [*(["torchrun", f"--nproc_per_node={processes}"] if processes else ["python"]), "train_nmnist.py"]
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return ["python", "train_nmnist.py"]
+    machines, processes = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ["LOCAL_WORLD_SIZE"]
+    nodes, meeting = [f"--nnodes={machines}"], ["--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29500"]
+    several = machines != "1"
+    return ["torchrun", *nodes * several, f"--nproc_per_node={processes}", *meeting * several, "train_nmnist.py"]
 
 
 # --- Training --------------------------------------------------------------------------------------------
@@ -369,17 +368,17 @@ def train_one_epoch(state: TrainState, batches: Iterator, bar: tqdm) -> dict:
     """
     state.network.train()
     totals = 0  # reading them waits for a GPU, so only the bar does
-    for frames, labels, whole in batches:
+    for frames, labels, batch_size in batches:
         utils.check_interrupted()
-        totals = totals + training_step(state, frames, labels, whole)
-        if bar.update(whole):
+        totals = totals + training_step(state, frames, labels, batch_size)
+        if bar.update(batch_size):
             means = mean_results(totals, bar)
             bar.set_postfix(loss=f"{means['loss']:.4f}", accuracy=f"{means['accuracy']:.2%}", refresh=False)
     return mean_results(utils.all_reduce_sum(totals), bar)
 
 
-def training_step(state: TrainState, frames: torch.Tensor, labels: torch.Tensor, whole: int) -> torch.Tensor:
-    """Train on this process's shard of a batch of `whole` recordings.
+def training_step(state: TrainState, frames: torch.Tensor, labels: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Train on this process's shard of a batch of `batch_size` recordings.
 
     It waits for no GPU, but with `--loss mse`, where snnTorch reads the labels on the host. Returns the sums [3] of
     loss, correct predictions and recordings of the shard.
@@ -387,7 +386,7 @@ def training_step(state: TrainState, frames: torch.Tensor, labels: torch.Tensor,
     spk, mem = state.parallel(frames)
     # A process without a recording of the last batch takes part with gradients of 0.
     loss = state.loss_fn(spk, mem, labels) if len(labels) else mem.sum()
-    share = len(labels) * utils.world_size() / whole  # gradients are averaged over processes
+    share = len(labels) * utils.world_size() / batch_size  # gradients are averaged over processes
     state.optimizer.zero_grad()
     state.scaler.scale(loss * share).backward()
     state.scaler.step(state.optimizer)
@@ -533,7 +532,6 @@ def save(args, state: TrainState, history: list[dict], best: dict | None, data: 
         "constants": constants(args),
         "versions": utils.versions(*PACKAGES),
         "threads": torch.get_num_threads(),
-        "neuron_backend": describe_backend(state.network),
         "network": {name: value.cpu().clone() for name, value in state.ema.state_dict().items()},
         "epoch": len(history),
         "seconds_to_epoch": sum(entry["seconds"] for entry in history),
@@ -566,10 +564,8 @@ def restore(args, state: TrainState, checkpoint: dict, data: Data) -> tuple[list
     if changed:
         utils.warn(f"resumed, it will not be equal bit for bit to a run that was not stopped ({'; '.join(changed)})")
     last = checkpoint_path(args, "last")
-    if (
-        args.resume == "last"
-        and utils.load_checkpoint(last, network_name(args)).get("history") != checkpoint["history"]
-    ):
+    same_folder = args.resume == "last" or os.path.realpath(args.resume) == os.path.realpath(last)
+    if same_folder and utils.load_checkpoint(last, network_name(args)).get("history") != checkpoint.get("history"):
         raise UserError(f"{last} has changed since this command started: run it again")
     try:
         state.load_state_dict(checkpoint["state"])
@@ -577,7 +573,6 @@ def restore(args, state: TrainState, checkpoint: dict, data: Data) -> tuple[list
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"--resume: the checkpoint lacks parts of its state ({utils.first_line(error)})") from None
     if utils.rank() == 0:  # save_dir or log_dir may be others than before
-        same_folder = args.resume == "last" or os.path.realpath(args.resume) == os.path.realpath(last)
         if not same_folder:
             utils.keep_earlier_run(*files_of_run(args))
         recorded = read_history(args)
@@ -605,17 +600,9 @@ def constants(args: argparse.Namespace) -> dict:
     }
 
 
-def read_json(path: Path):
-    """Return the content of a JSON file, None if there is none or it is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
 def read_history(args: argparse.Namespace) -> list[dict]:
     """Return the history in log_dir; it is empty if there is none, or a damaged one."""
-    history = read_json(files_of_run(args)[2])
+    history = utils.read_json(log_path(args, "history.json"))
     is_whole = isinstance(history, list) and all(isinstance(e, dict) and "val_accuracy" in e for e in history)
     return history if is_whole else []
 
@@ -665,7 +652,7 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
         **describe_result(result, network.config),
         "temperature": checkpoint["temperature"],
         "layers": (layers := meter.layers()),
-        **total_cost(layers, meter.time_steps),
+        **total_cost(layers, data.test.time_steps),
         "early_exit": early_exit(result, meter, milliseconds_per_step(args)),
         "parameters": sum(p.numel() for p in network.parameters()),
         "precision": network.config.precision,
@@ -679,8 +666,8 @@ def test(args, data: Data, device: torch.device) -> tuple[dict, SpikingNetwork, 
         },
     }
     print_metrics(metrics, saccade_ends(args))
-    metrics_path, predictions_path = files_of_run(args)[3:]
-    earlier = read_json(metrics_path)
+    metrics_path, predictions_path = log_path(args, "test_metrics.json"), log_path(args, "predictions.csv")
+    earlier = utils.read_json(metrics_path)
     if isinstance(earlier, dict) and any(earlier.get(name) != metrics[name] for name in ("checkpoint", "data")):
         utils.keep_earlier_run(metrics_path, predictions_path)
     utils.write_json(metrics_path, metrics)
@@ -770,23 +757,23 @@ def provenance(checkpoint: dict, device: torch.device) -> dict:
 
 
 @torch.no_grad()
-def time_per_recording(network: SpikingNetwork, frames: Frames, batch_size: int, repeats: int = 3) -> float:
+def time_per_recording(network: SpikingNetwork, frames: Frames, batch_size: int) -> float:
     """Return the median time in ms that the network takes for a recording of a batch, the frames being made."""
     x, _ = frames.batch(torch.arange(batch_size), network.dtype)
     seconds = []
-    for _ in range(repeats + 1):
+    for _ in range(4):
         start = time.perf_counter()
         network(x)[1].sum().item()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    return 1000 * float(np.median(seconds[1:])) / batch_size
+    return 1000 * float(np.median(seconds[1:])) / batch_size  # the first warms up
 
 
 def print_metrics(metrics: dict, saccade_ends: list[float]) -> None:
     """Print the test metrics as a short table."""
     # A saccade shorter than a frame has none of its own.
     after_saccades = [f"{metrics['accuracy_over_time'][int(end) - 1]:.2%}" if end >= 1 else "-" for end in saccade_ends]
-    exits = next(entry for entry in metrics["early_exit"] if entry["threshold"] == EXIT_THRESHOLD)
-    exit_ms = f" ({exits['mean_ms']:.0f} ms)" if exits["mean_ms"] else ""
+    exit_at = next(entry for entry in metrics["early_exit"] if entry["threshold"] == EXIT_THRESHOLD)
+    exit_ms = f" ({exit_at['mean_ms']:.0f} ms)" if exit_at["mean_ms"] else ""
     rows = {
         "data set": f"{metrics['dataset']}, {metrics['num_recordings']:,} test recordings",
         "test accuracy": f"{metrics['accuracy']:.2%}",
@@ -796,7 +783,7 @@ def print_metrics(metrics: dict, saccade_ends: list[float]) -> None:
         ),
         "test loss": f"{metrics['loss']:.4f}",
         "after each saccade": "  ".join(after_saccades) or "unknown with --bin_by events",
-        f"exit at {EXIT_THRESHOLD:.0%}": f"{exits['accuracy']:.2%} after {exits['mean_steps']:.1f} steps{exit_ms}",
+        f"exit at {EXIT_THRESHOLD:.0%}": f"{exit_at['accuracy']:.2%} after {exit_at['mean_steps']:.1f} steps{exit_ms}",
         **describe_cost(metrics),
         "parameters": f"{metrics['parameters']:,}",
         "precision, neurons": f"{metrics['precision']}, {metrics['neuron_backend']}",
@@ -863,7 +850,7 @@ def visualize(args, metrics: dict, network: SpikingNetwork, frames: Frames, pred
         path = Path(args.log_dir) / "training_results.png"
         utils.plot_history(history, f"{name} on {metrics['trained_on']}", path)
     except (IndexError, ValueError, TypeError, KeyError, OverflowError):
-        path = files_of_run(args)[2]
+        path = log_path(args, "history.json")
         utils.warn(f"{path} is missing, damaged or of another run: training_results.png is not drawn")
     tested = f"{metrics['accuracy']:.2%} of {metrics['num_recordings']:,} test recordings"
     title = f"{name} on {metrics['dataset']}: {tested}"
@@ -901,17 +888,17 @@ def draw_samples(frames: Frames, predictions: torch.Tensor, first_end: float, ti
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    seeds = make_parser().parse_args(argv).seed
-    if isinstance(seeds, list):
-        run_seeds(argv, seeds)
+    args = make_parser().parse_args(argv)
+    if isinstance(args.seed, list):
+        run_seeds(argv, args)
     else:
         run(argv)
 
 
-def run_seeds(argv: list[str], seeds: list[int]) -> None:
+def run_seeds(argv: list[str], args: argparse.Namespace) -> None:
     """Run the script for each seed in folders of its own; print and write a table of the tests."""
-    args, rows = make_parser().parse_args(argv), []
-    for seed in dict.fromkeys(seeds):
+    rows = []
+    for seed in dict.fromkeys(args.seed):
         folders = {name: Path(getattr(args, name)) / f"seed_{seed}" for name in ("save_dir", "log_dir")}
         print(f"seed        {seed}")
         try:

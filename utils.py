@@ -179,6 +179,11 @@ def first_line(error: Exception) -> str:
     return next(iter(describe_error(error).splitlines()), type(error).__name__)
 
 
+def add_flag(parser, flag: str, default, text: str, **options) -> None:
+    """Add a flag with a value to a parser or a group of it; its help ends with its default."""
+    parser.add_argument(flag, default=default, help=f"{text} (default: %(default)s)", **options)
+
+
 # The largest numbers that fit everywhere: 32-bit integers, and float32.
 LARGEST = {int: 2**31 - 1, float: float(np.finfo(np.float32).max)}
 
@@ -301,13 +306,9 @@ def versions(*packages: str) -> dict[str, str]:
 
 def add_precision_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--precision` to a script's flags."""
-    parser.add_argument(
-        "--precision",
-        choices=["auto", "bf16", "fp16", "fp32"],
-        default="auto",
-        help="bf16, fp16: layers in bfloat16 or float16, membrane potentials in float32; fp32: all in float32; auto: "
-        "what is fast on the device (default: %(default)s)",
-    )
+    text = "bf16, fp16: layers in bfloat16 or float16, membrane potentials in float32; fp32: all in float32; auto: "
+    text += "what is fast on the device"
+    add_flag(parser, "--precision", "auto", text, choices=["auto", "bf16", "fp16", "fp32"])
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -356,11 +357,11 @@ def init_distributed(device: torch.device) -> None:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # A script may do this for several seeds, one after the other: each time with other keys in torchrun's store.
-    store, rank, size = next(distributed.rendezvous("env://"))
+    store, own_rank, size = next(distributed.rendezvous("env://"))
     store = distributed.PrefixStore(f"run {next(_RUNS)}", store)
     # The others wait while one downloads and bins.
     timeout = datetime.timedelta(hours=2)
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    distributed.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=timeout)
 
 
 def destroy_distributed() -> None:
@@ -501,6 +502,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def read_json(path: Path):
+    """Return the content of a JSON file, None if there is none or it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def write_json(path: str | Path, value) -> None:
     """Write `value` to `path` as JSON, atomically."""
     with atomic_path(path) as temporary:
@@ -570,7 +579,7 @@ def load_checkpoint(path: str | Path, name: str) -> dict:
     if checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} was written by another version of this project: {make_one}")
     complete = all(key in checkpoint for key in CHECKPOINT_KEYS)
-    parts = [checkpoint.get(name) for name in ("network_config", "settings", "constants", "data", "versions")]
+    parts = [checkpoint.get(key) for key in ("network_config", "settings", "constants", "data", "versions")]
     if not complete or not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{path} lacks parts of a checkpoint: {make_one}")
     found = checkpoint["name"]
@@ -606,7 +615,6 @@ OFF_COLOUR, ON_COLOUR = BLUE, ORANGE
 
 plt.rcParams.update(
     {
-        "figure.dpi": 100,
         "savefig.dpi": 150,
         "font.size": 11,
         "axes.titlesize": 12,
@@ -648,15 +656,11 @@ def plot_history(history: list[dict], title: str, path: Path) -> None:
 def plot_confusion_matrix(counts: np.ndarray, title: str, path: Path) -> None:
     """Draw a confusion matrix [10, 10]: counts, coloured by the share of each row (each true digit)."""
     rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    texts = [
-        [f"{n}\n{rate:.0%}" if n else "" for n, rate in zip(*row, strict=True)]
-        for row in zip(counts, rates, strict=True)
-    ]
-    figure, axis = plt.subplots(figsize=(8, 6.8))
+    texts = [f"{n}\n{rate:.0%}" if n else "" for n, rate in zip(counts.flat, rates.flat, strict=True)]
+    cells = {"annot": np.reshape(texts, counts.shape), "fmt": "", "annot_kws": {"fontsize": 8}}
     style = {"cmap": "Blues", "vmin": 0, "vmax": 100, "square": True, "linewidths": 0.5}
-    colour_bar = {"label": "share of the true digit (%)"}
-    texts = {"annot": np.array(texts), "fmt": "", "annot_kws": {"fontsize": 8}}
-    sns.heatmap(100 * rates, **texts, **style, cbar_kws=colour_bar, ax=axis)
+    figure, axis = plt.subplots(figsize=(8, 6.8))
+    sns.heatmap(100 * rates, **cells, **style, cbar_kws={"label": "share of the true digit (%)"}, ax=axis)
     axis.set(xlabel="predicted digit", ylabel="true digit", title=title)
     axis.grid(False)
     save_figure(figure, path)
@@ -700,14 +704,14 @@ def plot_accuracy_over_time(
     save_figure(figure, path)
 
 
-def mistakes_first(labels: np.ndarray, predictions: np.ndarray, number: int) -> np.ndarray:
-    """Return the indices of `number` recordings to draw: mistakes first, each kind with the digits in turn."""
+def mistakes_first(labels: np.ndarray, predictions: np.ndarray, num_shown: int) -> np.ndarray:
+    """Return the indices of `num_shown` recordings to draw: mistakes first, each kind with the digits in turn."""
     correct = labels == predictions
     turn = np.zeros(len(labels), int)
     for kind in np.unique(np.stack([labels, correct]), axis=1).T:
         same = (labels == kind[0]) & (correct == kind[1])
         turn[same] = np.arange(same.sum())
-    return np.lexsort((labels, turn, correct))[:number]
+    return np.lexsort((labels, turn, correct))[:num_shown]
 
 
 def plot_predictions(images: np.ndarray, labels, predictions, indices, title: str, path: Path) -> None:

@@ -57,35 +57,26 @@ class LayerRecorder(dict):
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the script's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(NETWORKS), default="cnn", help="network (default: %(default)s)")
-    parser.add_argument(
-        "--visualize_all", action="store_true", help="draw every layer, t-SNE and firing rates, not the output alone"
-    )
-    text = "index of the test recording whose activity is drawn (default: %(default)s)"
-    parser.add_argument("--sample", type=number(int, 0), default=0, help=text)
-    text = "most active neurons that are drawn of a larger layer (default: %(default)s)"
-    parser.add_argument("--num_neurons", type=number(int, 1), default=100, help=text)
-    text = "test recordings in the t-SNE, at most (default: %(default)s)"
-    parser.add_argument("--tsne_samples", type=number(int, 5), default=2000, help=text)
-    parser.add_argument(
-        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of t-SNE (default: %(default)s)"
-    )
-    parser.add_argument("--save_dir", default="./checkpoints", help="folder of checkpoints (default: %(default)s)")
-    parser.add_argument("--output_dir", default="./activations", help="folder of figures (default: %(default)s)")
+    utils.add_flag(parser, "--model", "cnn", "network", choices=list(NETWORKS))
+    text = "draw every layer, t-SNE and firing rates, not the output alone"
+    parser.add_argument("--visualize_all", action="store_true", help=text)
+    text = "index of the test recording whose activity is drawn"
+    utils.add_flag(parser, "--sample", 0, text, type=number(int, 0))
+    text = "most active neurons that are drawn of a larger layer"
+    utils.add_flag(parser, "--num_neurons", 100, text, type=number(int, 1))
+    utils.add_flag(parser, "--tsne_samples", 2000, "test recordings in the t-SNE, at most", type=number(int, 5))
+    utils.add_flag(parser, "--seed", 0, "seed of t-SNE", type=number(int, 0, 2**32 - 1))
+    utils.add_flag(parser, "--save_dir", "./checkpoints", "folder of checkpoints")
+    utils.add_flag(parser, "--output_dir", "./activations", "folder of figures")
     utils.add_device_argument(parser)
     nmnist.add_data_arguments(parser)
     return parser
 
 
-def most_active(spk: torch.Tensor, num_shown: int) -> torch.Tensor:
-    """Return the indices of the neurons of spk [T, N] that spiked most, in ascending order."""
-    return spk.sum(0).topk(min(num_shown, spk.shape[1])).indices.sort().values
-
-
 def plot_raster(spk: torch.Tensor, layer: str, num_neurons: int, heading: str, path: Path) -> None:
     """Draw the spikes [T, N] of one layer: time steps against neurons."""
     time_steps, neurons = spk.shape
-    shown = most_active(spk, num_neurons)
+    shown = spk.sum(0).topk(min(num_neurons, neurons)).indices.sort().values
     figure, axis = plt.subplots(figsize=(9, 4.8))
     spikeplot.raster(spk[:, shown], axis, s=max(7, 600 / len(shown)), c=utils.BLUE, marker="s", linewidths=0)
     which = f"the {len(shown)} most active of {neurons:,} neurons" if len(shown) < neurons else f"{neurons} neurons"
@@ -263,10 +254,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--sample {args.sample}: there are {len(data.test):,} test recordings, counted from 0")
     path = utils.checkpoint_path(args.save_dir, args.model, "best")
     network = rebuild_network(checkpoint, path, device).eval()
-    name = f"{type(network).__name__} on {data.name}"
+    name = f"{network.title} on {data.name}"
     trained_on = checkpoint["data"]["data set"]
     if trained_on != data.name:
-        name = f"{type(network).__name__}, trained on {trained_on}, on {data.name}"
+        name = f"{network.title}, trained on {trained_on}, on {data.name}"
         utils.warn(f"trained on {trained_on}, drawn on {data.name}")
     with utils.locked(args.output_dir, "figures"):
         draw_recording(network, data.test, name, args)

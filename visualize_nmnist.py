@@ -33,17 +33,11 @@ Sample = tuple[int, np.ndarray, int]  # a recording's index in its split, its ev
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the script's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--num_samples", type=number(int, 1, 100), default=10, help="recordings to draw (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--split", choices=["train", "test"], default="train", help="part of the data set (default: %(default)s)"
-    )
+    utils.add_flag(parser, "--num_samples", 10, "recordings to draw", type=number(int, 1, 100))
+    utils.add_flag(parser, "--split", "train", "part of the data set", choices=nmnist.SPLITS)
     parser.add_argument("--digit", type=int, choices=range(10), help="draw only this digit (default: all)")
-    parser.add_argument(
-        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the choice (default: %(default)s)"
-    )
-    parser.add_argument("--output_dir", default="./visualizations", help="folder of figures (default: %(default)s)")
+    utils.add_flag(parser, "--seed", 0, "seed of the choice", type=number(int, 0, 2**32 - 1))
+    utils.add_flag(parser, "--output_dir", "./visualizations", "folder of figures")
     parser.add_argument("--animate", action="store_true", help="animate the first recording (GIF)")
     nmnist.add_data_arguments(parser)
     return parser

@@ -25,6 +25,7 @@ import tonic
 import torch
 from conftest import ROOT, SHARED, assert_refused, files_in, limit_files, needs_cuda, run
 from torch import distributed
+from tqdm import tqdm
 
 import models
 import nmnist
@@ -796,6 +797,25 @@ def test_under_torchrun_the_printed_command_starts_as_many_processes(monkeypatch
     command = train_nmnist.resume_command(args, "--resume")
     expected = "torchrun --nproc_per_node=2 train_nmnist.py --model cnn --resume --save_dir=runs --no_spikes"
     assert command == expected
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")  # of three machines
+    launcher = ["torchrun", "--nnodes=3", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29500"]
+    assert train_nmnist.launcher() == [*launcher, "train_nmnist.py"]  # as in the README
+
+
+@pytest.mark.parametrize("loss", list(train_nmnist.LOSSES))
+def test_a_process_without_recordings_takes_part_in_a_test(made_data_dir, monkeypatch, loss):
+    """Of more processes than recordings, some have none."""
+    frames = nmnist.load_frames(nmnist.NMNIST(made_data_dir, "test"), 5)
+    network, indices = build_model(NetworkConfig()), torch.arange(30)
+    bar = tqdm(disable=True)
+    whole = train_nmnist.evaluate(network, frames, indices, train_nmnist.make_loss(loss), 32, bar)
+    parts = []
+    for part in (slice(0, 30), slice(30, 30)):
+        monkeypatch.setattr(utils, "shard", lambda _, part=part: part)
+        monkeypatch.setattr(utils, "all_gather", lambda own: parts.append(own) or list(parts))
+        both = train_nmnist.evaluate(network, frames, indices, train_nmnist.make_loss(loss), 32, bar)
+    assert both["loss"] == pytest.approx(whole["loss"])
+    assert torch.equal(both["predictions"], whole["predictions"])
 
 
 def test_processes_that_differ_are_refused(tmp_path, made_data_dir, monkeypatch):
@@ -1238,7 +1258,7 @@ def test_auto_takes_the_data_set_of_the_checkpoint_without_the_network(tmp_path,
     def download(*_):
         raise AssertionError("the network was asked")
 
-    monkeypatch.setattr(nmnist, "download", download)
+    monkeypatch.setattr(nmnist, "download_zip", download)
     capsys.readouterr()
     train_here(tmp_path, tmp_path, "--test_only")
     train_here(tmp_path, tmp_path, "--resume", "--epochs", 2)
@@ -1353,8 +1373,10 @@ def test_metrics_say_how_they_came_about(tmp_path, made_data_dir):
 # --- What an adversary found -------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_that_changes_while_a_resumed_run_waits_is_not_overwritten(tmp_path, made_data_dir, monkeypatch):
+@pytest.mark.parametrize("path", [[], ["checkpoints/cnn_last.pt"]])
+def test_a_checkpoint_that_changes_while_a_resumed_run_waits_is_kept(tmp_path, made_data_dir, monkeypatch, path):
     train_here(tmp_path, made_data_dir, "--epochs", 1, *STEP)
+    path = [tmp_path / name for name in path]
 
     def load_data(args, device, load_data=nmnist.load_data):
         with monkeypatch.context() as patch:
@@ -1364,7 +1386,7 @@ def test_a_checkpoint_that_changes_while_a_resumed_run_waits_is_not_overwritten(
 
     monkeypatch.setattr(nmnist, "load_data", load_data)
     with pytest.raises(utils.UserError, match=r"cnn_last\.pt has changed since this command started: run it again"):
-        train_here(tmp_path, made_data_dir, "--resume", "--epochs", 2, *STEP)
+        train_here(tmp_path, made_data_dir, "--resume", *path, "--epochs", 2, *STEP)
     assert len(history(tmp_path)) == 3
 
 
