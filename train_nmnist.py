@@ -263,10 +263,11 @@ def launcher() -> list[str]:
     """Return how this script was started, without its flags."""
     if "LOCAL_WORLD_SIZE" not in os.environ:
         return ["python", "train_nmnist.py"]
-    machines, processes = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ["LOCAL_WORLD_SIZE"]
-    nodes, meeting = [f"--nnodes={machines}"], ["--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29500"]
-    several = machines != "1"
-    return ["torchrun", *nodes * several, f"--nproc_per_node={processes}", *meeting * several, "train_nmnist.py"]
+    machines, processes = os.environ.get("GROUP_WORLD_SIZE", "1"), f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+    if machines == "1":
+        return ["torchrun", processes, "train_nmnist.py"]
+    meeting = ["--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29500"]
+    return ["torchrun", f"--nnodes={machines}", processes, *meeting, "train_nmnist.py"]
 
 
 # --- Training --------------------------------------------------------------------------------------------

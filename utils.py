@@ -69,9 +69,6 @@ def run_script(main: Callable[[], None]) -> None:
         main()
         if sys.stdout:
             sys.stdout.flush()  # here, where an error becomes a line
-        if not first:  # while the first process tests, an error in the exit of another would end it
-            destroy_distributed()
-            os._exit(0)
     except BrokenPipeError as error:  # of `| head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python still flushes at its end
         what = "all files are whole; run the command again" if error.errno else error
@@ -97,6 +94,8 @@ def run_script(main: Callable[[], None]) -> None:
         raise
     finally:
         destroy_distributed()
+    if not first:  # while the first process tests, an error in Python's exit from another would end it
+        os._exit(0)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -579,8 +578,8 @@ def load_checkpoint(path: str | Path, name: str) -> dict:
     if checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise UserError(f"{path} was written by another version of this project: {make_one}")
     complete = all(key in checkpoint for key in CHECKPOINT_KEYS)
-    parts = [checkpoint.get(key) for key in ("network_config", "settings", "constants", "data", "versions")]
-    if not complete or not all(isinstance(part, dict) for part in parts):
+    parts = ("network_config", "settings", "constants", "data", "versions")
+    if not complete or not all(isinstance(checkpoint[part], dict) for part in parts):
         raise UserError(f"{path} lacks parts of a checkpoint: {make_one}")
     found = checkpoint["name"]
     if found != name:
