@@ -1,13 +1,15 @@
-"""Look inside a trained network: spikes, membrane potentials, features and firing rates of its layers.
+"""Look inside a trained network: spikes, membrane potentials, features, firing rates by layer.
 
 python visualize_activations.py --model cnn                    # the output layer
 python visualize_activations.py --model cnn --visualize_all    # every layer, t-SNE, firing rates
 python visualize_activations.py --model resnet --visualize_all --sample 7
 """
 
-import utils  # must be first: Ctrl-C during the slow imports below exits with one line
+import os
 
-# isort: split
+if __name__ == "__main__":  # threads that wait leave the cores to others; read as torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import argparse
 import sys
 from pathlib import Path
@@ -21,8 +23,16 @@ from snntorch import spikeplot
 from tqdm import tqdm
 
 import nmnist
-from models import ALIF, NETWORKS, SpikingNetwork, predict
-from train_nmnist import merge_settings, rebuild_network
+import utils
+from models import (
+    ALIF,
+    NETWORKS,
+    NUM_DIGITS,
+    ActivityMeter,
+    SpikingNetwork,
+    predict,
+    restore_network,
+)
 from utils import UserError, number
 
 BATCH_SIZE = 100
@@ -31,274 +41,244 @@ DIGIT_COLOURS = sns.color_palette("colorblind", 10)
 PALE = "#999999"
 
 
-class LayerRecorder(dict):
-    """Records the (spk, mem) of each neuron layer, by name and in float32, while open as a context manager.
-
-    It uses forward hooks, and changes nothing in the network. Of several passes, it keeps the last.
-    """
-
-    def __init__(self, network: SpikingNetwork):
-        super().__init__()
-        self.network = network
-
-    def __enter__(self):
-        def record(name):
-            return lambda _layer, _inputs, outputs: self.update({name: tuple(x.float() for x in outputs)})
-
-        layers = self.network.neuron_layers()
-        self._hooks = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
-        return self
-
-    def __exit__(self, *_):
-        for hook in self._hooks:
-            hook.remove()
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the script's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.make_parser(__doc__)
     utils.add_flag(parser, "--model", "cnn", "network", choices=list(NETWORKS))
     text = "draw every layer, t-SNE and firing rates, not the output alone"
     parser.add_argument("--visualize_all", action="store_true", help=text)
     text = "index of the test recording whose activity is drawn"
     utils.add_flag(parser, "--sample", 0, text, type=number(int, 0))
-    text = "most active neurons that are drawn of a larger layer"
+    text = "neurons that are drawn of a larger layer, from all firing rates"
     utils.add_flag(parser, "--num_neurons", 100, text, type=number(int, 1))
-    utils.add_flag(parser, "--tsne_samples", 2000, "test recordings in the t-SNE, at most", type=number(int, 5))
+    text = "test recordings in the t-SNE, at most"
+    utils.add_flag(parser, "--tsne_samples", 2000, text, type=number(int, 5))
     utils.add_flag(parser, "--seed", 0, "seed of t-SNE", type=number(int, 0, 2**32 - 1))
     utils.add_flag(parser, "--save_dir", "./checkpoints", "folder of checkpoints")
     utils.add_flag(parser, "--output_dir", "./activations", "folder of figures")
-    utils.add_device_argument(parser)
-    nmnist.add_data_arguments(parser)
+    utils.add_device_flag(parser)
+    nmnist.add_data_flags(parser)
     return parser
 
 
-def plot_raster(spk: torch.Tensor, layer: str, num_neurons: int, heading: str, path: Path) -> None:
-    """Draw the spikes [T, N] of one layer: time steps against neurons."""
-    time_steps, neurons = spk.shape
-    shown = spk.sum(0).topk(min(num_neurons, neurons)).indices.sort().values
+def spread(spk: torch.Tensor, number: int) -> torch.Tensor:
+    """Return `number` of the neurons that fire in spk [T, N], spread evenly over their rates."""
+    rates = spk.sum(0)
+    firing = rates.argsort(stable=True)[int((rates == 0).sum()) :]
+    if len(firing) <= number:
+        return firing
+    return firing[torch.linspace(0, len(firing) - 1, number).round().long()]
+
+
+def plot_raster(spk: torch.Tensor, label: int, layer: str, num_neurons: int, heading, path) -> None:
+    """Draw the spikes [T, N] of one layer: time steps against neurons.
+
+    Of a hidden layer it is a spread of `num_neurons`, from the least active to the most active.
+    """
+    is_output = layer == "lif_out"
+    shown = torch.arange(NUM_DIGITS) if is_output else spread(spk, num_neurons)
     figure, axis = plt.subplots(figsize=(9, 4.8))
-    spikeplot.raster(spk[:, shown], axis, s=max(7, 600 / len(shown)), c=utils.BLUE, marker="s", linewidths=0)
-    which = f"the {len(shown)} most active of {neurons:,} neurons" if len(shown) < neurons else f"{neurons} neurons"
-    axis.set_title(f"{heading}\nspikes of {layer}, {which}; firing rate of the layer {spk.mean():.3f}")
-    axis.set(xlabel="time step", xlim=(-0.5, time_steps - 0.5), ylim=(-0.7, len(shown) - 0.3))
-    if neurons == nmnist.NUM_DIGITS:
-        axis.set(ylabel="output neuron (digit)", yticks=range(neurons))
+    from_1 = torch.cat([torch.zeros(1, len(shown)), spk[:, shown]])
+    colours = utils.BLUE
+    if is_output:
+        digits = from_1.nonzero()[:, 1]
+        colours = np.where(digits == label, utils.ORANGE, utils.BLUE)
+    size = max(7, 600 / max(1, len(shown)))
+    spikeplot.raster(from_1, axis, s=size, c=colours, marker="s", linewidths=0)
+    firing = int((spk.sum(0) > 0).sum())
+    which = f"{len(shown)} of {firing:,} that fire, of {spk.shape[1]:,} neurons"
+    which = f"that of the true digit {label} in orange" if is_output else which
+    axis.set_title(f"{heading}\nspikes of {layer}, {which}; firing rate {spk.mean():.3f}")
+    axis.set(xlabel="time step", xlim=(0.5, len(spk) + 0.5), ylim=(-0.7, len(shown) - 0.3))
+    if is_output:
+        axis.set(ylabel="output neuron (digit)", yticks=range(NUM_DIGITS))
     else:
-        axis.set_ylabel("neuron" if len(shown) == neurons else "neuron, counted among those shown")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set(ylabel="neuron, from the least to the most active")
+    utils.whole_steps(axis)
+    axis.grid(False)
     utils.save_figure(figure, path)
 
 
 def plot_membranes(spk, mem, thresholds, layer: str, heading: str, path: Path) -> None:
-    """Draw the membrane potentials [T, N] of a hidden layer's most active neurons, thresholds and spikes."""
-    shown = spk.sum(0).topk(min(NUM_TRACES, spk.shape[1])).indices
-    steps = np.arange(len(spk))
-    figure, axes = plt.subplots(len(shown), 1, figsize=(9, 1.5 * len(shown) + 1.2), sharex=True, squeeze=False)
+    """Draw membrane potentials of hidden neurons of median activity, with their thresholds.
+
+    spk, mem and thresholds are [T, N] or [T, C, H, W], the last two in thresholds at rest.
+    """
+    shape = spk.shape[1:]
+    spk, mem, thresholds = (values.flatten(1) for values in (spk, mem, thresholds))
+    firing = spread(spk, spk.shape[1])
+    first = max(0, len(firing) // 2 - NUM_TRACES // 2)
+    shown = firing[first : first + NUM_TRACES] if len(firing) else torch.arange(NUM_TRACES)
+    steps = np.arange(1, len(spk) + 1)
+    size = (9, 1.5 * len(shown) + 1.2)
+    figure, axes = plt.subplots(len(shown), 1, figsize=size, sharex=True, squeeze=False)
     for axis, neuron in zip(axes[:, 0], shown, strict=True):
         axis.plot(steps, mem[:, neuron], color=utils.BLUE, label="membrane potential")
         axis.plot(steps, thresholds[:, neuron], "--", color=utils.GREY, label="threshold")
         fired = spk[:, neuron] > 0
         axis.plot(steps[fired], mem[fired, neuron], "o", color=utils.ORANGE, ms=5, label="spike")
-        axis.set_ylabel(f"neuron {neuron}")
-    axes[-1, 0].set_xlabel("time step")
-    axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
-    figure.supylabel("membrane potential")
-    figure.suptitle(
-        f"{heading}\nmembrane potentials of {layer}: the {len(shown)} most active of {spk.shape[1]:,} neurons"
-    )
+        place = ", ".join(str(int(i)) for i in np.unravel_index(int(neuron), shape))
+        axis.set_ylabel(place)
+    axes[-1, 0].set(xlabel="time step", xlim=(0.5, len(spk) + 0.5))
+    utils.whole_steps(axes[-1, 0])
+    place = "channel, y, x of a neuron" if len(shape) == 3 else "neuron"
+    figure.supylabel(f"membrane potential (thresholds); {place}")
+    which = f"neurons of median activity among the {len(firing):,} that fire"
+    figure.suptitle(f"{heading}\n{layer}: {len(shown)} {which}")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     utils.save_figure(figure, path)
 
 
-def plot_output_membranes(spk, mem, threshold: float, label: int, heading: str, path: Path) -> None:
-    """Draw the membrane potentials [T, 10] of the output neurons, the correct digit in front."""
-    steps = np.arange(len(mem))
+def plot_output_membranes(spk, mem, label: int, heading: str, path: Path) -> None:
+    """Draw the membrane potentials [T, 10] of the output neurons, in thresholds."""
+    steps = np.arange(1, len(mem) + 1)
+    others = [digit for digit in mem.mean(0).argsort(descending=True).tolist() if digit != label]
+    names = {label: f"{label}, the true digit", others[0]: f"{others[0]}, the strongest other"}
+    names[others[1]] = "the other digits"
     figure, axis = plt.subplots(figsize=(9, 5))
-    for digit in range(nmnist.NUM_DIGITS):
-        correct = digit == label
-        colour = utils.ORANGE if correct else PALE
-        style = {"color": colour, "lw": 2.4 if correct else 1, "zorder": 3 if correct else 2}
-        axis.plot(steps, mem[:, digit], **style)
+    for digit in (*others, label):
+        colour = {label: utils.ORANGE, others[0]: utils.BLUE}.get(digit, PALE)
+        style = {"color": colour, "zorder": 2 if colour == PALE else 3}
+        width = 2 if digit == label else 1
+        axis.plot(steps, mem[:, digit], lw=width, label=names.get(digit), **style)
         fired = spk[:, digit] > 0
-        axis.plot(steps[fired], mem[fired, digit], "o", ms=5, color=colour, zorder=style["zorder"])
-    name_traces(axis, mem, label)
-    axis.axhline(threshold, color=utils.BLUE, linestyle="--", lw=1)
-    axis.plot([], [], color=utils.ORANGE, lw=2.4, label=f"digit {label}, the correct one")
-    axis.plot([], [], color=PALE, label="the other digits")
+        axis.plot(steps[fired], mem[fired, digit], "o", ms=5, **style)
     axis.plot([], [], "o", color=utils.GREY, label="spike")
-    axis.plot([], [], "--", color=utils.BLUE, label="threshold")
-    axis.set(xlabel="time step", ylabel="membrane potential", xlim=(0, len(mem) * 1.06 - 0.5))
-    axis.set_title(f"{heading}\nmembrane potentials of lif_out")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(loc="outside lower center", ncols=4)
+    axis.axhline(1, color=utils.GREY, linestyle="--", lw=1, label="threshold")
+    axis.set(xlabel="time step", ylabel="membrane potential (thresholds)")
+    axis.set(xlim=(0.5, len(mem) + 0.5), title=f"{heading}\nmembrane potentials of lif_out")
+    utils.whole_steps(axis)
+    figure.legend(loc="outside lower center", ncols=5)
     utils.save_figure(figure, path)
 
 
-def name_traces(axis: plt.Axes, mem: torch.Tensor, label: int) -> None:
-    """Write each trace's digit at its end, moved apart where the ends are too close."""
-    low, high = axis.get_ylim()
-    gap = (high - low) / 24
-    y = -np.inf
-    for digit in mem[-1].argsort().tolist():
-        y = max(float(mem[-1, digit]), y + gap)
-        style = {"color": utils.ORANGE, "weight": "bold"} if digit == label else {"color": utils.GREY}
-        axis.annotate(
-            str(digit),
-            (len(mem) - 1, float(mem[-1, digit])),
-            (len(mem) - 1 + len(mem) * 0.025, y),
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": "#cccccc", "lw": 0.6},
-            **style,
-        )
-
-
-def plot_tsne(features, labels, predictions, seed: int, heading: str, layer: str, path: Path) -> None:
-    """Draw the spike counts [N, features] of the last hidden layer in two dimensions, coloured by digit."""
-    if bool((features == features[0]).all()):  # scikit-learn crashes on points that are all the same
+def plot_tsne(
+    features, labels, predictions, seed: int, heading: str, layer: str, path: Path
+) -> None:
+    """Draw the spike counts [N, features] of the last hidden layer in two dimensions."""
+    if bool((features == features[0]).all()):  # on which scikit-learn crashes
         print(f"t-SNE       not drawn: {layer} answers every recording alike", file=sys.stderr)
         return
-    print(f"t-SNE       of {len(features):,} recordings", flush=True)  # scikit-learn shows no progress
+    print(f"t-SNE       of {len(features):,} recordings", flush=True)  # it shows no progress
     perplexity = min(30, (len(features) - 1) / 3)
-    points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(features.numpy())
+    points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(
+        features.numpy()
+    )
     figure, axis = plt.subplots(figsize=(8, 6.5))
-    for digit in range(nmnist.NUM_DIGITS):
+    for digit in range(NUM_DIGITS):
         chosen = labels == digit
         axis.scatter(*points[chosen].T, s=14, color=DIGIT_COLOURS[digit], label=str(digit), lw=0)
         if chosen.any():
             centre = np.median(points[chosen], axis=0)
-            axis.text(*centre, str(digit), fontsize=20, weight="bold", alpha=0.55, ha="center", va="center")
+            axis.text(
+                *centre,
+                str(digit),
+                fontsize=20,
+                weight="bold",
+                alpha=0.55,
+                ha="center",
+                va="center",
+            )
     mistakes = predictions != labels
-    axis.scatter(
-        *points[mistakes].T, s=70, facecolors="none", edgecolors="black", lw=1, label=f"mistake ({int(mistakes.sum())})"
-    )
+    style = {"s": 70, "facecolors": "none", "edgecolors": "black", "lw": 1}
+    axis.scatter(*points[mistakes].T, **style, label=f"mistake ({int(mistakes.sum())})")
     axis.set(xlabel="t-SNE dimension 1", ylabel="t-SNE dimension 2")
-    axis.set_title(f"{heading}\nt-SNE of the spike counts of {layer}, {len(labels):,} test recordings")
+    axis.set_title(
+        f"{heading}\nt-SNE of the spike counts of {layer}, {len(labels):,} test recordings"
+    )
     axis.grid(False)
     figure.legend(loc="outside right center", title="digit")
     utils.save_figure(figure, path)
 
 
-def plot_firing_rates(rates: dict[str, torch.Tensor], num_recordings: int, heading: str, path: Path) -> None:
+def plot_firing_rates(
+    rates: dict[str, torch.Tensor], num_recordings: int, heading: str, path: Path
+) -> None:
     """Draw each layer's mean firing rate [T] over time, and over all steps."""
     figure, (over_time, mean) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(2, 1))
     for i, (layer, rate) in enumerate(rates.items()):
         colour = plt.get_cmap("viridis")(i / len(rates))
-        over_time.plot(rate, color=colour, label=layer, lw=2)
+        over_time.plot(range(1, len(rate) + 1), rate, color=colour, label=layer, lw=2)
         mean.barh(layer, float(rate.mean()), color=colour)
         mean.text(float(rate.mean()), i, f" {rate.mean():.3f}", va="center")
     over_time.set(xlabel="time step", ylabel="spikes per neuron and step", ylim=(0, None))
-    over_time.xaxis.get_major_locator().set_params(integer=True)
+    utils.whole_steps(over_time)
     figure.legend(loc="outside lower center", ncols=len(rates), fontsize=9)
-    mean.set(xlabel="mean over all steps", xlim=(0, 1.25 * max(0.01, *(float(rate.mean()) for rate in rates.values()))))
+    largest = max(0.01, *(float(rate.mean()) for rate in rates.values()))
+    mean.set(xlabel="mean over all steps", xlim=(0, 1.25 * largest))
     mean.invert_yaxis()
+    mean.grid(False)
     figure.suptitle(f"{heading}\nfiring rates, mean over {num_recordings:,} test recordings")
     utils.save_figure(figure, path)
 
 
-@torch.no_grad()
-def run_test_set(network: SpikingNetwork, frames: nmnist.Frames) -> dict:
-    """Run the network over the test recordings in random order.
-
-    Returns `features` [N, hidden] (spike counts of the last hidden layer), `labels` [N], `predictions` [N] and
-    `rates`, by layer: spikes per neuron at each step, [T].
-    """
-    order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(0))
-    features, labels, predictions, totals = [], [], [], {}
-    with tqdm(desc="test", total=len(order), unit="recording", leave=False) as bar:
-        for x, batch_labels in frames.batches(order, BATCH_SIZE):
-            with LayerRecorder(network) as layers:
-                spk, mem = network(x)
-            for name, (layer_spk, _) in layers.items():
-                rate = layer_spk.flatten(2).mean(2).sum(1).cpu()
-                totals[name] = totals.get(name, 0) + rate
-            last_hidden = list(layers)[-2]
-            features.append(layers[last_hidden][0].sum(0).flatten(1).cpu())
-            labels.append(batch_labels.cpu())
-            predictions.append(predict(spk, mem, network.config.readout).cpu())
-            bar.update(len(batch_labels))
-    return {
-        "features": torch.cat(features),
-        "labels": torch.cat(labels),
-        "predictions": torch.cat(predictions),
-        "rates": {name: total / len(order) for name, total in totals.items()},
-    }
-
-
-def draw_layers(network, layers: dict, names: list[str], label: int, heading: str, args) -> None:
-    """Draw spikes and membrane potentials of the layers `names`, of one recording (a batch of one)."""
-    output_dir = Path(args.output_dir)
-    for name in names:
-        spk, mem = (values[:, 0].flatten(1) for values in layers[name])
-        neuron = network.neuron_layers()[name].neuron
-        if isinstance(neuron, ALIF):
-            thresholds = neuron.thresholds(spk)
-        else:
-            thresholds = torch.full_like(mem, float(neuron.threshold))
-        spk, mem, thresholds = spk.cpu(), mem.cpu(), thresholds.cpu()
-        plot_raster(spk, name, args.num_neurons, heading, output_dir / "spikes" / f"spike_pattern_{name}.png")
-        path = output_dir / "membrane" / f"membrane_potential_{name}.png"
-        if name == "lif_out":
-            plot_output_membranes(spk, mem, float(neuron.threshold), label, heading, path)
-        else:
-            plot_membranes(spk, mem, thresholds, name, heading, path)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args, checkpoint = parse_args(argv)
-    device = utils.pick_device(args.device)
-    utils.prepare_device(device)
-    data = nmnist.load_data(args, device)
+    args = make_parser().parse_args(argv)
+    utils.check_folder("--output_dir", args.output_dir)
+    checkpoint = utils.load_checkpoint(Path(args.save_dir) / f"{args.model}_best.pt")
+    device, trained = utils.prepare_device(args.device), checkpoint["data"]
+    args.dataset = nmnist.trained_dataset(args.data_dir, args.dataset, trained)
+    settings = argparse.Namespace(**checkpoint["settings"] | vars(args))
+    data = nmnist.load_data(settings, device, ["test"])
     if args.sample >= len(data.test):
-        raise UserError(f"--sample {args.sample}: there are {len(data.test):,} test recordings, counted from 0")
-    path = utils.checkpoint_path(args.save_dir, args.model, "best")
-    network = rebuild_network(checkpoint, path, device).eval()
+        last = len(data.test) - 1
+        raise UserError(f"--sample {args.sample}: the last test recording is {last:,}")
+    precision = utils.pick_precision("auto", device)
+    network = restore_network(checkpoint, precision=precision).to(device)
     name = f"{network.title} on {data.name}"
-    trained_on = checkpoint["data"]["data set"]
-    if trained_on != data.name:
-        name = f"{network.title}, trained on {trained_on}, on {data.name}"
-        utils.warn(f"trained on {trained_on}, drawn on {data.name}")
-    with utils.locked(args.output_dir, "figures"):
-        draw_recording(network, data.test, name, args)
-        if args.visualize_all:
-            draw_test_set(network, data.test, name, args)
+    if trained["data set"] != data.name:
+        name = f"{network.title}, trained on {trained['data set']}, on {data.name}"
+        utils.warn(f"trained on {trained['data set']}, drawn on {data.name}")
+    draw_recording(network, data.test, name, args)
+    if args.visualize_all:
+        draw_test_set(network, data.test, name, args)
 
 
-def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
-    """Return the flags and the best checkpoint, which says how recordings are binned."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    utils.check_writable("--output_dir", args.output_dir)
-    checkpoint = utils.load_checkpoint(utils.checkpoint_path(args.save_dir, args.model, "best"), args.model)
-    settings = {name: checkpoint["settings"][name] for name in nmnist.FRAME_FLAGS}
-    args, different = merge_settings(parser, argv, settings)
-    for flag, given, trained in different:
-        print(f"settings    --{flag} {given} is ignored: the network was trained with {trained}")
-        setattr(args, flag, trained)
-    args.dataset = nmnist.trained_dataset(args.dataset, args.data_dir, checkpoint["data"]["data set"])
-    return args, checkpoint
-
-
-def draw_recording(network: SpikingNetwork, frames: nmnist.Frames, name: str, args: argparse.Namespace) -> None:
-    """Draw the output layer's activity during the recording `--sample`; with `--visualize_all`, every layer's."""
+@torch.no_grad()
+def draw_recording(network: SpikingNetwork, frames: nmnist.Frames, name: str, args) -> None:
+    """Draw the output layer, or every layer, during the recording `--sample`."""
     x, label = frames.batch(torch.tensor([args.sample]))
-    with torch.no_grad(), LayerRecorder(network) as layers:
+    with ActivityMeter(network) as meter:
         prediction = int(predict(*network(x), network.config.readout))
     heading = f"{name}, test recording {args.sample}: a {int(label)}, read as {prediction}"
-    names = list(layers) if args.visualize_all else ["lif_out"]
-    draw_layers(network, layers, names, int(label), heading, args)
+    for layer in meter.outputs if args.visualize_all else ["lif_out"]:
+        spk, mem = (values[:, 0] for values in meter.outputs[layer])
+        neuron = network.neuron_layers()[layer].neuron
+        thresholds = torch.full_like(mem, float(neuron.threshold))
+        if isinstance(neuron, ALIF):
+            thresholds = neuron.thresholds(spk)
+        mem, thresholds = mem / neuron.threshold, thresholds / neuron.threshold
+        spk, mem, thresholds = spk.cpu(), mem.cpu(), thresholds.cpu()
+        path = Path(args.output_dir) / "spikes" / f"spike_pattern_{layer}.png"
+        plot_raster(spk.flatten(1), int(label), layer, args.num_neurons, heading, path)
+        path = Path(args.output_dir) / "membrane" / f"membrane_potential_{layer}.png"
+        if layer == "lif_out":
+            plot_output_membranes(spk, mem, int(label), heading, path)
+        else:
+            plot_membranes(spk, mem, thresholds, layer, heading, path)
 
 
-def draw_test_set(network: SpikingNetwork, frames: nmnist.Frames, name: str, args: argparse.Namespace) -> None:
-    """Draw t-SNE and firing rates over the test recordings."""
-    output_dir, tested = Path(args.output_dir), run_test_set(network, frames)
-    accuracy = (tested["predictions"] == tested["labels"]).double().mean()
+@torch.no_grad()
+def draw_test_set(network: SpikingNetwork, frames: nmnist.Frames, name: str, args) -> None:
+    """Draw t-SNE and firing rates over the test recordings, in random order."""
+    order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(0))
+    last_hidden, features, predictions = list(network.neuron_layers())[-2], [], []
+    bar = tqdm(desc="test", total=len(order), unit="recording", leave=False)
+    with bar, ActivityMeter(network) as meter:
+        for x, labels in frames.batches(order, BATCH_SIZE):
+            predictions.append(predict(*network(x), network.config.readout).cpu())
+            features.append(meter.outputs[last_hidden][0].sum(0).flatten(1).cpu())
+            bar.update(len(labels))
+    features, predictions = torch.cat(features), torch.cat(predictions)
+    labels = frames.labels.cpu()[order]
+    accuracy = (predictions == labels).double().mean()
     heading = f"{name}: {accuracy:.2%} of {len(frames):,} test recordings"
-    shown = (tested[key][: args.tsne_samples] for key in ("features", "labels", "predictions"))
-    last_hidden = list(tested["rates"])[-2]
-    plot_tsne(*shown, args.seed, heading, last_hidden, output_dir / "tsne" / "tsne_features.png")
-    plot_firing_rates(tested["rates"], len(frames), heading, output_dir / "firing_rates.png")
+    shown = (values[: args.tsne_samples] for values in (features, labels, predictions))
+    path = Path(args.output_dir) / "tsne" / "tsne_features.png"
+    plot_tsne(*shown, args.seed, heading, last_hidden, path)
+    rates = {layer: meter.firing_rate(layer) for layer in network.neuron_layers()}
+    plot_firing_rates(rates, len(frames), heading, Path(args.output_dir) / "firing_rates.png")
 
 
 if __name__ == "__main__":

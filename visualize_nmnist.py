@@ -5,9 +5,6 @@ python visualize_nmnist.py --split test --digit 7      # only recordings of a 7
 python visualize_nmnist.py --animate                   # also one recording as an animation
 """
 
-import utils  # must be first: Ctrl-C during the slow imports below exits with one line
-
-# isort: split
 import argparse
 from itertools import pairwise
 from pathlib import Path
@@ -19,27 +16,31 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from tqdm import tqdm
 
 import nmnist
+import utils
 from nmnist import NMNIST, SENSOR_SIZE
 from utils import OFF_COLOUR, ON_COLOUR, UserError, number
 
 MAX_COLUMNS = 12  # frames shown of a recording; of more time steps, evenly spaced ones
 RATE_MS = 5  # bin of the event rate
 RECORDINGS_PER_DIGIT = 100  # averaged for a mean event image
-GIF_FRAME_MS, SLOW_DOWN = 5, 10  # an animation's frame spans this many ms, and is shown this many times as long
+GIF_FRAME_MS = 5  # that a frame of an animation spans
+SLOW_DOWN = 10  # how many times longer it is shown
 
 Sample = tuple[int, np.ndarray, int]  # a recording's index in its split, its events, its digit
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the script's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = utils.make_parser(__doc__)
     utils.add_flag(parser, "--num_samples", 10, "recordings to draw", type=number(int, 1, 100))
     utils.add_flag(parser, "--split", "train", "part of the data set", choices=nmnist.SPLITS)
-    parser.add_argument("--digit", type=int, choices=range(10), help="draw only this digit (default: all)")
+    text = "draw only this digit (default: all)"
+    parser.add_argument("--digit", type=int, choices=range(10), help=text)
     utils.add_flag(parser, "--seed", 0, "seed of the choice", type=number(int, 0, 2**32 - 1))
     utils.add_flag(parser, "--output_dir", "./visualizations", "folder of figures")
     parser.add_argument("--animate", action="store_true", help="animate the first recording (GIF)")
-    nmnist.add_data_arguments(parser)
+    nmnist.add_data_flags(parser)
+    nmnist.add_frame_flags(parser)
     return parser
 
 
@@ -49,41 +50,46 @@ def read_events(recordings: NMNIST, index: int, denoise: int | None) -> np.ndarr
     return tonic.transforms.Denoise(denoise)(events) if denoise else events
 
 
-def choose_samples(recordings: NMNIST, num_samples: int, digit: int | None, seed: int, denoise: int | None):
-    """Return `num_samples` random recordings as a list of (index, events, digit), ordered by digit."""
-    labels = np.array(recordings.targets)
+def choose_samples(
+    recordings: NMNIST, num_samples: int, digit: int | None, seed: int, denoise: int | None
+) -> list[Sample]:
+    """Return `num_samples` random recordings, ordered by digit."""
+    labels = np.array(recordings.labels)
     indices = np.flatnonzero(labels == digit) if digit is not None else np.arange(len(labels))
     if num_samples > len(indices):
         what = "" if digit is None else f" of digit {digit}"
-        print(f"samples     only {len(indices)} {recordings.split} recordings{what}: drawing all of them")
-    chosen = np.random.default_rng(seed).permutation(indices)[:num_samples]
+        print(f"samples     only {len(indices)} {recordings.split} recordings{what}: all are drawn")
+    order = np.random.default_rng(seed).permutation(indices)
+    turn = np.zeros(len(order), int)  # the digits take turns, so that ten samples show all
+    for d in range(10):
+        turn[labels[order] == d] = np.arange((labels[order] == d).sum())
+    chosen = order[np.argsort(turn, kind="stable")][:num_samples]
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]
     samples = [(int(i), read_events(recordings, i, denoise), int(labels[i])) for i in chosen]
     for index, events, _ in samples:
         if len(events) == 0:
-            raise UserError(f"--denoise {denoise} leaves no event of {recordings.data[index]}: choose a longer time")
+            path = recordings.files[index]
+            raise UserError(f"{path} has no events left: choose a longer --denoise, fewer options")
     return samples
 
 
-def plot_samples(samples: list[Sample], time_steps: int, bin_by: str, title: str, path: Path) -> None:
+def plot_samples(
+    samples: list[Sample], time_steps: int, bin_by: str, title: str, path: Path
+) -> None:
     """Draw one row per recording, its frames over time as columns, all on the same scale."""
     bins = {"n_time_bins": time_steps} if bin_by == "time" else {"n_event_bins": time_steps}
     to_frame = tonic.transforms.ToFrame(sensor_size=SENSOR_SIZE, **bins)
     frames = np.stack([to_frame(events) for _, events, _ in samples])  # [samples, T, 2, 34, 34]
-    steps = np.unique(np.linspace(0, time_steps - 1, min(time_steps, MAX_COLUMNS)).round().astype(int))
+    steps = np.linspace(0, time_steps - 1, min(time_steps, MAX_COLUMNS)).round().astype(int)
     full = max(1.0, np.quantile(frames[frames > 0], 0.95)) if frames.any() else 1.0
-    figure, axes = plt.subplots(
-        len(samples), len(steps), figsize=(0.95 * len(steps) + 0.8, 0.95 * len(samples) + 1.2), squeeze=False
-    )
+    size = (max(7, 0.95 * len(steps) + 0.8), 0.95 * len(samples) + 1.2)  # wide enough for titles
+    figure, axes = plt.subplots(len(samples), len(steps), figsize=size, squeeze=False)
     duration = np.mean([events["t"][-1] - events["t"][0] for _, events, _ in samples]) / 1000
     for row, (_, _, digit) in enumerate(samples):
         for column, step in enumerate(steps):
             axis = axes[row, column]
             axis.imshow(utils.event_image(frames[row, step], full), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.grid(False)
-            for spine in axis.spines.values():
-                spine.set(visible=True, color="#cccccc")
+            utils.show_border(axis)
             if row == 0:
                 time = f"{(step + 0.5) * duration / time_steps:.0f} ms"
                 axis.set_title(time if bin_by == "time" else f"frame {step + 1}", fontsize=9)
@@ -108,7 +114,8 @@ def plot_events_3d(sample: Sample, title: str, path: Path) -> None:
         # The box is wider than the axes that hold it, which would cut off its ends.
         axis.scatter(chosen["t"] / 1000, chosen["x"], chosen["y"], clip_on=False, **style)
     axis.set_box_aspect((2.6, 1, 1), zoom=1.5)
-    axis.set(xlabel="time (ms)", ylabel="x (pixels)", zlabel="y (pixels)", ylim=(0, 33), zlim=(33, 0))
+    axis.set(xlabel="time (ms)", ylabel="x (pixels)", zlabel="y (pixels)")
+    axis.set(ylim=(0, 33), zlim=(33, 0))
     axis.set(yticks=(0, 15, 30), zticks=(0, 15, 30))  # 33 of both would meet in a corner
     axis.xaxis.labelpad = 14
     axis.view_init(elev=18, azim=-62)
@@ -118,18 +125,21 @@ def plot_events_3d(sample: Sample, title: str, path: Path) -> None:
 
 
 def plot_event_rate(samples: list[Sample], title: str, path: Path) -> None:
-    """Draw events per ms over time by polarity: mean and standard deviation over the samples, saccades marked."""
+    """Draw events per ms over time by polarity: mean and standard deviation over the samples."""
     end = max(events["t"].max() for _, events, _ in samples) / 1000
     edges = np.arange(0, end + RATE_MS, RATE_MS)
     figure, axis = plt.subplots(figsize=(9, 4.5))
     for polarity, colour, label in ((1, ON_COLOUR, "ON"), (0, OFF_COLOUR, "OFF")):
-        rates = np.stack([np.histogram(e["t"][e["p"] == polarity] / 1000, edges)[0] / RATE_MS for _, e, _ in samples])
+        times = [events["t"][events["p"] == polarity] / 1000 for _, events, _ in samples]
+        rates = np.stack([np.histogram(ms, edges)[0] / RATE_MS for ms in times])
         mean, spread = rates.mean(0), rates.std(0)
         centres = edges[:-1] + RATE_MS / 2
         axis.plot(centres, mean, color=colour, label=f"{label}, mean of {len(samples)} recordings")
-        axis.fill_between(centres, np.maximum(mean - spread, 0), mean + spread, color=colour, alpha=0.2, lw=0)
+        low = np.maximum(mean - spread, 0)
+        axis.fill_between(centres, low, mean + spread, color=colour, alpha=0.2, lw=0)
     axis.fill_between([], [], color=utils.GREY, alpha=0.2, label="± standard deviation")
-    axis.set(xlim=(0, edges[-1]), ylim=(0, None), xlabel="time (ms)", ylabel="events per ms", title=title)
+    axis.set(xlim=(0, edges[-1]), ylim=(0, None), title=title)
+    axis.set(xlabel="time (ms)", ylabel="events per ms")
     top = axis.get_ylim()[1]
     axis.set_ylim(0, 1.12 * top)
     for saccade, (start, stop) in enumerate(pairwise((0, *nmnist.SACCADE_ENDS)), start=1):
@@ -141,24 +151,24 @@ def plot_event_rate(samples: list[Sample], title: str, path: Path) -> None:
     utils.save_figure(figure, path)
 
 
-def plot_digits(recordings: NMNIST, digit: int | None, denoise: int | None, title: str, path: Path) -> None:
+def plot_digits(
+    recordings: NMNIST, digit: int | None, denoise: int | None, title: str, path: Path
+) -> None:
     """Draw the mean event image of each digit, or of `digit` alone, over its first recordings."""
-    labels = np.array(recordings.targets)
+    labels = np.array(recordings.labels)
     digits = range(10) if digit is None else [digit]
     to_image = tonic.transforms.ToImage(sensor_size=SENSOR_SIZE)
     means, counts = {}, {}
-    chosen = {d: np.flatnonzero(labels == d)[:RECORDINGS_PER_DIGIT] for d in digits}
-    with tqdm(desc="mean digits", total=sum(map(len, chosen.values())), unit="recording", leave=False) as bar:
-        for d, indices in chosen.items():
-            total = np.zeros((34, 34))
-            for index in indices:
-                events = read_events(recordings, index, denoise)
-                total += to_image(events).sum(0) if len(events) else 0  # denoising may leave none
-                bar.update()
-            means[d], counts[d] = total / len(indices), len(indices)
-    full = np.quantile(np.stack(list(means.values())), 0.995)  # of a few hot pixels all would look pale
-    rows, columns = (2, 5) if digit is None else (1, 1)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns + 2, 2.3 * rows + 1), squeeze=False)
+    for d in tqdm(digits, desc="mean digits", unit="digit", leave=False):
+        indices = np.flatnonzero(labels == d)[:RECORDINGS_PER_DIGIT]
+        total = np.zeros((34, 34))
+        for index in indices:
+            events = read_events(recordings, index, denoise)
+            total += to_image(events).sum(0) if len(events) else 0
+        means[d], counts[d] = total / len(indices), len(indices)
+    full = np.quantile(np.stack(list(means.values())), 0.995)  # so that hot pixels pale no others
+    rows, columns, size = (2, 5, (12.5, 5.6)) if digit is None else (1, 1, (7, 5.6))
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for axis, d in zip(axes.flat, digits, strict=True):
         image = axis.imshow(means[d], cmap="magma_r", vmin=0, vmax=full, interpolation="nearest")
         axis.set_title(f"{d}  ({counts[d]} recordings)", fontsize=10)
@@ -167,7 +177,8 @@ def plot_digits(recordings: NMNIST, digit: int | None, denoise: int | None, titl
     figure.colorbar(image, ax=axes, label="mean events per pixel", extend="max", shrink=0.8)
     figure.supxlabel("x (pixels)", fontsize=10)
     figure.supylabel("y (pixels)", fontsize=10)
-    figure.suptitle(f"{title}: the mean event image of {'each digit' if digit is None else f'digit {digit}'}")
+    what = "each digit" if digit is None else f"digit {digit}"
+    figure.suptitle(f"{title}\nmean event image of {what}")
     utils.save_figure(figure, path)
 
 
@@ -175,13 +186,14 @@ def animate(sample: Sample, title: str, path: Path) -> None:
     """Write one recording as a GIF, `SLOW_DOWN` times slower than it was."""
     index, events, digit = sample
     num_frames = max(1, int(np.ceil((events["t"][-1] + 1) / (1000 * GIF_FRAME_MS))))
-    frames = np.zeros((num_frames, 2, 34, 34))
-    np.add.at(frames, (events["t"] // (1000 * GIF_FRAME_MS), events["p"], events["y"], events["x"]), 1)
+    frames, frame = np.zeros((num_frames, 2, 34, 34)), events["t"] // (1000 * GIF_FRAME_MS)
+    np.add.at(frames, (frame, events["p"], events["y"], events["x"]), 1)
     figure, axis = plt.subplots(figsize=(4.2, 4.8))
     image = axis.imshow(utils.event_image(frames[0], 2), interpolation="nearest")
     axis.set(xlabel="x (pixels)", ylabel="y (pixels)")
     axis.grid(False)
-    figure.suptitle(f"{title}\ndigit {digit}, recording {index}, {SLOW_DOWN} times slower", fontsize=10)
+    heading = f"{title}\ndigit {digit}, recording {index}, {SLOW_DOWN} times slower"
+    figure.suptitle(heading, fontsize=10)
     utils.polarity_legend(figure)
 
     def draw(i):
@@ -190,7 +202,7 @@ def animate(sample: Sample, title: str, path: Path) -> None:
 
     draw(0)
     figure.canvas.draw()
-    figure.set_layout_engine("none")  # laid out once: again for each frame would take most of the time
+    figure.set_layout_engine("none")  # laid out once: for each frame it takes most of the time
     animation = FuncAnimation(figure, draw, frames=num_frames)
     with (
         utils.atomic_path(path) as temporary,
@@ -204,19 +216,18 @@ def animate(sample: Sample, title: str, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    utils.check_writable("--output_dir", args.output_dir)
-    (recordings,) = nmnist.open_recordings(args.data_dir, args.dataset, [args.split], **nmnist.recording_options(args))
+    utils.check_folder("--output_dir", args.output_dir)
+    (recordings,) = nmnist.open_by_flags(args, [args.split])
     samples = choose_samples(recordings, args.num_samples, args.digit, args.seed, args.denoise)
     output_dir = Path(args.output_dir)
     title = f"{recordings.name}, {'training' if args.split == 'train' else 'test'} recordings"
     title += f", denoised at {args.denoise:,} microseconds" if args.denoise else ""
-    with utils.locked(output_dir, "figures"):
-        plot_samples(samples, args.time_steps, args.bin_by, title, output_dir / "samples.png")
-        plot_events_3d(samples[0], recordings.name, output_dir / "events_3d.png")
-        plot_event_rate(samples, title, output_dir / "event_rate.png")
-        plot_digits(recordings, args.digit, args.denoise, title, output_dir / "digits.png")
-        if args.animate:
-            animate(samples[0], recordings.name, output_dir / f"sample_{samples[0][0]}.gif")
+    plot_samples(samples, args.time_steps, args.bin_by, title, output_dir / "samples.png")
+    plot_events_3d(samples[0], recordings.name, output_dir / "events_3d.png")
+    plot_event_rate(samples, title, output_dir / "event_rate.png")
+    plot_digits(recordings, args.digit, args.denoise, title, output_dir / "digits.png")
+    if args.animate:
+        animate(samples[0], recordings.name, output_dir / f"sample_{samples[0][0]}.gif")
 
 
 if __name__ == "__main__":

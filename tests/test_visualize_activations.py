@@ -2,18 +2,19 @@
 
 import sys
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from conftest import files_in, run
+from matplotlib.colors import to_hex
 from PIL import Image
 
 import nmnist
 import train_nmnist
 import utils
 import visualize_activations
-from models import load_network
-from visualize_activations import LayerRecorder
+from models import ActivityMeter, restore_network
 
 LAYERS = {
     "cnn": ["lif1", "lif2", "lif3", "lif4", "lif_out"],
@@ -21,49 +22,65 @@ LAYERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch):
+    """Draw networks in float32, so that what is drawn can be compared with thresholds exactly."""
+    monkeypatch.setattr(utils, "pick_precision", lambda name, device: "fp32")
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path_factory, monkeypatch):
+    """Start in an empty folder, in which scripts make their folders of figures."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
+
+
 @pytest.fixture(scope="module", params=["cnn", "resnet"])
 def network_dir(request, tmp_path_factory, made_data_dir):
-    """A folder with a network of either kind, trained for two epochs with 8 time steps: (model, folder).
+    """A folder with a network of either kind, trained with 8 time steps: (model, folder).
 
-    In float32, where what is drawn can be compared with thresholds exactly. In small batches, since after fewer steps
-    a layer may still be silent.
+    Two epochs in small batches, since after fewer steps a layer may still be silent.
     """
     folder = tmp_path_factory.mktemp(f"activations_{request.param}")
+    flags = ["--model", request.param, "--epochs", 2, "--time_steps", 8, "--batch_size", 8]
+    flags += ["--val_split", 0.2, "--device", "cpu", "--precision", "fp32"]
     folders = ["--data_dir", made_data_dir, "--save_dir", folder, "--log_dir", folder / "logs"]
-    flags = ["--model", request.param, "--epochs", 2, "--time_steps", 8, "--batch_size", 8, "--val_split", 0.2]
-    train_nmnist.main([str(part) for part in (*folders, *flags, "--device", "cpu", "--precision", "fp32")])
+    train_nmnist.main([str(part) for part in (*flags, *folders)])
     return request.param, folder
 
 
 def draw(network_dir, data_dir, *flags):
+    """Draw the network in a folder in this process."""
     model, folder = network_dir
     common = ["--model", model, "--save_dir", folder, "--data_dir", data_dir, "--device", "cpu"]
     visualize_activations.main([str(part) for part in (*common, *flags)])
 
 
 def activity(network_dir, data_dir, sample):
-    """Run the network on one test recording; return its layers' (spk, mem) [T, neurons], and the network."""
+    """Return what the layers do during one test recording, by name: (spk, mem), both [T, ...]."""
     model, folder = network_dir
-    checkpoint = utils.load_checkpoint(folder / f"{model}_best.pt", model)
-    network = load_network(checkpoint, torch.device("cpu")).eval()
-    frames = nmnist.load_frames(nmnist.NMNIST(data_dir, "test"), 8)
-    with torch.no_grad(), LayerRecorder(network) as layers:
+    network = restore_network(utils.load_checkpoint(folder / f"{model}_best.pt"))
+    frames = nmnist.load_frames(nmnist.NMNIST(data_dir / "NMNIST" / "Test", "test"), 8)
+    with torch.no_grad(), ActivityMeter(network) as meter:
         network(frames.batch(torch.tensor([sample]))[0])
-    return {name: [x[:, 0].flatten(1) for x in values] for name, values in layers.items()}, network
+    return {name: [x[:, 0] for x in out] for name, out in meter.outputs.items()}
 
 
-def test_all_figures_are_written(network_dir, made_data_dir, tmp_path, capsys):
+def test_all_figures_are_written(network_dir, made_data_dir, tmp_path, monkeypatch, capsys):
+    """By the script, whatever backend of matplotlib the environment names."""
     model, folder = network_dir
     folders = ["--save_dir", folder, "--data_dir", made_data_dir, "--output_dir", tmp_path]
-    flags = ["--model", model, "--visualize_all", "--time_steps", 9]
-    if model == "cnn":  # as a user does; the other in this process, which starts faster
-        result = run(sys.executable, "visualize_activations.py", *flags, *folders)
+    command = ["visualize_activations.py", "--model", model, "--visualize_all", *folders]
+    command = [str(part) for part in command]
+    if model == "cnn":
+        monkeypatch.setenv("MPLBACKEND", "module://nowhere")
+        result = run(sys.executable, *command)
         assert result.returncode == 0, result.stderr
         output = result.stdout
-    else:
-        visualize_activations.main([str(part) for part in (*flags, *folders)])
+    else:  # in this process, which starts faster
+        monkeypatch.setattr(sys, "argv", command)
+        with plt.rc_context():
+            utils.run_script(visualize_activations.main)
         output = capsys.readouterr().out
-    assert "--time_steps 9 is ignored: the network was trained with 8" in output
     expected = {f"spikes/spike_pattern_{layer}.png" for layer in LAYERS[model]}
     expected |= {f"membrane/membrane_potential_{layer}.png" for layer in LAYERS[model]}
     expected |= {"tsne/tsne_features.png", "firing_rates.png"}
@@ -81,38 +98,78 @@ def test_without_visualize_all_only_the_output_is_drawn(network_dir, made_data_d
 
 
 def test_rasters_show_the_spikes_of_the_layers(network_dir, made_data_dir, figures):
+    """Of a larger layer, those of neurons from the least to the most active."""
     draw(network_dir, made_data_dir, "--visualize_all", "--sample", 11, "--num_neurons", 64)
-    layers, _ = activity(network_dir, made_data_dir, 11)
+    layers = activity(network_dir, made_data_dir, 11)
     assert list(layers) == LAYERS[network_dir[0]]
     for name, (spk, _) in layers.items():
         axis = figures[f"spike_pattern_{name}.png"].axes[0]
-        drawn = len(axis.collections[0].get_offsets())
-        shown = min(64, spk.shape[1])
-        assert drawn == int(spk.sum(0).sort(descending=True).values[:shown].sum())
+        dots = axis.collections[0].get_offsets()
+        steps, rows = np.asarray(dots).T.astype(int)
+        drawn = [tuple(sorted(steps[rows == row])) for row in range(max(rows) + 1)]
+        trains = [tuple(1 + np.flatnonzero(train)) for train in spk.flatten(1).T]
+        if name == "lif_out":
+            assert drawn == trains[: len(drawn)]
+            assert sum(map(len, drawn)) == spk.sum()
+        else:
+            firing = sorted((train for train in trains if train), key=len)
+            assert len(drawn) == min(64, len(firing))
+            assert set(drawn) <= set(firing)
+            counts = [len(train) for train in drawn]
+            assert counts == sorted(counts)
+            assert (counts[0], counts[-1]) == (len(firing[0]), len(firing[-1]))
+            assert f"{len(drawn)} of {len(firing):,} that fire" in axis.get_title()
         assert f"{spk.mean():.3f}" in axis.get_title()
-        assert ("most active" in axis.get_title()) == (spk.shape[1] > 64)
         assert axis.get_xlabel() == "time step"
 
 
-def test_spikes_are_marked_where_membranes_exceed_their_thresholds(network_dir, made_data_dir, figures):
+def test_the_output_raster_highlights_the_true_digit(network_dir, made_data_dir, figures):
+    draw(network_dir, made_data_dir, "--sample", 29)  # the last test recording: a 9
+    dots = figures["spike_pattern_lif_out.png"].axes[0].collections[0]
+    digits = np.asarray(dots.get_offsets())[:, 1]
+    for digit, colour in zip(digits, dots.get_facecolors(), strict=True):
+        assert to_hex(colour).upper() == (utils.ORANGE if digit == 9 else utils.BLUE)
+
+
+def test_spikes_are_marked_where_membranes_exceed_thresholds(network_dir, made_data_dir, figures):
+    """A trace is that of the neuron whose place stands beside it."""
     draw(network_dir, made_data_dir, "--visualize_all")
+    layers = activity(network_dir, made_data_dir, 0)
     for name in LAYERS[network_dir[0]][:-1]:
-        for axis in figures[f"membrane_potential_{name}.png"].axes:
+        axes = figures[f"membrane_potential_{name}.png"].axes
+        assert len(axes) == 5
+        for axis in axes:
             membrane, threshold, spikes = axis.lines
-            above = np.flatnonzero(membrane.get_ydata() > threshold.get_ydata())
-            assert spikes.get_xdata().tolist() == above.tolist()
-    moving = [line.get_ydata() for line in figures["membrane_potential_lif1.png"].axes[0].lines][1]
-    assert (np.ptp(moving) > 0) == (network_dir[0] == "resnet")  # ALIF's threshold moves, LIF's does not
+            above = membrane.get_ydata() > threshold.get_ydata()
+            assert spikes.get_xdata().tolist() == (1 + np.flatnonzero(above)).tolist()
+            assert above.any()
+            place = tuple(int(i) for i in axis.get_ylabel().split(", "))
+            _, mem = layers[name]
+            np.testing.assert_allclose(membrane.get_ydata(), mem[:, *place], rtol=1e-4, atol=1e-4)
+    _, threshold, _ = figures["membrane_potential_lif1.png"].axes[0].lines
+    moves = np.ptp(threshold.get_ydata()) > 0
+    assert moves == (network_dir[0] == "resnet")  # ALIF's threshold moves, LIF's does not
 
 
-def test_the_output_figure_names_every_trace_and_highlights_the_correct_one(network_dir, made_data_dir, figures):
+def test_the_output_figure_shows_every_digit_and_highlights_the_true_one(
+    network_dir, made_data_dir, figures
+):
     draw(network_dir, made_data_dir, "--sample", 29)  # the last test recording: a 9
     axis = figures["membrane_potential_lif_out.png"].axes[0]
-    assert sorted(text.get_text() for text in axis.texts) == [str(digit) for digit in range(10)]
-    assert [text.get_text() for text in axis.texts if text.get_weight() == "bold"] == ["9"]
-    layers, _ = activity(network_dir, made_data_dir, 29)
-    front = max((line for line in axis.lines if len(line.get_xdata()) == 8), key=lambda line: line.get_linewidth())
-    np.testing.assert_allclose(front.get_ydata(), layers["lif_out"][1][:, 9], rtol=1e-5)
+    _, mem = activity(network_dir, made_data_dir, 29)["lif_out"]
+    traces = [line.get_ydata() for line in axis.lines if line.get_linestyle() == "-"]
+    traces = np.stack([trace for trace in traces if len(trace) == 8])
+    assert len(traces) == 10
+    for digit in range(10):
+        assert np.isclose(traces, mem[:, digit], rtol=1e-4, atol=1e-4).all(1).any()
+    named = {line.get_label(): line for line in axis.lines}
+    others = mem.mean(0)
+    others[9] = -torch.inf
+    strongest = int(others.argmax())
+    for digit, name in ((9, "the true digit"), (strongest, "the strongest other")):
+        trace = named[f"{digit}, {name}"]
+        np.testing.assert_allclose(trace.get_ydata(), mem[:, digit], rtol=1e-4, atol=1e-4)
+    assert named["9, the true digit"].get_color() == utils.ORANGE
     assert "a 9, read as" in axis.get_title()
 
 
@@ -124,36 +181,55 @@ def test_tsne_and_firing_rates_cover_the_test_recordings(network_dir, made_data_
     assert "20 test recordings" in axis.get_title()
     over_time, means = figures["firing_rates.png"].axes
     assert [line.get_label() for line in over_time.lines] == LAYERS[network_dir[0]]
-    spikes = [activity(network_dir, made_data_dir, sample)[0]["lif1"][0].mean(1) for sample in range(30)]
-    np.testing.assert_allclose(over_time.lines[0].get_ydata(), torch.stack(spikes).mean(0), rtol=1e-4)
-    assert f"{torch.stack(spikes).mean():.3f}" in means.texts[0].get_text()
+    activities = (activity(network_dir, made_data_dir, sample) for sample in range(30))
+    rates = torch.stack([layers["lif1"][0].flatten(1).mean(1) for layers in activities])
+    np.testing.assert_allclose(over_time.lines[0].get_ydata(), rates.mean(0), rtol=1e-4)
+    assert list(over_time.lines[0].get_xdata()) == list(range(1, 9))
+    assert f"{rates.mean():.3f}" in means.texts[0].get_text()
 
 
 def test_a_silent_layer_gets_a_message_instead_of_a_tsne(figures, capsys, tmp_path):
-    labels = torch.arange(10)
-    visualize_activations.plot_tsne(torch.zeros(10, 4), labels, labels, 0, "heading", "lif4", tmp_path / "tsne.png")
+    labels, path = torch.arange(10), tmp_path / "tsne.png"
+    spikes = torch.zeros(10, 4)
+    visualize_activations.plot_tsne(spikes, labels, labels, 0, "heading", "lif4", path)
     assert not figures
     assert "lif4 answers every recording alike" in capsys.readouterr().err
 
 
-def test_missing_checkpoints_recordings_and_folders_are_refused(network_dir, made_data_dir, tmp_path):
-    model, folder = network_dir
-    flags = ["--model", model, "--data_dir", str(made_data_dir)]
-    with pytest.raises(utils.UserError, match=rf"{model}_best\.pt: .*`python train_nmnist.py --model {model}`"):
-        visualize_activations.main([*flags, "--save_dir", str(tmp_path)])
-    with pytest.raises(utils.UserError, match="--sample 30: there are 30 test recordings"):
-        visualize_activations.main([*flags, "--save_dir", str(folder), "--sample", "30", "--output_dir", str(tmp_path)])
+def test_missing_checkpoints_recordings_and_folders_are_refused(
+    network_dir, made_data_dir, tmp_path
+):
+    model, _ = network_dir
+    output = ["--output_dir", tmp_path / "figures"]
+    message = rf"{model}_best\.pt: .*`python train_nmnist\.py --model {model}"
+    with pytest.raises(utils.UserError, match=message):
+        draw((model, tmp_path), made_data_dir, *output)
+    with pytest.raises(utils.UserError, match="--sample 30: the last test recording is 29"):
+        draw(network_dir, made_data_dir, "--sample", 30, *output)
     (tmp_path / "file").touch()
-    with pytest.raises(utils.UserError, match=r"--output_dir .*file is not a folder"):
-        visualize_activations.main([*flags, "--save_dir", str(folder), "--output_dir", str(tmp_path / "file")])
-    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+    with pytest.raises(utils.UserError, match=r"--output_dir .*file can't be written to"):
+        draw(network_dir, made_data_dir, "--output_dir", tmp_path / "file")
+    assert files_in(tmp_path) == {tmp_path / "file"}
 
 
 def test_a_checkpoint_without_its_network_is_refused(network_dir, made_data_dir, tmp_path):
     model, folder = network_dir
-    checkpoint = utils.load_checkpoint(folder / f"{model}_best.pt", model)
+    checkpoint = utils.load_checkpoint(folder / f"{model}_best.pt")
     utils.save_tensors(tmp_path / f"{model}_best.pt", checkpoint | {"network": {}})
-    flags = ["--model", model, "--data_dir", str(made_data_dir), "--output_dir", str(tmp_path / "figures")]
-    with pytest.raises(utils.UserError, match=rf"{model}_best\.pt does not hold the network it names"):
-        visualize_activations.main([*flags, "--save_dir", str(tmp_path)])
-    assert not (tmp_path / "figures").exists()
+    with pytest.raises(utils.UserError, match=rf"{model}_best\.pt"):
+        draw((model, tmp_path), made_data_dir, "--output_dir", tmp_path / "figures")
+    assert files_in(tmp_path) == {tmp_path / f"{model}_best.pt"}
+
+
+def test_figures_on_other_recordings_than_trained_on_say_so(
+    network_dir, made_data_dir, tmp_path, figures, capsys
+):
+    for part in ("Train", "Test"):
+        (tmp_path / "NMNIST").mkdir(exist_ok=True)
+        (tmp_path / "NMNIST" / part).symlink_to(made_data_dir / "NMNIST" / part)
+    utils.write_json(tmp_path / "NMNIST" / "simulator.json", {"images": "letters.npz"})
+    draw(network_dir, tmp_path)
+    name = "SimulatedNMNIST (letters.npz)"
+    assert f"WARNING: trained on NMNIST, drawn on {name}" in capsys.readouterr().err
+    title = figures["spike_pattern_lif_out.png"].axes[0].get_title()
+    assert f"trained on NMNIST, on {name}" in title

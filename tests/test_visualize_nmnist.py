@@ -13,16 +13,33 @@ import utils
 import visualize_nmnist
 
 
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path_factory, monkeypatch):
+    """Start in an empty folder, in which scripts make their folders of figures."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
+
+
 def draw(data_dir, *flags):
+    """Draw the recordings in a folder in this process."""
     visualize_nmnist.main([str(part) for part in ("--data_dir", data_dir, *flags)])
 
 
-def test_all_figures_are_written(tmp_path, made_data_dir):
-    flags = ["--num_samples", 4, "--time_steps", 10, "--split", "test", "--animate", "--output_dir", tmp_path]
-    result = run(sys.executable, "visualize_nmnist.py", "--data_dir", made_data_dir, *flags)
+@pytest.fixture
+def recordings(made_data_dir):
+    """The 30 made-up test recordings."""
+    return nmnist.NMNIST(made_data_dir / "NMNIST" / "Test", "test")
+
+
+def test_all_figures_are_written(tmp_path, made_data_dir, recordings, monkeypatch):
+    """By the script, whatever backend of matplotlib the environment names."""
+    monkeypatch.setenv("MPLBACKEND", "module://nowhere")
+    flags = ["--num_samples", 4, "--time_steps", 10, "--split", "test", "--animate"]
+    folders = ["--data_dir", made_data_dir, "--output_dir", tmp_path]
+    result = run(sys.executable, "visualize_nmnist.py", *flags, *folders)
     assert result.returncode == 0, result.stderr
     (animation,) = tmp_path.glob("sample_*.gif")
-    figures = [tmp_path / name for name in ("samples.png", "events_3d.png", "event_rate.png", "digits.png")]
+    names = ("samples.png", "events_3d.png", "event_rate.png", "digits.png")
+    figures = [tmp_path / name for name in names]
     assert files_in(tmp_path) == {*figures, animation}
     for path in (*figures, animation):
         kind = "animation" if path == animation else "figure"
@@ -31,7 +48,7 @@ def test_all_figures_are_written(tmp_path, made_data_dir):
         assert width >= 300
         assert height >= 300
     index = int(animation.stem.split("_")[1])
-    events, _ = nmnist.NMNIST(made_data_dir, "test")[index]
+    events, _ = recordings[index]
     image = Image.open(animation)
     assert image.n_frames == -(-(events["t"][-1] + 1) // 5000)  # 5 ms each
     assert image.info["duration"] == 50  # so ten times slower than it was
@@ -62,7 +79,8 @@ def test_samples_are_rows_of_frames(made_data_dir, figures, time_steps, columns)
     assert "NMNIST" in figure.get_suptitle()
     # The position of a made-up recording's blob tells its digit: the images of a row show it there.
     for row, digit in enumerate(digits):
-        ink = sum(3 - axis.images[0].get_array().sum(-1) for axis in images[row * columns : (row + 1) * columns])
+        drawn = [axis.images[0] for axis in images[row * columns : (row + 1) * columns]]
+        ink = sum(3 - image.get_array().sum(-1) for image in drawn)
         y, x = np.unravel_index(ink.argmax(), ink.shape)
         assert 8 + 14 * (digit // 5) <= y <= 11 + 14 * (digit // 5)
         assert 4 + 6 * (digit % 5) <= x <= 9 + 6 * (digit % 5)
@@ -78,25 +96,28 @@ def test_event_rates_sum_to_the_number_of_events(made_data_dir, figures):
     assert {text.get_text() for text in axis.texts} == {"saccade 1", "saccade 2", "saccade 3"}
 
 
-def test_the_3d_figure_shows_every_event_by_polarity(made_data_dir, figures):
+def test_the_3d_figure_shows_every_event_by_polarity(made_data_dir, recordings, figures):
     draw(made_data_dir, "--num_samples", 1, "--split", "test", "--seed", 3)
     axis = figures["events_3d.png"].axes[0]
     index = np.random.default_rng(3).permutation(30)[0]
-    events, digit = nmnist.NMNIST(made_data_dir, "test")[index]
+    events, digit = recordings[index]
     on, off = (len(cloud._offsets3d[0]) for cloud in axis.collections)
     assert (on, off) == (int(events["p"].sum()), int((1 - events["p"]).sum()))
-    assert not any(cloud.get_clip_on() for cloud in axis.collections)  # the box is wider than its axes
-    assert f"digit {digit}, recording {index}, 400 events" in figures["events_3d.png"].get_suptitle()
-    assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_zlabel()) == ("time (ms)", "x (pixels)", "y (pixels)")
+    # The box is wider than its axes.
+    assert not any(cloud.get_clip_on() for cloud in axis.collections)
+    title = figures["events_3d.png"].get_suptitle()
+    assert f"digit {digit}, recording {index}, 400 events" in title
+    labels = axis.get_xlabel(), axis.get_ylabel(), axis.get_zlabel()
+    assert labels == ("time (ms)", "x (pixels)", "y (pixels)")
 
 
-def test_mean_event_images_are_means(made_data_dir, figures):
+def test_mean_event_images_are_means(made_data_dir, recordings, figures):
     draw(made_data_dir, "--num_samples", 1, "--split", "test")
     panels = [axis for axis in figures["digits.png"].axes if axis.images]
-    assert [axis.get_title() for axis in panels] == [f"{digit}  (3 recordings)" for digit in range(10)]
-    recordings = nmnist.NMNIST(made_data_dir, "test")
+    titles = [axis.get_title() for axis in panels]
+    assert titles == [f"{digit}  (3 recordings)" for digit in range(10)]
     expected = np.zeros((34, 34))
-    for index in np.flatnonzero(np.array(recordings.targets) == 7):
+    for index in np.flatnonzero(np.array(recordings.labels) == 7):
         events, _ = recordings[index]
         np.add.at(expected, (events["y"], events["x"]), 1 / 3)
     np.testing.assert_allclose(panels[7].images[0].get_array(), expected)
@@ -111,12 +132,40 @@ def test_one_digit_with_fewer_recordings_than_asked_for(made_data_dir, figures, 
 
 
 def test_denoising_that_leaves_no_events_is_refused(tmp_path):
-    data_dir = tmp_path
+    events = np.zeros(2, nmnist.NMNIST.dtype)  # two, far apart: nothing but noise
+    events["x"], events["y"], events["t"] = [2, 30], [2, 30], [100_000, 300_000]
     for folder in ("Train", "Test"):
-        for digit in range(10):  # two events far apart: nothing but noise
-            events = np.zeros(2, nmnist.NMNIST.dtype)
-            events["x"], events["y"], events["t"] = [2, 30], [2, 30], [100_000, 300_000]
-            (data_dir / "NMNIST" / folder / str(digit)).mkdir(parents=True)
-            nmnist.write_recording(data_dir / "NMNIST" / folder / str(digit) / "00001.bin", events)
-    with pytest.raises(utils.UserError, match=r"--denoise 1000 leaves no event of .*00001\.bin"):
-        visualize_nmnist.main(["--data_dir", str(data_dir), "--denoise", "1000", "--output_dir", str(tmp_path / "out")])
+        for digit in range(10):
+            path = tmp_path / "NMNIST" / folder / str(digit) / "00001.bin"
+            path.parent.mkdir(parents=True)
+            nmnist.write_recording(path, events)
+    message = r"00001\.bin has no events left: choose a longer --denoise"
+    with pytest.raises(utils.UserError, match=message):
+        draw(tmp_path, "--denoise", 1000, "--output_dir", tmp_path / "out")
+
+
+def test_importing_modules_changes_nothing_outside_them(monkeypatch):
+    """No backend and no setting of matplotlib, no environment variable, no signal handler."""
+    monkeypatch.setenv("MPLBACKEND", "svg")
+    code = """
+import os, signal
+import matplotlib.pyplot, seaborn, sklearn.manifold, snntorch.spikeplot, tonic, torch
+def outside():
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    return dict(matplotlib.rcParams), dict(os.environ), handlers
+before = outside()
+import models, nmnist, train_nmnist, utils, visualize_activations, visualize_nmnist
+assert outside() == before
+assert matplotlib.get_backend() == "svg"
+"""
+    result = run(sys.executable, "-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("script", ["nmnist.py", "train_nmnist.py"])
+def test_scripts_start_whatever_backend_the_environment_names(script, monkeypatch):
+    """As a notebook's shell names its own."""
+    monkeypatch.setenv("MPLBACKEND", "module://nowhere")
+    result = run(sys.executable, script, "--help")
+    assert result.returncode == 0, result.stderr
+    assert f"python {script}" in result.stdout
