@@ -81,13 +81,13 @@ class SpikingNetwork(nn.Module):
         """
         if frames.dim() != 5 or frames.shape[2:] != (2, 34, 34) or len(frames) == 0:
             raise ValueError(f"frames are {list(frames.shape)}; they must be [T, B, 2, 34, 34]")
-        frames = to_channels_first(to_channels_last(frames.to(self.dtype)).contiguous())
+        frames = as_indexed(as_stored(frames.to(self.dtype)).contiguous())
         with torch.autocast(frames.device.type, self.dtype, enabled=self.dtype != torch.float32):
             spk, mem = self.forward_layers(frames)
         return spk.float(), mem.float()
 
     def forward_layers(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map frames, stored channels-last, to (spk, mem) of the output neurons."""
+        """Map frames, stored as `as_stored` says, to (spk, mem) of the output neurons."""
         raise NotImplementedError
 
     def make_lif(self) -> snn.SpikingNeuron:
@@ -159,7 +159,7 @@ class SpikingCNN(SpikingNetwork):
         spk, _ = self.lif1(each_frame(frames, self.conv1, self.norm1))
         spk, _ = self.lif2(each_frame(spk, self.conv2, self.norm2))
         spk, _ = self.lif3(each_frame(spk, self.conv3, self.norm3))
-        spk, _ = self.lif4(each_frame(flatten(spk), self.fc1, self.norm4))
+        spk, _ = self.lif4(each_frame(flatten_stored(spk), self.fc1, self.norm4))
         return self.lif_out(each_frame(self.dropout(spk), self.fc_out, self.norm_out))
 
 
@@ -199,7 +199,7 @@ class SpikingResNet(SpikingNetwork):
     def forward_layers(self, frames):
         spk, _ = self.lif1(each_frame(frames, self.conv1, self.norm1))
         spk = self.res2(self.res1(spk))
-        spk, _ = self.fc_syn(each_frame(flatten(spk), self.fc1, self.norm2))
+        spk, _ = self.fc_syn(each_frame(flatten_stored(spk), self.fc1, self.norm2))
         return self.lif_out(each_frame(self.dropout(spk), self.fc_out, self.norm_out))
 
 
@@ -224,7 +224,7 @@ class ResidualBlock(nn.Module):
         self.norm2 = init_norm(nn.BatchNorm2d(out_channels), config)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         with torch.no_grad():
-            self.shortcut.weight *= initial_current(config)  # it has no norm whose weight could be
+            self.shortcut.weight *= initial_current(config)  # as the weight of norm2 is
         self.lif2 = lif()
 
     def forward(self, spk):
@@ -254,8 +254,6 @@ def restore_network(checkpoint: dict, **options) -> SpikingNetwork:
 
 def init_norm(norm: nn.Module, config: NetworkConfig, scale: float = 1.0) -> nn.Module:
     """Let a norm start with currents of `scale` times `initial_current`; return it."""
-    # Not torch's 0.1, with which the first epoch of a small data set ends with a silent network.
-    norm.momentum = 0.2
     nn.init.constant_(norm.weight, initial_current(config) * scale)
     return norm
 
@@ -273,10 +271,10 @@ def initial_current(config: NetworkConfig) -> float:
 
 
 def input_scale(decay: float) -> float:
-    """Return the factor on an input with which its leaky sum over time keeps the input's size.
+    """Return the factor on an input with which its leaky sum over time is about as large.
 
-    The sum multiplies noise by (1 - decay**2)**-0.5 and a constant by 1 / (1 - decay); the factor
-    (1 - decay)**0.5 is a compromise. The floor keeps it above 0 if decay is 1.
+    A compromise between (1 - decay**2)**0.5, which keeps the variance of white noise, and
+    1 - decay, which keeps a constant. The floor keeps it above 0 if decay is 1.
     """
     return max(1 - decay, 0.01) ** 0.5
 
@@ -317,14 +315,14 @@ def leading_digits(spk: torch.Tensor, readout: str) -> torch.Tensor:
 
 
 def digit_scores(spk: torch.Tensor, mem: torch.Tensor | None, readout: str) -> torch.Tensor:
-    """Return what a readout has for each digit after each time step, [T, B, 10].
+    """Return the score of each digit for a readout after each time step, [T, B, 10].
 
     'membrane': the mean membrane potential so far; 'rate': the firing rate so far; 'latency': minus
     the number of steps without a spike before the first.
     """
     if readout == "latency":
         return -(spk.cumsum(0) == 0).float().cumsum(0)
-    # Means, not sums: a sum grows faster than what it tells, and no temperature fits all steps.
+    # Means: sums grow faster than what they tell, and no temperature would fit all steps.
     values = mem if readout == "membrane" else spk
     steps = torch.arange(1, len(values) + 1, device=values.device)
     return values.cumsum(0) / steps.view(-1, 1, 1)
@@ -338,8 +336,8 @@ def confidence(spk, mem, readout: str, temperature: float) -> torch.Tensor:
 def fit_temperature(spk, mem, readout: str, labels: torch.Tensor) -> float:
     """Return the temperature with which confidences fit best: the smallest mean cross entropy.
 
-    The mean is over all time steps and recordings, labels [B]. The best to a fourth of an octave,
-    from about 1/64 to 16 standard deviations of the scores. Source: Guo et al. 2017, "On
+    The mean is over all time steps and recordings, labels [B]. Searched in steps
+    of 2**0.25, from 1/64 to 16 standard deviations of the scores. Source: Guo et al. 2017, "On
     calibration of modern neural networks".
     """
     scores = digit_scores(spk, mem, readout).flatten(0, 1)
@@ -389,9 +387,9 @@ class OverTime(nn.Module):
 
 
 class Fused(OverTime):
-    """The same by compiled kernels, several times as fast, for three kinds of neurons.
+    """Runs a neuron like `OverTime` by compiled kernels, several times as fast.
 
-    They are `snn.Leaky`, `snn.Synaptic` and `ALIF` with scalar parameters, of which `beta` may be
+    It takes `snn.Leaky`, `snn.Synaptic` and `ALIF` with scalar parameters, of which `beta` may be
     learned, reset by subtraction, and `FastSigmoid`. Raises `ValueError` for anything else.
     """
 
@@ -414,10 +412,10 @@ class Fused(OverTime):
             params = beta, neuron.threshold, alpha.clamp(0, 1), zero, zero
         else:
             params = beta, neuron.threshold, None, None, None
-        cur = to_channels_last(cur)
+        cur = as_stored(cur)
         slope = neuron.spike_grad.slope
         outputs = FusedNeuron.apply(cur.flatten(1).contiguous(), slope, *params)
-        return tuple(to_channels_first(x.view(cur.shape)) for x in outputs)
+        return tuple(as_indexed(x.view(cur.shape)) for x in outputs)
 
 
 def can_fuse(neuron: snn.SpikingNeuron) -> bool:
@@ -459,8 +457,8 @@ class ALIF(snn.SpikingNeuron):
         S[t] = (U[t] > threshold[t])
 
         alif = ALIF(alpha=0.9, beta=0.5, adapt_scale=0.5)
-        spk, adapt, mem = alif(cur[0])                     # starts with zero state
-        spk, adapt, mem = alif(cur[1], spk, adapt, mem)    # without states, it goes on from its own
+        spk, adapt, mem = alif.reset_mem()
+        spk, adapt, mem = alif(cur[0], spk, adapt, mem)    # without states, it goes on from its own
 
     The reset's spikes carry no gradient, as in snnTorch; the adaptation's do. With adapt_scale = 0
     it is `snn.Leaky`. Source: Bellec et al. 2018, "Long short-term memory and learning-to-learn in
@@ -520,7 +518,7 @@ class ALIF(snn.SpikingNeuron):
 
 
 class ReLU(nn.Module):
-    """In place of neurons in a network without spikes: cur -> (its positive part, cur)."""
+    """Stands in for neurons in a network without spikes: returns (relu(cur), cur)."""
 
     def forward(self, cur):
         return torch.relu(cur), cur
@@ -565,29 +563,29 @@ def each_frame(x: torch.Tensor, *layers: Callable) -> torch.Tensor:
     return out.unflatten(0, x.shape[:2])
 
 
-# Images are indexed [T, B, C, H, W] but stored channels-last: pooling and the backward pass of
-# convolutions are several times faster on a CPU that way. Kernels see [T, B, H, W, C], uncopied.
+# Images are indexed [T, B, C, H, W] but stored [T, B, H, W, C], as `torch.channels_last` frames:
+# pooling and the backward pass of convolutions are several times faster on a CPU that way.
 
 
-def to_channels_last(x: torch.Tensor) -> torch.Tensor:
-    """View images [T, B, C, H, W] as [T, B, H, W, C]; return anything else as it is."""
+def as_stored(x: torch.Tensor) -> torch.Tensor:
+    """View images [T, B, C, H, W] as [T, B, H, W, C], uncopied; return anything else as it is."""
     return x.movedim(2, -1) if x.dim() == 5 else x
 
 
-def to_channels_first(x: torch.Tensor) -> torch.Tensor:
-    """Undo `to_channels_last`."""
+def as_indexed(x: torch.Tensor) -> torch.Tensor:
+    """View images [T, B, H, W, C] as [T, B, C, H, W]; return anything else as it is."""
     return x.movedim(-1, 2) if x.dim() == 5 else x
 
 
-def flatten(x: torch.Tensor) -> torch.Tensor:
+def flatten_stored(x: torch.Tensor) -> torch.Tensor:
     """Flatten images [T, B, C, H, W] in the order in which they are stored: [T, B, H * W * C]."""
-    return to_channels_last(x).flatten(2)
+    return as_stored(x).flatten(2)
 
 
 def stack_steps(steps: list[torch.Tensor]) -> torch.Tensor:
     """Stack steps [B, ...] along a new first dimension, images in channels-last format."""
     if steps[0].dim() == 4:
-        return to_channels_first(torch.stack([step.movedim(1, -1) for step in steps]))
+        return as_indexed(torch.stack([step.movedim(1, -1) for step in steps]))
     return torch.stack(steps)
 
 
@@ -631,7 +629,8 @@ class FusedNeuron(torch.autograd.Function):
         grad_spk = torch.zeros_like(spk) if grad_spk is None else grad_spk.contiguous()
         # Without gradients of mem, grad_spk times 0 stands in: no other variant is compiled.
         scales = (0.0 if grad_mem is None else 1.0, ctx.slope)
-        scales = tuple(torch.full((), x, device=spk.device) for x in scales)  # tensor() would wait
+        # torch.full, since torch.tensor would synchronize with a GPU.
+        scales = tuple(torch.full((), x, device=spk.device) for x in scales)
         grad_mem = grad_spk if grad_mem is None else grad_mem.contiguous()
         grad_cur = torch.empty_like(spk)
         state = (*zeros(spk, 1), *((None, None) if adapt is None else zeros(spk, 2)))
@@ -658,13 +657,14 @@ def neuron_forward(cur, spks, mems, adapts, state, params):
     """
     beta, threshold, syn_alpha, adapt_alpha, adapt_scale = params
     mem, spk, syn, adapt = state
-    threshold_now = threshold if adapt_scale is None else threshold + adapt_scale * adapt
+    leaky = adapt_scale is None  # neither synaptic current nor adaptation
+    threshold_now = threshold if leaky else threshold + adapt_scale * adapt
     for t in range(len(spks)):
         current = cur[t].float()
-        if adapt_scale is not None:
+        if not leaky:
             syn = current = syn_alpha * syn + current
         mem = beta * mem + current - spk * threshold_now
-        if adapt_scale is not None:
+        if not leaky:
             adapt = adapt_alpha * adapt + (1 - adapt_alpha) * spk
             threshold_now = threshold + adapt_scale * adapt
             adapts[t].copy_(adapt)
@@ -693,25 +693,27 @@ def neuron_backward(
     `grads` are those of (spk, mem), [steps, N]; `scales` are a factor of the second and the slope.
     `spks`, `mems` and `adapts` [steps, N] are those of the forward pass. If beta is learned,
     `prev_mems` are the potentials one step earlier, and `grad_beta` [N] is its gradient so far.
-    `state` is (dU, dI_syn, da) of the step after. Returns the new state and grad_beta.
+    `state` is (grad_mem, grad_syn, grad_adapt), above dU, dI_syn and da, of the step after.
+    Returns the new state and grad_beta.
     """
     beta, threshold, syn_alpha, adapt_alpha, adapt_scale = params
     grad_mem_scale, slope = scales
     grad_spks, grad_mems = grads
     grad_mem, grad_syn, grad_adapt = state
+    leaky = adapt_scale is None
     for t in reversed(range(len(grad_curs))):
         grad_spk = grad_spks[t].float()
         threshold_now = threshold
-        if adapt_scale is not None:
+        if not leaky:
             grad_spk = grad_spk + (1 - adapt_alpha) * grad_adapt
             threshold_now = threshold + adapt_scale * adapts[t].float()
         grad_fire = grad_spk / (1 + slope * (mems[t].float() - threshold_now).abs()) ** 2
-        grad_threshold = -grad_fire - spks[t].float() * grad_mem
+        grad_threshold = -grad_fire - spks[t].float() * grad_mem  # grad_mem is still dU[t+1]
         grad_mem = beta * grad_mem + grad_fire
         grad_mem = grad_mem + grad_mem_scale * grad_mems[t].float()
         if grad_beta is not None:
             grad_beta = grad_beta + grad_mem * prev_mems[t].float()
-        if adapt_scale is None:
+        if leaky:
             grad_curs[t].copy_(grad_mem)
         else:
             grad_adapt = adapt_alpha * grad_adapt + adapt_scale * grad_threshold
@@ -736,7 +738,8 @@ def run_forward(forward: Callable, cur, params):
 def kernels(device: torch.device, dtype: torch.dtype) -> tuple[Callable, Callable]:
     """Return the forward and the backward kernel, compiled for all shapes at their first call.
 
-    They are tried on a few zeros; where that fails, they are returned as they are, with a warning.
+    The forward one is tried on zeros; where that fails, both are returned as they are, and a
+    warning says so.
     """
     options = {"dynamic": True, "fullgraph": True, "recompile_limit": 256}
     forward, backward = (torch.compile(k, **options) for k in (neuron_forward, neuron_backward))
@@ -781,8 +784,8 @@ def zeros(x: torch.Tensor, count: int) -> list[torch.Tensor]:
 
 
 def plain(x: torch.Tensor | None) -> torch.Tensor | None:
-    """Return x as no view, without gradient, on the same memory: else kernels compile again."""
-    # to_dlpack is four times as fast as from_dlpack's own way.
+    """Return x on the same memory, but no view and no gradient, which trigger recompilation."""
+    # By to_dlpack it is four times as fast as by from_dlpack(x).
     return None if x is None else torch.from_dlpack(to_dlpack(x.detach()))
 
 

@@ -37,8 +37,7 @@ from utils import UserError, number
 
 SENSOR_SIZE = (34, 34, 2)  # x, y, polarities, as tonic orders them
 BINS_PER_FRAME = 2 * 34 * 34
-# ms at which the three saccades of a recording end: the valleys of the real event rate, and the
-# mean last event.
+# In ms: two minima of the mean event rate of real recordings, and the mean of their last event.
 SACCADE_ENDS = (100, 220, 308)
 SPLITS = ("train", "test")
 DATASETS = ("auto", "nmnist", "simulated")
@@ -60,7 +59,7 @@ class NMNIST:
 
     `folder` holds a folder for each digit. With `first_saccade_only`, the events are those of the
     first 100 ms, with `stabilize` without the saccades' movement, as in `tonic.datasets.NMNIST`.
-    `name` is for figures, `dataset` the value of --dataset; frames are cached in the folder
+    `name` is for figures, `source` is 'nmnist' or 'simulated'; frames are cached in the folder
     `cache`. Raises `UserError` if `folder` holds anything but recordings of all ten digits.
     """
 
@@ -73,10 +72,10 @@ class NMNIST:
         first_saccade_only: bool = False,
         stabilize: bool = False,
         name: str = "NMNIST",
-        dataset: str = "nmnist",
+        source: str = "nmnist",
         cache: Path | None = None,
     ):
-        self.folder, self.split, self.dataset, self.cache = Path(folder), split, dataset, cache
+        self.folder, self.split, self.source, self.cache = Path(folder), split, source, cache
         self.first_saccade_only, self.stabilize = first_saccade_only, stabilize
         self.name = name + ", first saccade" * first_saccade_only + ", stabilized" * stabilize
         self.files = list_recordings(self.folder)
@@ -127,14 +126,14 @@ def open_recordings(
             if dataset == "nmnist":
                 raise UserError(f"no N-MNIST in {data_dir}: {error}; {how}") from None
             utils.warn(f"no N-MNIST in {data_dir}: {error}. SIMULATED recordings instead; {how}")
-    dataset = "simulated" if root is None else "nmnist"
+    source = "simulated" if root is None else "nmnist"
     root = root or simulate_digits(data_dir / SIMULATED)
     parts, name, recordings = find_parts(root), data_set_name(root), []
     for split in splits:
         if split not in parts:
             raise UserError(f"{root} has no {split} part; add it: {LAYOUT}")
         folder = parts[split] if parts[split].is_dir() else unpack(parts[split], split)
-        options |= {"name": name, "dataset": dataset, "cache": data_dir / "cache"}
+        options |= {"name": name, "source": source, "cache": data_dir / "cache"}
         part = NMNIST(digits_folder(folder, split), split, **options)
         missing = f" of {PUBLISHED[split]:,}" * (name == "NMNIST" and len(part) < PUBLISHED[split])
         count = f"{len(part):,}{missing}"
@@ -216,7 +215,7 @@ def unpack(archive: Path, split: str) -> Path:
             for member in tqdm(zip_file.infolist(), desc=f"extract {archive.name}", unit="file"):
                 zip_file.extract(member, Path(temporary) / split)
             digits_folder(Path(temporary) / split, split).rename(folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         reason = utils.first_line(error)
         raise UserError(
             f"{archive} can't be extracted ({reason}): replace it, or delete it"
@@ -236,7 +235,7 @@ def download(data_dir: Path, silent_seconds: float = 10) -> Path:
     try:
         download_url(source.train_url, str(zips), "train.zip", source.train_md5)
         download_url(source.test_url, str(zips), "test.zip", source.test_md5)
-    except (OSError, http.client.HTTPException, RecursionError, RuntimeError) as error:
+    except (OSError, http.client.HTTPException, RuntimeError) as error:
         raise UserError(f"N-MNIST can't be downloaded ({utils.first_line(error)})") from None
     finally:
         socket.setdefaulttimeout(before)
@@ -263,7 +262,7 @@ def data_set_name(root: Path) -> str:
 
 # --- Frames and their cache -----------------------------------------------------------------------
 
-CACHE_VERSION = 6  # increased if the same options and recordings give other frames
+CACHE_VERSION = 7  # increased if the same options and recordings give other frames
 
 
 @dataclass
@@ -275,11 +274,11 @@ class Frames:
     """
 
     bin_index: torch.Tensor  # int16 [non-zero bins]
-    count: torch.Tensor  # uint8, int16 or int32 [non-zero bins]: events in the bin
+    count: torch.Tensor  # int8, int16 or int32 [non-zero bins]: events in the bin
     nnz_per_frame: torch.Tensor  # int16 [N, T]: non-zero bins of each frame
     labels: torch.Tensor  # uint8 [N]
-    events: torch.Tensor  # int32 [N]: events of each recording, before --denoise
-    on_events: torch.Tensor  # int32 [N]: those of polarity 1
+    num_events: torch.Tensor  # int32 [N]: of each recording, before --denoise
+    num_on_events: torch.Tensor  # int32 [N]: those of polarity 1
     duration: torch.Tensor  # int32 [N]: microseconds from the first event to the last
     hashes: torch.Tensor  # int64 [N]: of each recording's content
 
@@ -303,7 +302,7 @@ class Frames:
 
     @property
     def fingerprint(self) -> str:
-        """A text that is equal for the same recordings and labels in the same order alone."""
+        """A text that is equal if and only if recordings, labels and their order are."""
         content = self.hashes.cpu().numpy().tobytes() + self.labels.cpu().numpy().tobytes()
         return hashlib.sha256(content).hexdigest()[:12]
 
@@ -331,8 +330,8 @@ class Frames:
         on_device = indices.to(device, non_blocking=True)
         nnz = self.nnz_per_frame[on_device].long()  # [B, T]
         batch_size, time_steps = nnz.shape
-        frame = torch.arange(time_steps, device=device) * batch_size
-        frame = (frame + torch.arange(batch_size, device=device)[:, None]).flatten()
+        frame = torch.arange(time_steps * batch_size, device=device)
+        frame = frame.view(time_steps, batch_size).T.flatten()  # in the order of the entries
         frame = frame.repeat_interleave(nnz.flatten(), output_size=size)
         if augment:
             affine = sample_affine(batch_size, time_steps).to(device, non_blocking=True)
@@ -382,7 +381,7 @@ def cache_path(recordings: NMNIST, time_steps: int, denoise: int | None, bin_by:
     for path in recordings.files:
         status, name = path.stat(), path.relative_to(recordings.folder)
         digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    name = f"{recordings.dataset}_{recordings.split}{options}_T{time_steps}_denoise{denoise or 0}"
+    name = f"{recordings.source}_{recordings.split}{options}_T{time_steps}_denoise{denoise or 0}"
     return recordings.cache / f"{name}_{digest.hexdigest()[:16]}.pt"
 
 
@@ -427,14 +426,14 @@ def bin_recordings(
         indices.append(bin_index.astype(np.int16))
         counts.append(count.astype(np.min_scalar_type(-1 - count.max(initial=0))))
         nnz.append(np.bincount(frame, minlength=time_steps).astype(np.int16))
-    num_events, on_events, duration = np.array(statistics, dtype=np.int32).T
+    num_events, num_on_events, duration = np.array(statistics, dtype=np.int32).T
     arrays = {
         "bin_index": np.concatenate(indices),
         "count": np.concatenate(counts),  # of the widest type
         "nnz_per_frame": np.stack(nnz),
         "labels": np.array(recordings.labels, dtype=np.uint8),
-        "events": num_events,
-        "on_events": on_events,
+        "num_events": num_events,
+        "num_on_events": num_on_events,
         "duration": duration,
         "hashes": np.array(hashes),
     }
@@ -513,7 +512,7 @@ def augment_events(frame, bin_index, count, affine, time_steps: int):
     frame = frame + steps.long() * batch_size
     kept = (new_x >= 0) & (new_x < 34) & (new_y >= 0) & (new_y < 34) & ~dropped
     kept &= (frame >= 0) & (frame < time_steps * batch_size)
-    # What is dropped gets a count of 0: no size depends on a random number, nothing waits.
+    # What is dropped gets a count of 0: sizes stay fixed, so a GPU need not synchronize.
     bin_index = torch.where(kept, (new_y * 34 + new_x) * 2 + polarity, 0)
     return torch.where(kept, frame, 0), bin_index, count * kept
 
@@ -526,14 +525,14 @@ class Data:
     """A data set, binned, on the device; `train` is None where the test part alone was loaded."""
 
     name: str  # in files and figures
-    dataset: str  # 'nmnist' or 'simulated', as a value of --dataset
+    source: str  # 'nmnist' or 'simulated'
     train: Frames | None
     test: Frames
     test_files: list[str]  # relative to the folder of the test part
 
     def describe(self) -> dict[str, str]:
         """Return what tells a data set from another; copied or touched files are the same data."""
-        description = {"dataset": self.dataset, "data set": self.name}
+        description = {"source": self.source, "data set": self.name}
         for name, part in (("training part", self.train), ("test part", self.test)):
             if part is not None:
                 description[name] = f"{len(part):,} recordings ({part.fingerprint})"
@@ -554,7 +553,7 @@ def load_data(
         utils.warn(f"{repeated:,} test recordings are also in the training part")
     name = part.name + ", frames of equal event count" * (args.bin_by == "events")
     files = [str(path.relative_to(part.folder)) for path in part.files]
-    return Data(name, part.dataset, train, test, files)
+    return Data(name, part.source, train, test, files)
 
 
 def open_by_flags(args: argparse.Namespace, splits: Sequence[str] = SPLITS) -> list[NMNIST]:
@@ -569,7 +568,7 @@ def trained_dataset(data_dir: str | Path, dataset: str, trained: dict[str, str])
     `trained` is `Data.describe()` of the training. They must be in `data_dir`: a user who was
     offline, and has N-MNIST now, tests on what the network was trained on.
     """
-    simulated = trained["dataset"] == "simulated" and (Path(data_dir) / SIMULATED).is_dir()
+    simulated = trained["source"] == "simulated" and (Path(data_dir) / SIMULATED).is_dir()
     return "simulated" if dataset == "auto" and simulated else dataset
 
 
@@ -674,7 +673,7 @@ def simulate_events(
         light      I = (image / 255)^gamma, blurred, moved by `saccade_offsets`
         receptor   L = log(dark_light + I), dV/dt = (L - V) / tau; tau_dark to tau_bright with L
         event      if |V - V_ref| >= threshold: V_ref = V, then none for the refractory period
-        polarity   0 if V rose, 1 if it fell: the convention of N-MNIST
+        polarity   0 if V rose, 1 if it fell, as in N-MNIST, where 1 is called ON all the same
         noise      thresholds vary between pixels and recordings; some events occur at random
 
     Time is in ms inside and in microseconds in the events, which are sorted by it. A recording's
@@ -979,11 +978,13 @@ def print_table(parts: dict[str, Frames]) -> None:
         rows[f"recordings of digit {digit}"] = [f"{(f.labels == digit).sum():,}" for f in frames]
     rows["recordings"] = [f"{len(f):,}" for f in frames]
     rows["blank recordings"] = [f"{f.num_blank:,}" for f in frames]
-    for title, name, unit in (("events", "events", 1), ("duration in ms", "duration", 1000)):
+    for title, name, unit in (("events", "num_events", 1), ("duration in ms", "duration", 1000)):
         for statistic in ("mean", "min", "max"):
             values = [getattr(getattr(f, name).double() / unit, statistic)() for f in frames]
             rows[f"{title}, {statistic}"] = [f"{value:,.0f}" for value in values]
-    rows["share of ON events"] = [f"{f.on_events.sum() / f.events.sum():.1%}" for f in frames]
+    rows["share of ON events"] = [
+        f"{f.num_on_events.sum() / f.num_events.sum():.1%}" for f in frames
+    ]
     shares = [f.nnz_per_frame.double().mean() / BINS_PER_FRAME for f in frames]
     title = f"non-zero bins at T = {next(iter(frames)).time_steps}"
     rows[title] = [f"{share:.2%}" for share in shares]

@@ -26,6 +26,7 @@ import numpy as np
 import snntorch.functional as SF
 import torch
 from sklearn.metrics import confusion_matrix
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import nmnist
@@ -50,8 +51,9 @@ from nmnist import Data, Frames
 from utils import UserError, add_flag, number, rank, world_size
 
 DEFAULT_LR = {"adam": 5e-3, "adamw": 5e-3, "sgd": 0.1}
-EMA_STEPS = 100  # training steps over which the weights are averaged
-# Confidences of an early exit, and the one in the tables.
+EMA_STEPS = 100  # training steps over which the weights are averaged, at most
+NORM_RECORDINGS = 1000  # training recordings on which norms are measured before an evaluation
+# Confidence thresholds of early exits, and the one that is printed.
 EXIT_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 EXIT_THRESHOLD = 0.9
 # The count of a neuron that spikes at every step, for the loss of spike counts. Counts of up to T
@@ -153,39 +155,42 @@ def check_flags(parser: argparse.ArgumentParser, flags: dict, given: dict) -> No
         parser.error("argument --batch_size: too small, norms need two frames in each process")
 
 
-def complete_flags(
-    flags: dict, given: dict, device: torch.device
-) -> tuple[argparse.Namespace, dict]:
-    """Return the flags to run with, and the checkpoint to test or to resume, {} if there is none.
-
-    A checkpoint's settings come before the defaults. If those in `given` contradict them, a test
-    ignores them, and says so; a resumed run, which would end elsewhere, raises `UserError`.
-    """
-    args, checkpoint = argparse.Namespace(**flags), {}
+def load_previous(flags: dict) -> dict:
+    """Return the checkpoint to test or to resume, {} if training starts from scratch."""
+    args = argparse.Namespace(**flags)
     path = checkpoint_path(args, "best" if args.test_only else "last")
     if args.test_only or (args.resume and path.exists()):
-        checkpoint = utils.load_checkpoint(path)
-        settings = checkpoint["settings"]
-        free = "batch_size" if args.test_only else "epochs"
-        for name, trained in settings.items():
-            if name == free or given.get(name, trained) == trained:
-                continue
-            text = f"--{name} {given[name]}: {path} was trained with {trained}"
-            if not args.test_only:
+        return utils.load_checkpoint(path)
+    if args.resume:
+        print(f"resume      no checkpoint at {path} yet: training starts from scratch")
+    return {}
+
+
+def complete_flags(flags: dict, given: dict, checkpoint: dict, device: torch.device):
+    """Return the flags to run with: a checkpoint's settings come before the defaults.
+
+    If those in `given` contradict it, a test ignores them, and says so; a resumed run, which would
+    end elsewhere, raises `UserError`.
+    """
+    flags, settings = dict(flags), checkpoint.get("settings", {})
+    free = "batch_size" if flags["test_only"] else "epochs"  # that may differ
+    for name, trained in settings.items():
+        if name == free and name in given:
+            continue
+        flags[name] = trained
+        if given.get(name, trained) != trained:
+            text = f"--{name} {given[name]}: the checkpoint was trained with {trained}"
+            if not flags["test_only"]:
                 raise UserError(f"{text}; omit the flag, or start a new run")
             print(f"ignored     {text}")
-        flags = flags | settings | ({free: given[free]} if free in given else {})
-        flags["dataset"] = nmnist.trained_dataset(args.data_dir, args.dataset, checkpoint["data"])
-        if args.resume and flags["epochs"] < len(checkpoint["history"]):
-            done = len(checkpoint["history"])
-            raise UserError(f"--epochs {flags['epochs']}: {path} has {done} epochs already")
-    elif args.resume:
-        print(f"resume      no checkpoint at {path} yet: training starts from scratch")
+    if checkpoint:
+        flags["dataset"] = nmnist.trained_dataset(
+            flags["data_dir"], flags["dataset"], checkpoint["data"]
+        )
     flags["lr"] = flags["lr"] or DEFAULT_LR[flags["optimizer"]]
     flags["precision"] = utils.pick_precision(flags["precision"], device)
-    if device.type == "mps":  # for which the kernels were not written
-        flags["neuron_backend"] = "step"
-    return argparse.Namespace(**flags), checkpoint
+    flags["neuron_backend"] = utils.pick_backend(flags["neuron_backend"], device)
+    return argparse.Namespace(**flags)
 
 
 def settings_of(args: argparse.Namespace) -> dict:
@@ -218,12 +223,12 @@ def membrane_cross_entropy(spk, mem, labels):
 
 
 def spike_count_error(spk, mem, labels):
-    """Return the squared error of spike counts: T for the correct digit, 0 for the others."""
+    """Return the squared error of spike counts, T for the correct digit, 0 for others, by T."""
     return SF.mse_count_loss()(spk, labels).squeeze()
 
 
 def spike_count_cross_entropy(spk, mem, labels):
-    """Return the cross entropy of the spike counts, where a spike at every step counts 5."""
+    """Return the cross entropy of the spike counts, where T spikes count COUNT_RANGE."""
     return SF.ce_count_loss()(spk * (COUNT_RANGE / len(spk)), labels).squeeze()
 
 
@@ -252,7 +257,7 @@ def train_one_epoch(
     number of training steps before.
     """
     network.train()
-    results, sizes = [], []  # of each batch; reading results waits for a GPU
+    results, sizes = [], []  # of each batch; reading results synchronizes with a GPU
     for frames, labels in batches:
         spk, mem = network(frames)
         loss = loss_fn(spk, mem, labels)
@@ -264,7 +269,7 @@ def train_one_epoch(
         correct = (predict(spk.detach(), mem.detach(), ema.config.readout) == labels).sum()
         results.append(torch.stack([loss.detach(), correct]))
         sizes.append(len(labels))
-        if bar.update(len(labels) * world_size()):
+        if bar.update(len(labels) * world_size()):  # it was drawn anew
             means = mean_results(results, sizes)
             text = {"loss": f"{means['loss']:.4f}", "accuracy": f"{means['accuracy']:.2%}"}
             bar.set_postfix(text, refresh=False)
@@ -280,19 +285,14 @@ def mean_results(results: list[torch.Tensor], sizes: list[int]) -> dict:
 
 @torch.no_grad()
 def update_ema(ema: SpikingNetwork, network: torch.nn.Module, step: int) -> None:
-    """Update the exponential moving average of weights, and of what norms measured.
+    """Update the exponential moving average of the weights after training step `step`, from 0.
 
-    It averages out the noise of the last training steps, as lowering the learning rate would. The
-    weight of the new values, 9 / (9 + step), lets the average forget the first of the steps,
-    counted from 0; from 1 / EMA_STEPS on it stays.
+    It averages out the noise of the last steps, as lowering the learning rate would: of about a
+    tenth of the steps so far, at most EMA_STEPS. What norms measured is not averaged.
     """
-    weight = max(9 / (9 + step), 1 / EMA_STEPS)  # torch's AveragedModel waits for a GPU
-    averages, values = ema.state_dict().values(), network.state_dict().values()
-    for average, value in zip(averages, values, strict=True):
-        if average.is_floating_point():
-            average.lerp_(value, weight)
-        else:  # the norms' number of batches
-            average.copy_(value)
+    weight = max(9 / (9 + step), 1 / EMA_STEPS)  # torch's AveragedModel synchronizes
+    for average, value in zip(ema.parameters(), network.parameters(), strict=True):
+        average.lerp_(value, weight)
 
 
 @torch.no_grad()
@@ -340,7 +340,7 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, checkpoint
     network = make_network(args).to(device)
     ema = copy.deepcopy(network)  # the moving average is validated and tested
     parallel = utils.data_parallel(network, device)
-    optimizer, loss_fn, history = make_optimizer(network, args), LOSSES[args.loss], []
+    optimizer, loss_fn, history = make_optimizer(args, network), LOSSES[args.loss], []
     print(f"network     {network.title}, {num_parameters(network):,} parameters")
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}")
     if checkpoint:
@@ -349,8 +349,13 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, checkpoint
         ema.load_state_dict(checkpoint["network"])
         optimizer.load_state_dict(checkpoint["training"]["optimizer"])
         history = checkpoint["history"]
-        left = "" if len(history) < args.epochs else ": nothing is left to train"
-        print(f"resume      after epoch {len(history)} of {args.epochs}{left}")
+        done, planned = len(history), checkpoint["settings"]["epochs"]
+        if args.epochs < done:
+            raise UserError(f"--epochs {args.epochs}: the checkpoint has {done} epochs already")
+        left = "" if done < args.epochs else ": nothing is left to train"
+        print(f"resume      after epoch {done} of {args.epochs}{left}")
+        if args.scheduler and args.epochs != planned:
+            print(f"schedule    planned over {planned} epochs, goes on over {args.epochs}")
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
@@ -362,22 +367,25 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, checkpoint
         lr = learning_rate(args, epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batches = training_batches(args, data.train, order, network.dtype)
+        augment = not args.no_augment
+        batches = training_batches(args, data.train, order, network.dtype, augment)
         step = (epoch - 1) * math.ceil(len(order) / args.batch_size)
         with progress(f"epoch {epoch}/{args.epochs}", len(order)) as bar:
             trained = train_one_epoch(parallel, ema, optimizer, loss_fn, batches, step, bar)
         speed = len(order) / (time.perf_counter() - start)
 
         if rank() == 0:
+            # The averaged weights need statistics of their own.
+            few = order[:NORM_RECORDINGS]
+            update_bn(training_batches(args, data.train, few, ema.dtype, augment=False), ema)
             test_indices = torch.arange(len(data.test))
             val = evaluate(ema, data.train, val_indices, loss_fn, args.batch_size, "val")
             test = evaluate(ema, data.test, test_indices, loss_fn, args.batch_size, "test")
-            losses = torch.tensor([trained["loss"], val["loss"]])
-            tensors = losses, *network.state_dict().values(), *ema.state_dict().values()
-            if not all(bool(x.isfinite().all()) for x in tensors):
-                last = f"{checkpoint_path(args, 'last')} holds epoch {epoch - 1}"
-                last = last if history else "no epoch was finished"
-                raise UserError(f"epoch {epoch} is not finite: choose a smaller --lr; {last}")
+            finite = math.isfinite(trained["loss"]) and math.isfinite(val["loss"])
+            if not (finite and utils.is_finite(network.state_dict(), ema.state_dict())):
+                kept = f"{checkpoint_path(args, 'last')} holds epoch {epoch - 1}"
+                kept = kept if history else "no epoch was finished"
+                raise UserError(f"loss or weights not finite: choose a smaller --lr; {kept}")
             entry = {"epoch": epoch}
             for name, result in (("train", trained), ("val", val), ("test", test)):
                 entry |= {f"{name}_loss": result["loss"], f"{name}_accuracy": result["accuracy"]}
@@ -402,15 +410,20 @@ def make_network(args: argparse.Namespace) -> SpikingNetwork:
     return build_model(network_config(args), **options)
 
 
-def training_batches(args, frames: Frames, order: torch.Tensor, dtype: torch.dtype) -> Iterator:
+def training_batches(
+    args: argparse.Namespace,
+    frames: Frames,
+    order: torch.Tensor,
+    dtype: torch.dtype,
+    augment: bool,
+) -> Iterator:
     """Yield this process's share of each batch of the recordings `order`: frames and labels."""
     for chunk in order.split(args.batch_size):
         if len(chunk) // world_size() * frames.time_steps >= 2:  # what norms need
-            own = chunk[rank() :: world_size()]
-            yield frames.batch(own, dtype, augment=not args.no_augment)
+            yield frames.batch(chunk[rank() :: world_size()], dtype, augment)
 
 
-def make_optimizer(network: SpikingNetwork, args: argparse.Namespace) -> torch.optim.Optimizer:
+def make_optimizer(args: argparse.Namespace, network: SpikingNetwork) -> torch.optim.Optimizer:
     """Return the optimizer of `--optimizer`; norms and beta do not decay."""
     connections = [p for p in network.parameters() if p.dim() > 1]
     others = [p for p in network.parameters() if p.dim() <= 1]
@@ -465,6 +478,10 @@ def save(args, data: Data, history: list[dict], network, ema, optimizer) -> None
     if len(history) == 1:
         results = (log_path(args, name) for name in ("test_metrics.json", "predictions.csv"))
         utils.keep_earlier_files(last, best, history_path, *results)
+    logged = [entry["train_loss"] for entry in utils.read_json(history_path) or []]
+    losses = [entry["train_loss"] for entry in history]
+    if logged[: len(history)] != losses[: len(logged)]:  # of a run with another save_dir
+        utils.keep_earlier_files(history_path)
     checkpoint = {
         "format": utils.CHECKPOINT_FORMAT,
         "settings": settings_of(args),
@@ -494,8 +511,8 @@ def check_same_data(checkpoint: dict, data: Data) -> None:
 # --- Testing --------------------------------------------------------------------------------------
 
 
-def test(args, data: Data, device: torch.device, checkpoint: dict, report: bool) -> dict:
-    """Test a checkpoint's network; write and return its metrics; print and draw them if asked."""
+def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint: dict) -> dict:
+    """Test a checkpoint's network; write and return its metrics, and draw figures if asked."""
     network = make_network(args).to(device)
     network.load_state_dict(checkpoint["network"])
     readout, best = network.config.readout, checkpoint["history"][-1]
@@ -527,7 +544,7 @@ def test(args, data: Data, device: torch.device, checkpoint: dict, report: bool)
         "layers": layers,
         "energy_uj": energy_uj(layers),
         "checkpoint": str(checkpoint_path(args, "best")),
-        "network": utils.fingerprint(checkpoint["network"]),
+        "network_hash": utils.fingerprint(checkpoint["network"]),
         "epoch": best["epoch"],
         "val_accuracy": best["val_accuracy"],
         "temperature": best["val_temperature"],
@@ -542,8 +559,6 @@ def test(args, data: Data, device: torch.device, checkpoint: dict, report: bool)
     columns |= {name: digits.tolist() for name, digits in by_readout.items()}
     columns["confidence"] = [f"{value:.6f}" for value in exits[-1].tolist()]
     columns[f"early_exit_step_{EXIT_THRESHOLD}"] = exit_steps(exits, EXIT_THRESHOLD).tolist()
-    if report:
-        print_metrics(metrics, args)
     write_results(args, metrics, columns)
     if args.visualize:
         visualize(args, metrics, checkpoint["history"], network)
@@ -576,8 +591,9 @@ def exit_steps(confidences: torch.Tensor, threshold: float) -> torch.Tensor:
     return passed.int().argmax(0) + 1
 
 
-def print_metrics(metrics: dict, args: argparse.Namespace) -> None:
+def print_metrics(metrics: dict) -> None:
     """Print the test metrics as a short table, and what stands out."""
+    args = argparse.Namespace(**metrics["settings"])
     over_time, step_ms = metrics["accuracy_over_time"], milliseconds_per_step(args)
     after = [int(end) for end in saccade_ends(args) if end >= 1]
     exit_at = next(e for e in metrics["early_exit"] if e["threshold"] == EXIT_THRESHOLD)
@@ -597,7 +613,8 @@ def print_metrics(metrics: dict, args: argparse.Namespace) -> None:
         "test accuracy": f"{metrics['accuracy']:.2%} of {describe_test(metrics)}",
         "test loss": f"{metrics['loss']:.4f}",
         "by readout": "   ".join(by_readout),
-        "over time": "   ".join(f"{over_time[t - 1]:.2%} at {t * step_ms:.0f} ms" for t in after),
+        "over time": "   ".join(f"{over_time[t - 1]:.2%} at {t * step_ms:.0f} ms" for t in after)
+        or "of no fixed duration",
         f"exit at {EXIT_THRESHOLD:.0%}": f"{exit_at['accuracy']:.2%} after {exits}",
         "cost per recording": cost,
         "precision, neurons": f"{metrics['precision']}, {metrics['neuron_backend']}",
@@ -628,7 +645,7 @@ def write_results(args: argparse.Namespace, metrics: dict, columns: dict[str, li
     """Write metrics and predictions; those of another network or other recordings are kept."""
     paths = log_path(args, "test_metrics.json"), log_path(args, "predictions.csv")
     earlier = utils.read_json(paths[0]) or {}
-    if any(earlier.get(name, metrics[name]) != metrics[name] for name in ("network", "data")):
+    if any(earlier.get(name, metrics[name]) != metrics[name] for name in ("network_hash", "data")):
         utils.keep_earlier_files(*paths)
     utils.write_json(paths[0], metrics)
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -645,9 +662,8 @@ def milliseconds_per_step(args: argparse.Namespace) -> float | None:
 
 def saccade_ends(args: argparse.Namespace) -> list[float]:
     """Return where a recording's saccades end, in steps; [] where steps have no fixed duration."""
-    step_ms = milliseconds_per_step(args)
     ends = nmnist.SACCADE_ENDS[:1] if args.first_saccade_only else nmnist.SACCADE_ENDS
-    return [end / step_ms for end in ends] if step_ms else []
+    return [end * args.time_steps / ends[-1] for end in ends] if args.bin_by == "time" else []
 
 
 def visualize(args, metrics: dict, history: list[dict], network: SpikingNetwork) -> None:
@@ -707,39 +723,42 @@ def main(argv: list[str] | None = None) -> None:
     device = utils.prepare_device(given.get("device"))
     utils.init_distributed(device)
     check_flags(parser, defaults | given, given)
-    seeds = given.pop("seed", [])
+    seeds = list(dict.fromkeys(given.pop("seed", [])))
     if len(seeds) > 1:
-        run_seeds(defaults, given, list(dict.fromkeys(seeds)), device)
+        run_seeds(defaults, given, seeds, device)
     else:
-        run(defaults, given | dict(zip(["seed"], seeds, strict=False)), device)
+        metrics = run(defaults, given | ({"seed": seeds[0]} if seeds else {}), device)
+        if rank() == 0:
+            print_metrics(metrics)
+            if not (given.get("visualize")):
+                flags = " ".join(typed_flags(given))
+                print(f"next        python train_nmnist.py {flags} --test_only --visualize")
     utils.leave_distributed()
 
 
-def run(defaults: dict, given: dict, device: torch.device, report: bool = True) -> dict:
+def run(defaults: dict, given: dict, device: torch.device) -> dict:
     """Train and test one network, or test it alone; return the metrics, in the first process."""
-    args, checkpoint = complete_flags(defaults | given, given, device)
+    checkpoint = load_previous(defaults | given)
+    args = complete_flags(defaults | given, given, checkpoint, device)
     utils.check_folder("--log_dir", args.log_dir)
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     print(f"device      {utils.describe_device(device)}{processes}")
-    if args.test_only:
-        return test(args, nmnist.load_data(args, device, ["test"]), device, checkpoint, report)
-    utils.check_folder("--save_dir", args.save_dir)
-    with utils.first_process_first():  # it downloads and bins, the others read the cache
-        data = nmnist.load_data(args, device)
-    name = network_config(args).name
-    with utils.hold_folder(args.save_dir, name) if rank() == 0 else contextlib.nullcontext():
-        try:
-            train(args, data, device, checkpoint)
-        except KeyboardInterrupt:
-            hint = "To go on after the last finished epoch, repeat the command with --resume."
-            raise KeyboardInterrupt(hint) from None
+    if not args.test_only:
+        utils.check_folder("--save_dir", args.save_dir)
+        with utils.first_process_first():  # it downloads and bins, the others read the cache
+            data = nmnist.load_data(args, device)
+        name = network_config(args).name
+        with utils.hold_folder(args.save_dir, name) if rank() == 0 else contextlib.nullcontext():
+            try:
+                train(args, data, device, checkpoint)
+            except KeyboardInterrupt:
+                hint = "To go on after the last finished epoch, repeat the command with --resume."
+                raise KeyboardInterrupt(hint) from None
     if rank() > 0:
         return {}
-    best = utils.load_checkpoint(checkpoint_path(args, "best"))
-    metrics = test(args, data, device, best, report)
-    if report and not args.visualize:
-        print("next        python train_nmnist.py", *typed_flags(given), "--test_only --visualize")
-    return metrics
+    if args.test_only:
+        return test(args, nmnist.load_data(args, device, ["test"]), device, checkpoint)
+    return test(args, data, device, utils.load_checkpoint(checkpoint_path(args, "best")))
 
 
 def typed_flags(given: dict) -> list[str]:
@@ -758,13 +777,14 @@ def run_seeds(defaults: dict, given: dict, seeds: list[int], device: torch.devic
     for seed in seeds:
         folders = {name: Path(flags[name]) / f"seed_{seed}" for name in ("save_dir", "log_dir")}
         print(f"seed        {seed}")
-        metrics = run(defaults, given | folders | {"seed": seed}, device, report=False)
+        metrics = run(defaults, given | folders | {"seed": seed}, device)
         if rank() > 0:
             continue
         print(f"accuracy    {metrics['accuracy']:.2%} of {describe_test(metrics)}")
-        row = {name: metrics[name] for name in ("model", "dataset", "accuracy", "loss", "epoch")}
+        row = {"dataset": metrics["dataset"], "accuracy": metrics["accuracy"]}
         for readout, accuracy in metrics["accuracy_by_readout"].items():
             row[f"accuracy_{readout}"] = accuracy
+        row |= {"test_loss": metrics["loss"], "epoch": metrics["epoch"]}
         rows.append(row | metrics["settings"])
         for name in metrics["settings"]:
             expected = seed if name == "seed" else rows[0][name]

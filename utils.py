@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import datetime
 import hashlib
 import itertools
 import json
@@ -34,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class UserError(Exception):
-    """An error that the user can mend. The message is one line: what is wrong, and what to do."""
+    """An error that the user can fix. The message is one line: what is wrong, and what to do."""
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -102,6 +103,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tupl
     """Return the values of all flags by default, and those that `argv` gives."""
     defaults = vars(parser.parse_args([]))
     not_given = object()
+    # argparse sets the defaults of those attributes alone that are missing.
     values = argparse.Namespace(**dict.fromkeys(defaults, not_given))
     parser.parse_args(argv, values)
     return defaults, {k: v for k, v in vars(values).items() if v is not not_given}
@@ -124,7 +126,7 @@ def add_device_flag(parser) -> None:
 
 
 def prepare_device(name: str | None) -> torch.device:
-    """Return the device called `name`, or cuda where there is one, and make work on it fast.
+    """Return the device called `name`, for None cuda or else the CPU, and make work on it fast.
 
     Raises `UserError` if this machine has no such device.
     """
@@ -156,10 +158,10 @@ def keep_freed_memory() -> None:
 
 
 def describe_device(device: torch.device) -> str:
-    """Return what a user should know of the device, such as 'cpu (2 threads)'."""
+    """Return the device's name, of a CPU with its threads."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
-    return f"{device.type} ({torch.get_num_threads()} threads)"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -175,6 +177,14 @@ def pick_precision(name: str, device: torch.device) -> str:
     if name == "bf16" and not fast:
         warn(f"--precision bf16: this {device.type} does not compute it, fp32 is faster")
     return {"auto": "bf16" if fast else "fp32"}.get(name, name)
+
+
+def pick_backend(name: str, device: torch.device) -> str:
+    """Return 'fused' or 'step' for `--neuron_backend`; the kernels were not written for mps."""
+    if name == "fused" and device.type == "mps":
+        warn("--neuron_backend fused: on mps, neurons run step by step")
+        return "step"
+    return name
 
 
 def versions() -> dict[str, str]:
@@ -196,7 +206,9 @@ def init_distributed(device: torch.device) -> None:
     if launched():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        hours = datetime.timedelta(hours=2)  # while the first process downloads, bins, tests
+        distributed.init_process_group(backend, timeout=hours)
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -345,7 +357,7 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["format"]
-        finite = all(bool(x.isfinite().all()) for x in checkpoint["network"].values())
+        finite = is_finite(checkpoint["network"])
     except Exception as error:  # torch raises many types
         reason = first_line(error)
         raise UserError(f"{path} can't be read as a checkpoint ({reason}): {make_one}") from None
@@ -354,6 +366,11 @@ def load_checkpoint(path: str | Path) -> dict:
     if not finite:
         raise UserError(f"{path} holds weights that are not finite: {make_one}")
     return checkpoint
+
+
+def is_finite(*states: dict[str, torch.Tensor]) -> bool:
+    """Return whether all tensors of state dictionaries are finite."""
+    return all(bool(x.isfinite().all()) for state in states for x in state.values())
 
 
 def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
@@ -474,14 +491,18 @@ def plot_accuracy_over_time(
     save_figure(figure, path)
 
 
+def take_turns(labels: np.ndarray) -> np.ndarray:
+    """Return how many of the labels [N] before each one are the same: the order of turns."""
+    turns = np.zeros(len(labels), int)
+    for label in np.unique(labels):
+        turns[labels == label] = np.arange((labels == label).sum())
+    return turns
+
+
 def mistakes_first(labels: np.ndarray, predictions: np.ndarray, num_shown: int) -> np.ndarray:
     """Return the indices of `num_shown` recordings to draw: mistakes first, the digits in turn."""
     correct = labels == predictions
-    turn = np.zeros(len(labels), int)
-    for kind in np.unique(np.stack([labels, correct]), axis=1).T:
-        same = (labels == kind[0]) & (correct == kind[1])
-        turn[same] = np.arange(same.sum())
-    return np.lexsort((labels, turn, correct))[:num_shown]
+    return np.lexsort((labels, take_turns(labels + 10 * correct), correct))[:num_shown]
 
 
 def plot_predictions(images: np.ndarray, texts: list[str], title: str, path: Path) -> None:

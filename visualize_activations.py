@@ -61,13 +61,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def spread(spk: torch.Tensor, number: int) -> torch.Tensor:
-    """Return `number` of the neurons that fire in spk [T, N], spread evenly over their rates."""
+def spread(spk: torch.Tensor, count: int) -> torch.Tensor:
+    """Return `count` of the neurons that fire in spk [T, N], spread evenly over their rates."""
     rates = spk.sum(0)
     firing = rates.argsort(stable=True)[int((rates == 0).sum()) :]
-    if len(firing) <= number:
+    if len(firing) <= count:
         return firing
-    return firing[torch.linspace(0, len(firing) - 1, number).round().long()]
+    return firing[torch.linspace(0, len(firing) - 1, count).round().long()]
 
 
 def plot_raster(spk: torch.Tensor, label: int, layer: str, num_neurons: int, heading, path) -> None:
@@ -215,7 +215,6 @@ def plot_firing_rates(
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    utils.check_folder("--output_dir", args.output_dir)
     checkpoint = utils.load_checkpoint(Path(args.save_dir) / f"{args.model}_best.pt")
     device, trained = utils.prepare_device(args.device), checkpoint["data"]
     args.dataset = nmnist.trained_dataset(args.data_dir, args.dataset, trained)
@@ -224,19 +223,19 @@ def main(argv: list[str] | None = None) -> None:
     if args.sample >= len(data.test):
         last = len(data.test) - 1
         raise UserError(f"--sample {args.sample}: the last test recording is {last:,}")
-    precision = utils.pick_precision("auto", device)
-    network = restore_network(checkpoint, precision=precision).to(device)
+    backend = utils.pick_backend("fused", device)
+    network = restore_network(checkpoint, neuron_backend=backend).to(device)
     name = f"{network.title} on {data.name}"
     if trained["data set"] != data.name:
         name = f"{network.title}, trained on {trained['data set']}, on {data.name}"
         utils.warn(f"trained on {trained['data set']}, drawn on {data.name}")
-    draw_recording(network, data.test, name, args)
+    draw_recording(args, network, data.test, name)
     if args.visualize_all:
-        draw_test_set(network, data.test, name, args)
+        draw_test_set(args, network, data.test, name)
 
 
 @torch.no_grad()
-def draw_recording(network: SpikingNetwork, frames: nmnist.Frames, name: str, args) -> None:
+def draw_recording(args, network: SpikingNetwork, frames: nmnist.Frames, name: str) -> None:
     """Draw the output layer, or every layer, during the recording `--sample`."""
     x, label = frames.batch(torch.tensor([args.sample]))
     with ActivityMeter(network) as meter:
@@ -260,7 +259,7 @@ def draw_recording(network: SpikingNetwork, frames: nmnist.Frames, name: str, ar
 
 
 @torch.no_grad()
-def draw_test_set(network: SpikingNetwork, frames: nmnist.Frames, name: str, args) -> None:
+def draw_test_set(args, network: SpikingNetwork, frames: nmnist.Frames, name: str) -> None:
     """Draw t-SNE and firing rates over the test recordings, in random order."""
     order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(0))
     last_hidden, features, predictions = list(network.neuron_layers())[-2], [], []

@@ -60,10 +60,8 @@ def choose_samples(
         what = "" if digit is None else f" of digit {digit}"
         print(f"samples     only {len(indices)} {recordings.split} recordings{what}: all are drawn")
     order = np.random.default_rng(seed).permutation(indices)
-    turn = np.zeros(len(order), int)  # the digits take turns, so that ten samples show all
-    for d in range(10):
-        turn[labels[order] == d] = np.arange((labels[order] == d).sum())
-    chosen = order[np.argsort(turn, kind="stable")][:num_samples]
+    turns = utils.take_turns(labels[order])  # so that ten samples show all digits
+    chosen = order[np.argsort(turns, kind="stable")][:num_samples]
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]
     samples = [(int(i), read_events(recordings, i, denoise), int(labels[i])) for i in chosen]
     for index, events, _ in samples:
@@ -216,7 +214,6 @@ def animate(sample: Sample, title: str, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    utils.check_folder("--output_dir", args.output_dir)
     (recordings,) = nmnist.open_by_flags(args, [args.split])
     samples = choose_samples(recordings, args.num_samples, args.digit, args.seed, args.denoise)
     output_dir = Path(args.output_dir)

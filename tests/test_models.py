@@ -163,7 +163,7 @@ def learned(module: nn.Module) -> dict[str, nn.Parameter]:
 def gradients(outputs, inputs) -> list[tuple]:
     """Return the gradients of the spikes alone, of the potentials alone, and of both.
 
-    An output that is left out gets no gradient at all: so it is in a network.
+    An output that is left out gets no gradient at all, as in a network.
     """
     weights = [draw(*x.shape, seed=i).bfloat16().to(x.dtype) for i, x in enumerate(outputs)]
     return [
@@ -326,14 +326,9 @@ def test_wrappers_refuse_what_is_not_a_neuron(wrapper, layer):
         wrapper(layer)
 
 
-class OwnLeaky(snn.Leaky):
-    """A neuron of one's own, whose equations the kernels can't know."""
-
-
 UNSUPPORTED = {
     "Lapicque": lapicque,
-    "Alpha": lambda grad: snn.Alpha(0.8, 0.5, spike_grad=grad),
-    "a subclass": lambda grad: OwnLeaky(0.5, spike_grad=grad),
+    "a subclass": lambda grad: type("OwnLeaky", (snn.Leaky,), {})(0.5, spike_grad=grad),
     "reset to zero": lambda grad: snn.Leaky(0.5, spike_grad=grad, reset_mechanism="zero"),
     "no reset": lambda grad: snn.Synaptic(0.5, 0.5, spike_grad=grad, reset_mechanism="none"),
     "reset at once": lambda grad: snn.Synaptic(0.5, 0.5, spike_grad=grad, reset_delay=False),
@@ -403,7 +398,7 @@ def test_precisions_and_backends_agree(model):
         for backend in BACKENDS:
             network = make_network(model, backend, precision)
             layers[precision, backend] = record_layers(network, frames)
-            assert {x.dtype for x in network(frames)} == {torch.float32}
+            assert {x.dtype for x in network(frames[:1])} == {torch.float32}
     if frames.device.type == "cpu":
         expected, mem = (layers["fp32", backend]["lif_out"][2] for backend in BACKENDS)
         torch.testing.assert_close(mem, expected, rtol=1e-3, atol=1e-3)
@@ -592,7 +587,7 @@ def test_the_fitted_temperature_is_the_one_that_labels_were_drawn_with():
         probabilities = torch.softmax(logits / temperature, -1)
         labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
         for scale in (1, 1e-3, 1e3):  # scores may be of any size
-            mem = logits.expand(3, -1, -1) * scale
+            mem = logits[None] * scale
             fitted = models.fit_temperature(torch.zeros_like(mem), mem, "membrane", labels)
             assert fitted == pytest.approx(temperature * scale, rel=0.2)
 
@@ -611,13 +606,6 @@ def count_connections(in_channels, out_channels, size, pooled=False):
         if abs(out_y - y) <= 1 and abs(out_x - x) <= 1:
             reached[:, y, x] += out_channels
     return reached
-
-
-def test_connections_are_counted_exactly_inside_autocast():
-    """9 times 29 channels is 261, which bfloat16 rounds to 260."""
-    with torch.autocast("cpu", torch.bfloat16):
-        counted = models.fan_out(nn.Conv2d(2, 29, 3, padding=1), torch.Size((2, 5, 5)))
-    np.testing.assert_array_equal(counted, count_connections(2, 29, 5))
 
 
 def test_activity_of_the_cnn_equals_a_count_by_hand():
@@ -718,6 +706,7 @@ def test_a_subclass_may_have_other_neurons(base):
     config, frames = NetworkConfig(beta=0.7, threshold=0.8), make_frames(5, 3)
     with pytest.raises(ValueError, match="Lapicque by OverTime"):
         Lapicques(config)
+    torch.manual_seed(0)
     network = Lapicques(config, neuron_backend="step")
     layers = record_layers(network, frames)
     kinds = [type(layer.neuron) for layer in network.neuron_layers().values()]
@@ -732,27 +721,24 @@ def test_a_subclass_may_have_other_neurons(base):
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-class OneLayer(SpikingNetwork):
-    """A network of one's own."""
-
-    def __init__(self, config, **options):
-        super().__init__(config, **options)
-        self.fc_out = nn.Linear(2 * 34 * 34, 10, bias=False)
-        self.lif_out = self.lif()
-
-    def forward_layers(self, frames):
-        return self.lif_out(models.each_frame(models.flatten(frames), self.fc_out))
-
-
 @each_backend
 def test_a_subclass_may_have_other_layers(backend):
+    class OneLayer(SpikingNetwork):
+        def __init__(self, config, **options):
+            super().__init__(config, **options)
+            self.fc_out = nn.Linear(2 * 34 * 34, 10, bias=False)
+            self.lif_out = self.lif()
+
+        def forward_layers(self, frames):
+            return self.lif_out(models.each_frame(models.flatten(frames), self.fc_out))
+
     torch.manual_seed(0)
     network = OneLayer(NetworkConfig(beta=0.9), neuron_backend=backend)
     frames = make_frames(7, 3, rate=3.0)
     with ActivityMeter(network) as meter:
         outputs = network(frames)
     cur = F.linear(frames.movedim(2, -1).flatten(2), network.fc_out.weight)
-    torch.testing.assert_close(outputs, ByHand(snn.Leaky(0.9, 1.0), 1)(cur))
+    torch.testing.assert_close(outputs, ByHand(snn.Leaky(0.9), 1)(cur))
     assert 0.05 < outputs[0].mean() < 0.95
     np.testing.assert_allclose(meter.operations("lif_out"), 10 * frames.sum((2, 3, 4)))
     assert describe_backend(network) == backend

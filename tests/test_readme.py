@@ -156,13 +156,18 @@ def test_the_top_level_holds_what_the_project_structure_says():
     assert top_level == files | {"tests", "logs", "activations"}
 
 
-def test_the_code_for_a_script_of_ones_own_runs_as_pasted(tmp_path):
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-    assert 0 < len([line for line in code.splitlines() if line]) <= 25
-    make_recordings(tmp_path / "data")
+def test_the_code_for_scripts_of_ones_own_runs_as_pasted(tmp_path):
+    """On a data set, a trained network and a recording like those that it names."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    for block in blocks:
+        assert len([line for line in block.splitlines() if line]) <= 25
+    make_recordings(tmp_path / "data", train=50)
     folders = [f"--{name}_dir={tmp_path}/{name}" for name in ("data", "log")]
     folders.append(f"--save_dir={tmp_path}/checkpoints")
-    train_nmnist.main([*folders, "--epochs=1", "--time_steps=10"])  # which the code may read
-    (tmp_path / "own.py").write_text(code)
+    train_nmnist.main([*folders, "--epochs=1", "--time_steps=10"])
+    recording = next(tmp_path.glob("data/NMNIST/Test/7/*.bin"))
+    shutil.copy(recording, tmp_path / "recording.bin")
+    (tmp_path / "own.py").write_text("\n".join(blocks))
     result = run(sys.executable, "own.py", cwd=tmp_path, import_from=ROOT)
     assert result.returncode == 0, result.stderr
+    assert re.search(r"^accuracy \d\.\d+\ndigit \d\n", result.stdout, re.MULTILINE)

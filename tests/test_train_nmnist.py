@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -16,14 +17,13 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import tonic
 import torch
-from conftest import ROOT, assert_refused, files_in, limit_files, needs_cuda, run
+from conftest import ROOT, files_in, needs_cuda
 from test_utils import Exploit
 from tqdm import tqdm
 
@@ -38,6 +38,7 @@ BY_STEP = ["--neuron_backend", "step"]  # with nothing to compile
 STEP = ["--time_steps", 2, *BY_STEP]  # the fastest
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
 MEASURED = ("seconds", "recordings_per_second", "training_seconds")  # differ from run to run
+FIGURES = ["confusion_matrix", "accuracy_over_time", "samples"]
 # Of each setting but the network's name and the epochs, another value than the default.
 OTHER = {"beta": 0.6, "threshold": 1.1, "alpha": 0.4, "dropout": 0.2, "width": 2}
 OTHER |= {"readout": "rate", "learn_beta": True, "batch_size": 31, "lr": 0.004}
@@ -155,13 +156,20 @@ def table(stdout):
 
 @pytest.fixture(scope="module")
 def trained_networks(tmp_path_factory, made_data_dir):
-    """Both networks, trained by a user's command at the same time: {model: (folder, output)}."""
-    started = {}
-    for model, flags in (("cnn", []), ("resnet", ["--visualize"])):
-        folder = tmp_path_factory.mktemp(model)
-        process = start(folder, made_data_dir, "--model", model, "--epochs", 8, *flags)
-        started[model] = folder, process
-    return {model: (folder, finish(process)) for model, (folder, process) in started.items()}
+    """Both networks, trained at the same time: {model: (folder, (stdout, stderr))}.
+
+    The CNN by a user's command, the ResNet in this process.
+    """
+    folders = {model: tmp_path_factory.mktemp(model) for model in ("cnn", "resnet")}
+    flags = ["--epochs", 8, "--visualize"]
+    process = start(folders["cnn"], made_data_dir, *flags)
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as stdout,
+        contextlib.redirect_stderr(io.StringIO()) as stderr,
+    ):
+        train(folders["resnet"], made_data_dir, "--model", "resnet", *flags)
+    outputs = {"cnn": finish(process), "resnet": (stdout.getvalue(), stderr.getvalue())}
+    return {model: (folders[model], outputs[model]) for model in folders}
 
 
 @pytest.fixture(params=["cnn", "resnet"])
@@ -201,7 +209,7 @@ def test_training_learns_and_reports_every_epoch(trained):
 
 
 def test_the_same_command_twice_gives_the_same_numbers(trained, tmp_path, made_data_dir):
-    """In another process, after other work."""
+    """After other work, the CNN in another process."""
     model, folder, _ = trained
     train(tmp_path, made_data_dir, "--model", model, "--epochs", 8)
     assert differences(tmp_path, folder, model) == []
@@ -232,14 +240,13 @@ def test_losses_equal_a_hand_computation(time_steps):
     assert silent == pytest.approx(time_steps / 10)  # T squared, by ten neurons and T steps
 
 
-@pytest.mark.parametrize("loss", ["ce", "mse", "count"])
-@pytest.mark.parametrize(("optimizer", "lr"), [("adam", 5e-3), ("adamw", 5e-3), ("sgd", 0.1)])
-def test_every_loss_and_optimizer_learns(tmp_path, made_data_dir, loss, optimizer, lr):
-    flags = [*BY_STEP, "--epochs", 3, "--loss", loss, "--optimizer", optimizer]
-    train(tmp_path, made_data_dir, *flags)
+@pytest.mark.parametrize("names", ["ce sgd", "ce adamw", "mse adam", "mse sgd", "count adam"])
+def test_every_loss_and_optimizer_learns(tmp_path, made_data_dir, names):
+    loss, optimizer = names.split()
+    train(tmp_path, made_data_dir, "--epochs", 3, "--loss", loss, "--optimizer", optimizer)
     entries = read_log(tmp_path, "cnn_history.json")
     assert entries[-1]["train_loss"] < entries[0]["train_loss"]
-    assert {entry["lr"] for entry in entries} == {lr}
+    assert {entry["lr"] for entry in entries} == {0.1 if optimizer == "sgd" else 0.005}
 
 
 @pytest.mark.parametrize("epochs", [1, 6])
@@ -291,33 +298,39 @@ def test_only_training_recordings_are_augmented(tmp_path, made_data_dir):
 def test_the_moving_average_equals_a_hand_computation():
     """The first weights count wholly, the next 9/10, 9/11, ... and from step 891 on a hundredth."""
     network, averaged = (build_model(NetworkConfig()) for _ in range(2))
-    weight, mean = 0.0, 0.0
+    weight = 0.0
     for step in (*range(30), *range(880, 910)):
         network.norm_out.weight.data.fill_(np.sin(step / 10))
-        network.norm_out.running_mean.fill_(np.cos(step / 10))
-        network.norm_out.num_batches_tracked.fill_(step + 7)
         train_nmnist.update_ema(averaged, network, step)
         share = max(0.01, 9 / (9 + step))
         weight = (1 - share) * weight + share * np.sin(step / 10)
-        mean = (1 - share) * mean + share * np.cos(step / 10)
-        assert averaged.norm_out.num_batches_tracked == step + 7
     assert averaged.norm_out.weight.tolist() == pytest.approx([weight] * 10, abs=1e-5)
-    assert averaged.norm_out.running_mean.tolist() == pytest.approx([mean] * 10, abs=1e-5)
 
 
 def test_checkpoints_hold_the_moving_average_of_all_steps(tmp_path, made_data_dir):
-    """After an epoch of one step, the weights; after two such epochs, 9/10 of the second ones."""
-    flags = [*STEP, "--batch_size", 96]
+    """After an epoch of one step, the weights; after two such epochs, 9/10 of the second ones.
+
+    Its norms are measured on training recordings that are not augmented.
+    """
+    flags = [*STEP, "--precision", "fp32", "--batch_size", 96]
     train(tmp_path, made_data_dir, *flags, "--epochs", 1)
     first = checkpoint(tmp_path)
-    assert plain(first["network"]) == plain(first["training"]["network"])
     assert plain(first["network"]) == plain(checkpoint(tmp_path, "best")["network"])
     train(tmp_path, made_data_dir, *flags, "--epochs", 2, "--resume")
     second = checkpoint(tmp_path)
-    for name, value in second["network"].items():
-        if value.is_floating_point():
-            expected = 0.1 * first["network"][name] + 0.9 * second["training"]["network"][name]
-            torch.testing.assert_close(value, expected)
+    names = [name for name, _ in build_model(NetworkConfig()).named_parameters()]
+    assert len(names) == 15
+    for name in names:
+        before, after = first["network"][name], second["training"]["network"][name]
+        assert torch.equal(before, first["training"]["network"][name])
+        torch.testing.assert_close(second["network"][name], 0.1 * before + 0.9 * after)
+    frames = load(made_data_dir, "train", 2)
+    x, _ = frames.batch(nmnist.split_validation(frames.labels, 0.2, seed=0)[0])
+    weight = second["network"]["conv1.weight"]
+    out = torch.nn.functional.conv2d(x.flatten(0, 1), weight, padding=1)
+    out = torch.nn.functional.max_pool2d(out, 2).movedim(1, 0).flatten(1)
+    for name, value in (("mean", out.mean(1)), ("var", out.var(1))):
+        torch.testing.assert_close(second["network"][f"norm1.running_{name}"], value)
 
 
 def test_backends_train_alike(tmp_path, made_data_dir):
@@ -349,9 +362,9 @@ def test_training_without_spikes_keeps_files_of_its_own(tmp_path, made_data_dir,
     train(tmp_path, made_data_dir, "--no_spikes", "--resume", "--epochs", 3)
     after = contents(tmp_path)
     assert {path: after[path] for path in before} == before
-    files = "best.pt last.pt history.json test_metrics.json predictions.csv samples.png "
-    files += "confusion_matrix.png accuracy_over_time.png"
-    assert {f"cnn_relu_{name}" for name in files.split()} <= {path.name for path in after}
+    files = ["best.pt", "last.pt", "history.json", "test_metrics.json", "predictions.csv"]
+    files += [f"{name}.png" for name in FIGURES]
+    assert {f"cnn_relu_{name}" for name in files} <= {path.name for path in after}
     entries = read_log(tmp_path, "cnn_relu_history.json")
     assert len(entries) == 3
     assert max(entry["val_accuracy"] for entry in entries) > 0.5
@@ -384,21 +397,19 @@ def test_real_recordings_are_learnt_in_two_epochs(tmp_path, real_data_dir):
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    "flags",
     [
-        ("--no_spikes --beta 0.5", "--beta: not allowed with argument --no_spikes"),
-        ("--no_spikes --loss ce", "--loss: not allowed with argument --no_spikes"),
-        ("--alpha 0.5", "--alpha: only --model resnet"),
-        ("--test_only --resume", "--resume: not allowed with argument --test_only"),
-        ("--batch_size 1 --time_steps 1", "--batch_size: too small"),
-        ("--batch_size 0", "--batch_size: 0 is out of range"),
+        *("--no_spikes --beta 0.5", "--no_spikes --loss ce", "--model cnn --alpha 0.5"),
+        *("--test_only --resume", "--time_steps 1 --batch_size 1", "--batch_size 0"),
     ],
 )
-def test_flags_that_make_no_sense_are_refused(tmp_path, made_data_dir, capsys, flags, words):
+def test_flags_that_make_no_sense_are_refused(tmp_path, made_data_dir, capsys, flags):
+    """The last one is named."""
     with pytest.raises(SystemExit) as stop:
         main(tmp_path, made_data_dir, *flags.split())
     assert stop.value.code == 2
-    assert f"error: argument {words}" in capsys.readouterr().err.splitlines()[-1]
+    last = flags.rsplit("--", 1)[1].split()[0]
+    assert f"error: argument --{last}: " in capsys.readouterr().err.splitlines()[-1]
     assert not files_in(tmp_path)
 
 
@@ -468,16 +479,16 @@ class InterruptAt(io.StringIO):
 @pytest.mark.parametrize(
     ("model", "flags"),
     [
-        ("cnn", []),
-        ("cnn", ["--optimizer", "adamw", "--weight_decay", 0.1, "--learn_beta"]),
-        ("resnet", ["--scheduler", "--optimizer", "sgd", "--loss", "mse", "--dropout", 0.3]),
+        ("cnn", ""),
+        ("cnn", "--optimizer adamw --weight_decay 0.1 --learn_beta"),
+        ("resnet", "--scheduler --optimizer sgd --loss mse --dropout 0.3"),
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, made_data_dir, model, flags):
     """Interrupted when the third of four epochs is trained, and validated, but not saved."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    backend = BY_STEP if flags else []
-    flags = ["--model", model, "--epochs", 4, *flags, *backend]
+    backend = STEP if flags else []
+    flags = ["--model", model, "--epochs", 4, *flags.split(), *backend]
     train(whole, made_data_dir, *flags)
     interrupt = contextlib.redirect_stderr(InterruptAt("epoch 3/4", "val:", "test:"))
     with interrupt, pytest.raises(KeyboardInterrupt, match="--resume"):
@@ -491,7 +502,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, made_data_dir, mode
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, made_data_dir, kills):
     """Three kills a run, at any moment from its start on: while it bins, trains or saves."""
-    flags = ["--epochs", 20, *STEP, "--resume"]
+    flags = ["--epochs", 15, *STEP, "--resume"]
     begin = time.monotonic()
     train(tmp_path / "whole", made_data_dir, *flags)
     seconds = time.monotonic() - begin
@@ -504,7 +515,8 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, made_dat
             assert process.stdout.readline()  # it begins
             time.sleep(rng.uniform(0, 0.5) * seconds)
             process.kill()
-            stdout, _ = process.communicate()
+            stdout = process.stdout.read()
+            process.communicate()
             finished = re.findall(r"^epoch +(\d+)/", stdout, re.MULTILINE)
             last = killed / "checkpoints" / "cnn_last.pt"
             saved = len(checkpoint(killed)["history"]) if last.exists() else 0
@@ -536,29 +548,37 @@ def test_a_run_holds_its_folder_until_ctrl_c_ends_it_in_one_line(tmp_path, made_
     assert len(checkpoint(tmp_path)["history"]) == saved + 1
 
 
-def test_a_full_disk_ends_in_one_line_and_leaves_what_was_there(tmp_path, made_data_dir):
-    """Of the second epoch, the best checkpoint fits, not the last; of a test, the metrics."""
-    cases = {
-        "cnn_last.pt": (1_000_000, [*SHORT, "--resume", "--epochs", 2]),
-        "training_results.png": (10_000, ["--test_only", "--visualize"]),
-    }
-    results, expected = {}, {}
-    with ThreadPoolExecutor(2) as pool:
-        for name, (size, flags) in cases.items():
-            folder = tmp_path / name
-            train(folder, made_data_dir, *STEP, "--epochs", 1)
-            if "--test_only" in flags:
-                train(folder, made_data_dir, *STEP, "--test_only")
-            expected[name] = contents(folder)
-            command = ["train_nmnist.py", *flags_for(folder, made_data_dir, *flags, *STEP)]
-            options = {"preexec_fn": limit_files(size)}
-            results[name] = pool.submit(run, sys.executable, *command, **options)
-    for name, result in results.items():
-        after = contents(tmp_path / name)
-        assert after.keys() == expected[name].keys()  # nothing half written
-        last = tmp_path / name / "checkpoints" / "cnn_last.pt"
-        assert after[last] == expected[name][last]
-        assert_refused(result.result(), name, "File too large")
+@contextlib.contextmanager
+def limited_files(size):
+    """Let this process write no file of more than `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "flags"),
+    [
+        ("cnn_last.pt", 1_000_000, "--resume --epochs 2"),  # the best checkpoint fits
+        ("training_results.png", 10_000, "--test_only --visualize"),  # the metrics fit
+    ],
+)
+def test_a_full_disk_leaves_what_was_there(tmp_path, made_data_dir, name, size, flags):
+    """The errors are those that a script ends with in one line."""
+    train(tmp_path, made_data_dir, *STEP, "--epochs", 1)
+    main(tmp_path, made_data_dir, *STEP, "--test_only")
+    before = contents(tmp_path)
+    with limited_files(size), pytest.raises((OSError, utils.UserError)) as error:
+        main(tmp_path, made_data_dir, *STEP, *flags.split())
+    after = contents(tmp_path)
+    assert after.keys() == before.keys()  # nothing half written
+    last = tmp_path / "checkpoints" / "cnn_last.pt"
+    assert after[last] == before[last]
+    assert "File too large" in str(error.value)
+    assert name in str(error.value)
 
 
 @pytest.mark.parametrize("loss", ["ce", "mse", "count"])
@@ -598,15 +618,12 @@ def test_an_earlier_run_is_kept_under_a_number(tmp_path, made_data_dir, capsys):
     assert not list((tmp_path / "checkpoints").glob("*.3.pt"))
 
 
-@pytest.mark.parametrize(
-    "flags", ["--precision auto --seed 3", "--lr 0.005", "--scheduler --denoise 9000"]
-)
-def test_the_command_that_started_a_run_resumes_it(tmp_path, made_data_dir, capsys, flags):
-    flags = [*STEP, "--epochs", 1, "--resume", *flags.split()]
-    train(tmp_path, made_data_dir, *flags)
+def test_the_command_that_started_a_run_resumes_it(tmp_path, made_data_dir, capsys):
+    flags = [*STEP, "--epochs", 1, "--resume", "--lr", 0.005, "--denoise", 9000, "--seed", 3]
+    train(tmp_path, made_data_dir, *flags, "--precision", "auto")
     assert "no checkpoint at" in capsys.readouterr().out
     before = contents(tmp_path)
-    train(tmp_path, made_data_dir, *flags)
+    train(tmp_path, made_data_dir, *flags, "--precision", "auto")
     assert contents(tmp_path) == before
 
 
@@ -669,13 +686,6 @@ def test_bad_checkpoints_are_refused_and_never_run(tmp_path, made_data_dir, flag
         with pytest.raises(utils.UserError, match=str(path)):
             train(tmp_path, made_data_dir, *STEP, flag)
     assert not marker.exists()
-
-
-def test_a_missing_checkpoint_names_the_command_that_makes_it(tmp_path, made_data_dir):
-    path = tmp_path / "checkpoints" / "resnet_best.pt"
-    with pytest.raises(utils.UserError, match=f"no checkpoint at {path}.*python train_nmnist.py"):
-        train(tmp_path, made_data_dir, "--test_only", "--model", "resnet")
-    assert not list(tmp_path.iterdir())
 
 
 # --- Testing --------------------------------------------------------------------------------------
@@ -758,7 +768,7 @@ def test_predictions_and_early_exits_equal_a_loop_by_hand(copied, made_data_dir)
                 assert float(row["confidence"]) == pytest.approx(confidence, abs=1e-4)
         assert entry["accuracy"] == pytest.approx(statistics.mean(correct))
         assert entry["mean_steps"] == pytest.approx(statistics.mean(steps))
-        used = statistics.mean(operations[n][step - 1] for n, step in enumerate(steps))
+        used = statistics.mean(operations[step - 1][n] for n, step in enumerate(steps))
         assert entry["synaptic_operations"] == pytest.approx(used, rel=1e-3)
     assert len({entry["mean_steps"] for entry in metrics["early_exit"]}) > 4
 
@@ -770,17 +780,15 @@ def softmax_odds(mem, temperature):
 
 
 def operations_by_hand(folder, frames, model):
-    """Return the synaptic operations of each recording, [N][T], if it is cut after each step."""
+    """Return the synaptic operations [T][N] of recordings that are cut after each step."""
     network = restore_network(checkpoint(folder, "best", model), neuron_backend="step")
+    x, _ = frames.batch(torch.arange(len(frames)))
     operations = []
-    for n in range(len(frames)):
-        x, _ = frames.batch(torch.tensor([n]))
-        operations.append([])
-        for step in range(1, len(x) + 1):
-            with torch.no_grad(), ActivityMeter(network) as meter:
-                network(x[:step])
-            layers = meter.layers().values()
-            operations[-1].append(sum(layer["synaptic_operations"] for layer in layers))
+    for step in range(1, len(x) + 1):
+        with torch.no_grad(), ActivityMeter(network) as meter:
+            network(x[:step])
+        layers = [meter.operations(name).sum(0) for name in meter.layers()]
+        operations.append(sum(layers).tolist())
     return operations
 
 
@@ -794,7 +802,7 @@ def test_the_temperature_is_fitted_on_validation_recordings(tmp_path, made_data_
     for indices in nmnist.split_validation(frames.labels, 0.2, seed=0):
         _, mem, labels = outputs(tmp_path, frames, indices)
         means = np.stack([mem[:step].mean(0) for step in range(1, 6)])
-        best.append(min(temperatures, key=lambda t: cross_entropy(means / t, labels)))  # noqa: B023
+        best.append(min(temperatures, key=lambda t: cross_entropy(means / t, labels)))
     assert temperature == pytest.approx(best[1], rel=0.1)
     assert temperature != pytest.approx(best[0], rel=0.1)  # that of the training recordings
 
@@ -826,7 +834,6 @@ def test_the_readout_decides_everywhere(tmp_path, made_data_dir, readout):
     best = max(entries, key=lambda entry: (entry["val_accuracy"], -entry["val_loss"]))
     assert metrics["readout"] == readout
     assert metrics["accuracy"] == metrics["accuracy_by_readout"][readout] == best["test_accuracy"]
-    assert metrics["accuracy"] != metrics["accuracy_by_readout"]["membrane"]
     assert metrics["accuracy_over_time"][-1] == metrics["accuracy"]
     # Recomputed from the network's outputs, by hand.
     spk, mem, labels = outputs(tmp_path, load(made_data_dir, "test", 2), torch.arange(30))
@@ -979,11 +986,10 @@ def test_a_seed_that_is_given_twice_counts_once(tmp_path, made_data_dir, capsys)
 
 
 def test_figures_are_written(trained_networks):
-    folder, (stdout, _) = trained_networks["resnet"]
-    names = ("confusion_matrix", "accuracy_over_time", "samples", "filters")
-    for name in ("training_results", *(f"resnet_{name}" for name in names)):
+    folder, (stdout, _) = trained_networks["cnn"]
+    for name in ("training_results", *(f"cnn_{name}" for name in FIGURES)):
         path = folder / "logs" / f"{name}.png"
-        assert f"figure      {path}" in stdout
+        assert f"figure      {path}\n" in stdout
         height, width, _ = plt.imread(path).shape
         assert width > 900
         assert height > 500
@@ -1030,7 +1036,7 @@ def test_figures_show_the_history_and_the_metrics(copied, made_data_dir, figures
 
 def test_samples_show_mistakes_first_in_the_first_saccade(tmp_path, made_data_dir, figures):
     """From 31 to 62 of 308 ms: a pixel is white where no event fell in that time."""
-    flags = [*BY_STEP, "--precision", "fp32", "--time_steps", 10, "--epochs", 3]
+    flags = [*BY_STEP, "--precision", "fp32", "--time_steps", 10, "--epochs", 2, "--lr", 0.007]
     train(tmp_path, made_data_dir, *flags, "--visualize")
     rows = read_csv(tmp_path / "logs" / "cnn_predictions.csv")
     wrong = {n for n, row in enumerate(rows) if row["label"] != row["membrane"]}

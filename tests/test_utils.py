@@ -158,15 +158,6 @@ def test_atomic_path_replaces_only_on_success(tmp_path):
     assert target.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
-def test_json_that_is_missing_or_damaged_is_none(tmp_path):
-    path = tmp_path / "logs" / "a.json"
-    assert utils.read_json(path) is None
-    utils.write_json(path, [{"loss": 0.5}])
-    assert utils.read_json(path) == [{"loss": 0.5}]
-    path.write_bytes(path.read_bytes()[:-5] + b"\xff")
-    assert utils.read_json(path) is None
-
-
 def test_files_of_earlier_runs_get_the_first_number_that_is_free_for_all(tmp_path, capsys):
     best, last, other = (tmp_path / name for name in ("cnn_best.pt", "cnn_last.pt", "other.pt"))
     utils.keep_earlier_files(best, last)  # nothing to keep
@@ -249,7 +240,7 @@ def test_files_that_are_not_checkpoints_are_refused_by_name_and_never_run(tmp_pa
         message = str(error.value)
         assert str(path) in message
         assert "\n" not in message
-        assert "`python train_nmnist.py`" in message
+        assert "train a network with `python train_nmnist.py" in message
         assert ("another version of this project" in message) == (name in ("older", "newer"))
         assert ("not finite" in message) == (name in ("nan", "infinite"))
     assert not marker.exists()
