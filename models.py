@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from snntorch import surrogate
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils.dlpack import to_dlpack
 
 NUM_DIGITS = 10
@@ -111,7 +110,7 @@ class SpikingNetwork(nn.Module):
         """Return a layer that runs `neuron` over a sequence; without spikes, a ReLU."""
         if self.config.no_spikes:
             return ReLU()
-        return Fused(neuron) if self.neuron_backend == "fused" else OverTime(neuron)
+        return {"fused": Fused, "step": OverTime}[self.neuron_backend](neuron)
 
     def neuron_layers(self) -> dict[str, nn.Module]:
         """Return the neuron layers by name (`lif1`, `res1.lif2`), in the order of their run."""
@@ -323,7 +322,7 @@ def digit_scores(spk: torch.Tensor, mem: torch.Tensor | None, readout: str) -> t
     if readout == "latency":
         return -(spk.cumsum(0) == 0).float().cumsum(0)
     # Means: sums grow faster than what they tell, and no temperature would fit all steps.
-    values = mem if readout == "membrane" else spk
+    values = {"membrane": mem, "rate": spk}[readout]
     steps = torch.arange(1, len(values) + 1, device=values.device)
     return values.cumsum(0) / steps.view(-1, 1, 1)
 
@@ -425,7 +424,7 @@ def can_fuse(neuron: snn.SpikingNeuron) -> bool:
     options = ("inhibition", "state_quant", "init_hidden", "output")
     return (
         type(neuron) in (snn.Leaky, snn.Synaptic, ALIF)
-        and isinstance(neuron.spike_grad, FastSigmoid)
+        and type(neuron.spike_grad) is FastSigmoid
         and neuron.reset_mechanism == "subtract"
         and getattr(neuron, "reset_delay", True)
         and not any(getattr(neuron, name) for name in options)
@@ -494,11 +493,11 @@ class ALIF(snn.SpikingNeuron):
 
     def forward(self, input_, spk=None, adapt=None, mem=None):
         """Advance by one step: input_ and states [B, ...] -> (spk, adapt, mem), each [B, ...]."""
-        if self.mem.shape != input_.shape:
-            self.spk = self.adapt = self.mem = torch.zeros_like(input_)
         spk = self.spk if spk is None else spk
         adapt = self.adapt if adapt is None else adapt
         mem = self.mem if mem is None else mem
+        if mem.shape != input_.shape:  # as after reset_mem of a new neuron
+            spk = adapt = mem = torch.zeros_like(input_)
         reset = spk.detach() * self.threshold_at(adapt)
         self.mem = self.beta.clamp(0, 1) * mem + input_ - reset
         self.adapt = self.alpha * adapt + (1 - self.alpha) * spk
@@ -623,8 +622,9 @@ class FusedNeuron(torch.autograd.Function):
         return spk, mem
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_spk, grad_mem):
+        if torch.is_grad_enabled():  # once_differentiable lets torch.autograd.grad pass in silence
+            raise RuntimeError("Fused has no second derivative: use OverTime (neuron_backend step)")
         spk, mem, adapt, *params = ctx.saved_tensors
         grad_spk = torch.zeros_like(spk) if grad_spk is None else grad_spk.contiguous()
         # Without gradients of mem, grad_spk times 0 stands in: no other variant is compiled.
@@ -849,7 +849,8 @@ class ActivityMeter:
             self.num_recordings += spk.shape[1]
         # Over the recordings first: float32 counts exactly to 2^24, and a layer may fire more.
         self._spikes[name] += spk.sum(1).flatten(1).cpu().sum(1, dtype=torch.float64)
-        operations, self._macs[name] = 0, 0.0
+        operations = torch.zeros(spk.shape[0] * spk.shape[1], dtype=torch.float64, device="cpu")
+        self._macs[name] = 0.0
         for module, x in self._inputs:
             if module not in self._fan_outs:
                 self._fan_outs[module] = fan_out(module, x.shape[1:])[0]
@@ -909,8 +910,9 @@ def fan_out(layer: nn.Conv2d | nn.Linear, shape: torch.Size) -> torch.Tensor:
 
     With all weights 1, this is the gradient of the sum of its outputs: in float64, a whole number.
     """
-    x = torch.zeros(1, *shape, dtype=torch.float64, requires_grad=True)
-    ones = torch.ones(layer.weight.shape, dtype=torch.float64)
+    options = {"dtype": torch.float64, "device": "cpu"}
+    x = torch.zeros(1, *shape, **options, requires_grad=True)
+    ones = torch.ones(layer.weight.shape, **options)
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         if isinstance(layer, nn.Linear):
             out = F.linear(x, ones)

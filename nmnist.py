@@ -45,7 +45,7 @@ PUBLISHED = {"train": 60_000, "test": 10_000}  # recordings of N-MNIST
 HOMEPAGE = "https://www.garrickorchard.com/datasets/n-mnist"
 LAYOUT = "Train/<digit>/*.bin and Test/<digit>/*.bin, or train.zip and test.zip"
 SIMULATED = "SimulatedNMNIST"  # folder and name of the simulated digits
-DEPTHS = ("", "*/", "*/*/")  # of folders in which misplaced recordings are looked for
+DEPTHS = ("", "*/", "*/*/", "*/*/*/")  # of folders in which misplaced recordings are looked for
 SIMULATOR_FILE = "simulator.json"  # beside simulated recordings, which it tells from real ones
 
 # --- The data set ---------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def list_recordings(folder: Path) -> list[Path]:
     """Return the recordings <digit>/*.bin of a part; refuse what would be missed or mislabelled."""
     digits = [str(digit) for digit in range(10)]
     for path in visible(folder):
-        if path.name not in digits and (path.is_dir() or path.suffix == ".bin"):
+        if path.name not in digits and (path.is_dir() or path.suffix.lower() == ".bin"):
             raise UserError(f"{path} is no digit: {folder} must hold <digit>/*.bin, digits 0 to 9")
     files = []
     for digit in digits:
@@ -190,18 +190,19 @@ def find_parts(root: Path) -> dict[str, Path]:
     parts = {}
     for split in SPLITS:
         folders = [path for path in visible(root) if path.name.lower() == split and path.is_dir()]
-        if len(folders) > 1:
-            raise UserError(f"{root} holds {' and '.join(p.name for p in folders)}; keep one")
         zips = [path for path in visible(root) if path.name.lower() == f"{split}.zip"]
-        if folders or zips:
-            parts[split] = (folders or zips)[0]
+        found = folders or zips
+        if len(found) > 1:
+            raise UserError(f"{root} holds {' and '.join(path.name for path in found)}; keep one")
+        if found:
+            parts[split] = found[0]
     return parts
 
 
 def digits_folder(part: Path, split: str) -> Path:
     """Return the folder in which a part's digits are: its folder, or one level deeper."""
     deeper = [path for path in visible(part) if path.name.lower() == split and path.is_dir()]
-    return deeper[0] if deeper else part
+    return deeper[0] if deeper and not (part / "0").exists() else part
 
 
 def unpack(archive: Path, split: str) -> Path:
@@ -214,7 +215,10 @@ def unpack(archive: Path, split: str) -> Path:
         ):
             for member in tqdm(zip_file.infolist(), desc=f"extract {archive.name}", unit="file"):
                 zip_file.extract(member, Path(temporary) / split)
-            digits_folder(Path(temporary) / split, split).rename(folder)
+            new = digits_folder(Path(temporary) / split, split)
+            if not any(new.glob("[0-9]/*.bin")):
+                raise UserError(f"{archive} holds no <digit>/*.bin: replace it, or delete it")
+            new.rename(folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         reason = utils.first_line(error)
         raise UserError(
@@ -957,10 +961,11 @@ def check_images(path: str | Path, arrays: dict[str, np.ndarray], prefix: str) -
             f"--simulate {path} has no {prefix}images and {prefix}labels; it needs images and "
             "labels, or train_images, train_labels, test_images and test_labels"
         )
-    if images.shape != (len(images), 28, 28) or images.dtype != np.uint8 or len(images) == 0:
+    if images.shape[1:] != (28, 28) or images.dtype != np.uint8 or images.size == 0:
         shape = f"{images.dtype} {list(images.shape)}"
         raise UserError(f"--simulate {path}: {prefix}images is {shape}, not uint8 [N, 28, 28]")
-    if labels.shape != images.shape[:1] or not np.isin(labels, np.arange(10)).all():
+    is_digit = labels.dtype.kind in "iu" and np.isin(labels, np.arange(10)).all()
+    if labels.shape != images.shape[:1] or not is_digit:
         raise UserError(
             f"--simulate {path}: {prefix}labels must be {len(images):,} digits 0 to 9, one an image"
         )

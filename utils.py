@@ -7,6 +7,7 @@ import csv
 import ctypes
 import datetime
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -301,8 +302,10 @@ def write_csv(path: str | Path, rows: list[dict]) -> None:
 
 def save_tensors(path: str | Path, content: dict) -> None:
     """Write a dictionary of tensors, numbers, strings, lists and dictionaries, atomically."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
+    buffer = io.BytesIO()  # to a full disk, torch.save raises a RuntimeError
+    torch.save(content, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def keep_earlier_files(*paths: Path) -> None:

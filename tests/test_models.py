@@ -97,17 +97,18 @@ def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 class ByHand(nn.Module):
-    """The loop of snnTorch's tutorials over a neuron with so many states, the last of them mem."""
+    """The loop of snnTorch's tutorials over a neuron."""
 
-    def __init__(self, neuron: snn.SpikingNeuron, states: int, spk_is_state=False):
+    def __init__(self, neuron: snn.SpikingNeuron):
         super().__init__()
-        self.neuron, self.states, self.first = neuron, states, 0 if spk_is_state else 1
+        self.neuron = neuron
 
     def forward(self, cur):
-        state, outputs = [torch.zeros_like(cur[0])] * self.states, []
+        state, outputs = self.neuron.reset_mem(), []
+        state = [state] if isinstance(state, torch.Tensor) else state
         for step_cur in cur:
             out = self.neuron(step_cur, *state)
-            state = out[self.first :]
+            state = out[-len(state) :]
             outputs.append((out[0], out[-1]))
         return tuple(torch.stack(x) for x in zip(*outputs, strict=True))
 
@@ -137,14 +138,14 @@ def leaky_pair(beta=0.9, threshold=0.5, slope=5, **learn):
     """Return a Leaky neuron, and the same with snnTorch's own surrogate, stepped by hand."""
     neuron = snn.Leaky(beta, threshold, FastSigmoid(slope), **learn)
     reference = snn.Leaky(beta, threshold, surrogate.fast_sigmoid(slope), **learn)
-    return neuron, ByHand(reference, 1)
+    return neuron, ByHand(reference)
 
 
 def synaptic_pair(alpha=0.7, beta=0.6, **learn):
     """Return a Synaptic neuron, and the same with snnTorch's own surrogate, stepped by hand."""
     neuron = snn.Synaptic(alpha, beta, spike_grad=FastSigmoid(5), **learn)
     reference = snn.Synaptic(alpha, beta, spike_grad=surrogate.fast_sigmoid(5), **learn)
-    return neuron, ByHand(reference, 2)
+    return neuron, ByHand(reference)
 
 
 def alif_pair(**learn):
@@ -210,11 +211,13 @@ def test_alif_without_adaptation_is_leaky_of_images_too(wrapper):
     assert_equal(wrapper(alif), leaky, make_current(7, 2, 3, 6, 5))
 
 
+def test_alif_is_stepped_like_snntorchs_neurons():
+    assert_equal(ByHand(alif_pair()[0]), ALIFByEquation(), make_current())
+
+
 def test_alif_keeps_its_state_or_takes_it():
     """As snnTorch's neurons do; the states that are passed may be those of another sequence."""
     alif, cur = alif_pair()[0], make_current(8)
-    assert_equal(ByHand(alif, 3, spk_is_state=True), ALIFByEquation(), cur)
-    alif.reset_mem()
     kept = [alif(step_cur)[0] for step_cur in cur]
     states = [(torch.zeros_like(cur[0]),) * 3] * 2
     for t, step_cur in enumerate(cur):  # two sequences in turn: with the current, and with none
@@ -232,23 +235,22 @@ def lapicque(grad):
 
 
 BETAS = torch.linspace(0.2, 0.9, 50)  # one for each neuron
-SNNTORCH_NEURONS = {  # and their states
-    "lapicque": (lapicque, 1),
-    "alpha": (lambda grad: snn.Alpha(0.8, 0.5, 0.3, grad), 3),
-    "recurrent": (lambda grad: snn.RLeaky(0.8, 0.4, False, spike_grad=grad), 2, True),
-    "reset to zero": (lambda grad: snn.Leaky(0.8, 0.5, grad, reset_mechanism="zero"), 1),
-    "reset at once": (lambda grad: snn.Leaky(0.8, 0.5, grad, reset_delay=False), 1),
-    "betas": (lambda grad: snn.Leaky(BETAS.clone(), 0.5, grad, learn_beta=True), 1),
+SNNTORCH_NEURONS = {
+    "lapicque": lapicque,
+    "alpha": lambda grad: snn.Alpha(0.8, 0.5, 0.3, grad),
+    "recurrent": lambda grad: snn.RLeaky(0.8, 0.4, False, spike_grad=grad),
+    "reset to zero": lambda grad: snn.Leaky(0.8, 0.5, grad, reset_mechanism="zero"),
+    "reset at once": lambda grad: snn.Leaky(0.8, 0.5, grad, reset_delay=False),
+    "betas": lambda grad: snn.Leaky(BETAS.clone(), 0.5, grad, learn_beta=True),
 }
 
 
 @each_device
 @pytest.mark.parametrize("kind", SNNTORCH_NEURONS)
 def test_over_time_runs_any_snntorch_neuron(kind):
-    make, *states = SNNTORCH_NEURONS[kind]
-    neuron, reference = make(FastSigmoid()), make(surrogate.fast_sigmoid(5))
-    cur = make_current()
-    assert_equal(OverTime(neuron.to(cur.device)), ByHand(reference.to(cur.device), *states), cur)
+    make, cur = SNNTORCH_NEURONS[kind], make_current()
+    reference = ByHand(make(surrogate.fast_sigmoid(5))).to(cur.device)
+    assert_equal(OverTime(make(FastSigmoid())).to(cur.device), reference, cur)
 
 
 @pytest.mark.parametrize("output", [False, True])
@@ -663,18 +665,29 @@ def test_the_operations_of_a_residual_block_are_those_of_its_three_convolutions(
 # --- Without spikes -------------------------------------------------------------------------------
 
 
+def conv_pool_norm(conv: nn.Conv2d, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return what three layers and a ReLU make of frames [F, C, H, W], by torch's functions."""
+    return F.relu(norm(F.max_pool2d(F.conv2d(x, conv.weight, padding=1), 2)))
+
+
+@each_model
 @each_backend
-def test_the_network_without_spikes_is_an_ordinary_one_on_each_frame(backend):
-    network = make_network("cnn", backend, no_spikes=True).eval()
+def test_networks_without_spikes_are_ordinary_ones_on_each_frame(model, backend):
+    network = make_network(model, backend, no_spikes=True).eval()
     frames = make_frames(4, 3, rate=0.3)
-    with torch.no_grad():
-        out, mem = network(frames)
-        x = frames.flatten(0, 1)
-        for i in (1, 2, 3):
-            conv, norm = getattr(network, f"conv{i}"), getattr(network, f"norm{i}")
-            x = F.relu(norm(F.max_pool2d(F.conv2d(x, conv.weight, padding=1), 2)))
-        x = F.relu(network.norm4(network.fc1(x.movedim(1, -1).flatten(1))))
-        expected = network.norm_out(network.fc_out(x)).unflatten(0, (4, 3))
+    x = conv_pool_norm(network.conv1, network.norm1, frames.flatten(0, 1))
+    if model == "cnn":
+        x = conv_pool_norm(network.conv2, network.norm2, x)
+        x, norm = conv_pool_norm(network.conv3, network.norm3, x), network.norm4
+    else:
+        for block in (network.res1, network.res2):
+            first = conv_pool_norm(block.conv1, block.norm1, x)
+            shortcut = F.conv2d(4 * F.avg_pool2d(x, 2), block.shortcut.weight)
+            second = block.norm2(F.conv2d(first, block.conv2.weight, padding=1)) + shortcut
+            x, norm = first + F.relu(second), network.norm2
+    x = F.relu(norm(network.fc1(x.movedim(1, -1).flatten(1))))
+    expected = network.norm_out(network.fc_out(x)).unflatten(0, (4, 3))
+    out, mem = network(frames)
     assert expected.abs().mean() > 0.01
     torch.testing.assert_close(mem, expected)
     torch.testing.assert_close(out, F.relu(expected))
@@ -714,7 +727,7 @@ def test_a_subclass_may_have_other_neurons(base):
     assert snn.Leaky not in kinds
     for kind, (cur, *outputs) in zip(kinds, layers.values(), strict=True):
         if kind is snn.Lapicque:
-            expected = ByHand(snn.Lapicque(0.7, threshold=0.8), 1)(cur)
+            expected = ByHand(snn.Lapicque(0.7, threshold=0.8))(cur)
             torch.testing.assert_close(tuple(outputs), expected)
     assert sum(spk.sum() for _cur, spk, _mem in layers.values()) > 0
     network(frames)[1].sum().backward()
@@ -730,15 +743,15 @@ def test_a_subclass_may_have_other_layers(backend):
             self.lif_out = self.lif()
 
         def forward_layers(self, frames):
-            return self.lif_out(models.each_frame(models.flatten(frames), self.fc_out))
+            return self.lif_out(models.each_frame(frames.flatten(2), self.fc_out))
 
     torch.manual_seed(0)
     network = OneLayer(NetworkConfig(beta=0.9), neuron_backend=backend)
     frames = make_frames(7, 3, rate=3.0)
     with ActivityMeter(network) as meter:
         outputs = network(frames)
-    cur = F.linear(frames.movedim(2, -1).flatten(2), network.fc_out.weight)
-    torch.testing.assert_close(outputs, ByHand(snn.Leaky(0.9), 1)(cur))
+    cur = F.linear(frames.flatten(2), network.fc_out.weight)
+    torch.testing.assert_close(outputs, ByHand(snn.Leaky(0.9))(cur))
     assert 0.05 < outputs[0].mean() < 0.95
     np.testing.assert_allclose(meter.operations("lif_out"), 10 * frames.sum((2, 3, 4)))
     assert describe_backend(network) == backend
@@ -771,7 +784,7 @@ def test_second_derivatives_of_fused_networks_are_refused(model):
         return torch.autograd.grad(grad.square().sum(), weight)[0]
 
     assert differentiate_twice("step").abs().sum() > 0
-    with pytest.raises(RuntimeError, match=r"differentia|derivative"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         differentiate_twice("fused")
 
 
@@ -841,7 +854,7 @@ def test_other_shapes_compile_nothing_again(model):
     run(5, 3)
     run(11, 7)
     with torch.compiler.set_stance("fail_on_recompile"):
-        for time_steps, batch in ((5, 2), (10, 9), (25, 4), (7, 5), (10, 21)):
+        for time_steps, batch in ((5, 2), (10, 9), (3, 4), (25, 4), (7, 5), (10, 21)):
             run(time_steps, batch)
         with pytest.raises(RuntimeError, match="recompile"):  # as would any compilation
             torch.compile(lambda x: x + 1)(torch.ones(3))
@@ -878,6 +891,7 @@ print(describe_backend(network))
 
 
 def test_importing_models_changes_no_environment_variable():
+    """In an empty environment: this process, which has imported it, might hand one on."""
     code = "import os, snntorch, torch; before = dict(os.environ); import models; "
-    result = run(sys.executable, "-c", code + "print(dict(os.environ) == before)")
+    result = run("env", "-i", sys.executable, "-c", code + "print(dict(os.environ) == before)")
     assert result.stdout == "True\n", result.stderr
