@@ -161,7 +161,7 @@ def list_recordings(folder: Path) -> list[Path]:
 
 def visible(folder: Path) -> list[Path]:
     """Return what a folder holds, sorted, but for what operating systems add."""
-    ignored = ("__MACOSX", "Thumbs.db", "desktop.ini")
+    ignored = ("__MACOSX", "Thumbs.db", "desktop.ini", "lost+found")
     paths = folder.iterdir() if folder.is_dir() else []
     return sorted(p for p in paths if not p.name.startswith(".") and p.name not in ignored)
 
@@ -176,10 +176,12 @@ def find_data_set(data_dir: Path) -> Path | None:
     found = [folder for folder in candidates if find_parts(folder)]
     if len(found) > 1:
         names = ", ".join(map(str, found))
-        raise UserError(f"--data_dir {data_dir}: several data sets ({names}); name one of them")
+        raise UserError(f"--data_dir {data_dir}: several data sets ({names}); name or keep one")
     if not found:
         recordings = (folder.glob(f"{deep}*.[bB][iI][nN]") for folder in folders for deep in DEPTHS)
         stray = next(itertools.chain(data_dir.glob("*.bin"), *recordings), None)
+        expected = data_dir / "NMNIST"
+        stray = stray or ((expected.is_symlink() or visible(expected)) and expected)
         if stray:
             raise UserError(f"--data_dir {data_dir} holds {stray}, but not {LAYOUT}")
     return found[0] if found else None
@@ -210,6 +212,7 @@ def unpack(archive: Path, split: str) -> Path:
     folder = archive.with_name(split.capitalize())
     try:
         with (
+            utils.naming(archive),
             zipfile.ZipFile(archive) as zip_file,
             tempfile.TemporaryDirectory(prefix=".", dir=archive.parent) as temporary,
         ):
@@ -217,7 +220,7 @@ def unpack(archive: Path, split: str) -> Path:
                 zip_file.extract(member, Path(temporary) / split)
             new = digits_folder(Path(temporary) / split, split)
             if not any(new.glob("[0-9]/*.bin")):
-                raise UserError(f"{archive} holds no <digit>/*.bin: replace it, or delete it")
+                raise zipfile.BadZipFile("no <digit>/*.bin in it")
             new.rename(folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         reason = utils.first_line(error)
@@ -884,10 +887,11 @@ def record_data_set(root: Path, parts: dict[str, Images], images: str, seed: int
     `images` names them, and `seed` draws the noise; both are written to SIMULATOR_FILE.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=root.parent) as temporary:
-        new = Path(temporary) / root.name
-        for folder, part in parts.items():
-            record_images(part, new / folder, (seed, ("Train", "Test").index(folder)))
+    temporary = tempfile.TemporaryDirectory(prefix=".", dir=root.parent)
+    with utils.naming(root), temporary as folder:
+        new = Path(folder) / root.name
+        for name, part in parts.items():
+            record_images(part, new / name, (seed, ("Train", "Test").index(name)))
         utils.write_json(new / SIMULATOR_FILE, describe_simulator(images, seed))
         new.rename(root)
     print(f"simulated   {root} ({sum(len(p.labels) for p in parts.values()):,} recordings)")

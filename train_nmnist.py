@@ -530,7 +530,7 @@ def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint:
         "same_test_part": checkpoint["data"]["test part"] == data.describe()["test part"],
         "num_recordings": len(labels),
         "num_blank": data.test.num_blank,
-        "data": data.describe(),
+        "data": {k: v for k, v in data.describe().items() if k != "training part"},
         "model": network.config.name,
         "parameters": num_parameters(network),
         "accuracy": result["accuracy"],
@@ -788,7 +788,8 @@ def run_seeds(defaults: dict, given: dict, seeds: list[int], device: torch.devic
         rows.append(row | metrics["settings"])
         for name in metrics["settings"]:
             expected = seed if name == "seed" else rows[0][name]
-            if rows[-1][name] != expected:
+            # A run that went on for more epochs may have found its best network before.
+            if rows[-1][name] != expected and name != "epochs":
                 text = f"{name} {rows[-1][name]}, not {expected}: a table is of seeds alone"
                 raise UserError(f"{metrics['checkpoint']} was trained with {text}")
     if rank() == 0:

@@ -576,7 +576,6 @@ BLANK, DIGITS = np.zeros((10, 28, 28), np.uint8), np.arange(10)
         ({"test_labels": DIGITS // 2 * 2}, "no image of 1 for Test"),
         ({"test_images": None}, "no test_images"),
         ({"train_images": None}, "no train_images"),
-        ({"images": BLANK, "labels": DIGITS}, "train_images"),  # which of the two?
         ({"train_labels": np.array([None] * 10)}, "can't be read"),  # a pickle, which may run code
     ],
 )
