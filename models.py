@@ -252,7 +252,7 @@ def restore_network(checkpoint: dict, **options) -> SpikingNetwork:
 
 
 def init_norm(norm: nn.Module, config: NetworkConfig, scale: float = 1.0) -> nn.Module:
-    """Let a norm start with currents of `scale` times `initial_current`; return it."""
+    """Set a norm's weight, hence the spread of its output, to `scale` times `initial_current`."""
     nn.init.constant_(norm.weight, initial_current(config) * scale)
     return norm
 
@@ -270,7 +270,7 @@ def initial_current(config: NetworkConfig) -> float:
 
 
 def input_scale(decay: float) -> float:
-    """Return the factor on an input with which its leaky sum over time is about as large.
+    """Return the factor that keeps the leaky sum of an input about as large as the input.
 
     A compromise between (1 - decay**2)**0.5, which keeps the variance of white noise, and
     1 - decay, which keeps a constant. The floor keeps it above 0 if decay is 1.
@@ -333,7 +333,7 @@ def confidence(spk, mem, readout: str, temperature: float) -> torch.Tensor:
 
 
 def fit_temperature(spk, mem, readout: str, labels: torch.Tensor) -> float:
-    """Return the temperature with which confidences fit best: the smallest mean cross entropy.
+    """Return the temperature that minimizes the mean cross entropy.
 
     The mean is over all time steps and recordings, labels [B]. Searched in steps
     of 2**0.25, from 1/64 to 16 standard deviations of the scores. Source: Guo et al. 2017, "On
@@ -403,8 +403,8 @@ class Fused(OverTime):
 
     def forward(self, cur):
         neuron = self.neuron
-        beta, alpha = neuron.beta.clamp(0, 1), getattr(neuron, "alpha", None)  # as snnTorch does
-        zero = torch.zeros_like(beta)
+        beta = neuron.beta.clamp(0, 1)  # as snnTorch does, and with Synaptic's alpha
+        alpha, zero = getattr(neuron, "alpha", None), torch.zeros_like(beta)
         if isinstance(neuron, ALIF):
             params = beta, neuron.threshold, zero, alpha, neuron.adapt_scale
         elif isinstance(neuron, snn.Synaptic):

@@ -11,13 +11,14 @@ torchrun --nproc_per_node=2 train_nmnist.py --model cnn      # two processes, on
 
 import os
 
-if __name__ == "__main__":  # threads that wait leave the cores to others; read as torch is imported
+if __name__ == "__main__":  # before torch is imported: idle threads sleep, instead of spinning
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import contextlib
 import copy
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,7 +60,8 @@ EXIT_THRESHOLD = 0.9
 # The count of a neuron that spikes at every step, for the loss of spike counts. Counts of up to T
 # would soon saturate the softmax, whose gradient then vanishes.
 COUNT_RANGE = 5.0
-NEED_SPIKES = ("beta", "threshold", "alpha", "readout", "learn_beta", "loss")  # no use for ReLU
+# Flags without effect under --no_spikes.
+NEED_SPIKES = ("beta", "threshold", "alpha", "readout", "learn_beta", "loss")
 
 # --- Flags ----------------------------------------------------------------------------------------
 
@@ -143,7 +145,7 @@ def add_running_flags(group) -> None:
 
 
 def check_flags(parser: argparse.ArgumentParser, flags: dict, given: dict) -> None:
-    """End with status 2 if `flags` contradict one another, of which those in `given` were typed."""
+    """Exit with status 2 if flags contradict one another; `given` are those that were typed."""
     for name in NEED_SPIKES:
         if flags["no_spikes"] and name in given:
             parser.error(f"argument --{name}: not allowed with argument --no_spikes")
@@ -269,7 +271,7 @@ def train_one_epoch(
         correct = (predict(spk.detach(), mem.detach(), ema.config.readout) == labels).sum()
         results.append(torch.stack([loss.detach(), correct]))
         sizes.append(len(labels))
-        if bar.update(len(labels) * world_size()):  # it was drawn anew
+        if bar.update(len(labels) * world_size()):  # True where the bar was redrawn
             means = mean_results(results, sizes)
             text = {"loss": f"{means['loss']:.4f}", "accuracy": f"{means['accuracy']:.2%}"}
             bar.set_postfix(text, refresh=False)
@@ -287,10 +289,10 @@ def mean_results(results: list[torch.Tensor], sizes: list[int]) -> dict:
 def update_ema(ema: SpikingNetwork, network: torch.nn.Module, step: int) -> None:
     """Update the exponential moving average of the weights after training step `step`, from 0.
 
-    It averages out the noise of the last steps, as lowering the learning rate would: of about a
-    tenth of the steps so far, at most EMA_STEPS. What norms measured is not averaged.
+    It averages over about the last tenth of the steps, at most EMA_STEPS, which removes noise as
+    lowering the learning rate would. torch's AveragedModel would synchronize with a GPU each step.
     """
-    weight = max(9 / (9 + step), 1 / EMA_STEPS)  # torch's AveragedModel synchronizes
+    weight = max(9 / (9 + step), 1 / EMA_STEPS)
     for average, value in zip(ema.parameters(), network.parameters(), strict=True):
         average.lerp_(value, weight)
 
@@ -348,7 +350,10 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, checkpoint
         network.load_state_dict(checkpoint["training"]["network"])
         ema.load_state_dict(checkpoint["network"])
         optimizer.load_state_dict(checkpoint["training"]["optimizer"])
-        history = checkpoint["history"]
+        history, path = checkpoint["history"], log_path(args, "history.json")
+        logged = utils.read_json(path) or []
+        if logged[: len(history)] != history[: len(logged)]:  # of a run with another save_dir
+            utils.keep_earlier_files(path)
         done, planned = len(history), checkpoint["settings"]["epochs"]
         if args.epochs < done:
             raise UserError(f"--epochs {args.epochs}: the checkpoint has {done} epochs already")
@@ -367,8 +372,7 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, checkpoint
         lr = learning_rate(args, epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        augment = not args.no_augment
-        batches = training_batches(args, data.train, order, network.dtype, augment)
+        batches = training_batches(args, data.train, order, network.dtype)
         step = (epoch - 1) * math.ceil(len(order) / args.batch_size)
         with progress(f"epoch {epoch}/{args.epochs}", len(order)) as bar:
             trained = train_one_epoch(parallel, ema, optimizer, loss_fn, batches, step, bar)
@@ -377,17 +381,18 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, checkpoint
         if rank() == 0:
             # The averaged weights need statistics of their own.
             few = order[:NORM_RECORDINGS]
-            update_bn(training_batches(args, data.train, few, ema.dtype, augment=False), ema)
+            few = few[:-1] if len(few) % args.batch_size == 1 else few  # norms need two frames
+            update_bn(data.train.batches(few, args.batch_size, ema.dtype), ema)
             test_indices = torch.arange(len(data.test))
             val = evaluate(ema, data.train, val_indices, loss_fn, args.batch_size, "val")
-            test = evaluate(ema, data.test, test_indices, loss_fn, args.batch_size, "test")
+            tested = evaluate(ema, data.test, test_indices, loss_fn, args.batch_size, "test")
             finite = math.isfinite(trained["loss"]) and math.isfinite(val["loss"])
             if not (finite and utils.is_finite(network.state_dict(), ema.state_dict())):
                 kept = f"{checkpoint_path(args, 'last')} holds epoch {epoch - 1}"
                 kept = kept if history else "no epoch was finished"
                 raise UserError(f"loss or weights not finite: choose a smaller --lr; {kept}")
             entry = {"epoch": epoch}
-            for name, result in (("train", trained), ("val", val), ("test", test)):
+            for name, result in (("train", trained), ("val", val), ("test", tested)):
                 entry |= {f"{name}_loss": result["loss"], f"{name}_accuracy": result["accuracy"]}
             outputs = val["spk"], val["mem"], args.readout, val["labels"]
             entry |= {
@@ -410,17 +415,11 @@ def make_network(args: argparse.Namespace) -> SpikingNetwork:
     return build_model(network_config(args), **options)
 
 
-def training_batches(
-    args: argparse.Namespace,
-    frames: Frames,
-    order: torch.Tensor,
-    dtype: torch.dtype,
-    augment: bool,
-) -> Iterator:
+def training_batches(args, frames: Frames, order: torch.Tensor, dtype: torch.dtype) -> Iterator:
     """Yield this process's share of each batch of the recordings `order`: frames and labels."""
     for chunk in order.split(args.batch_size):
         if len(chunk) // world_size() * frames.time_steps >= 2:  # what norms need
-            yield frames.batch(chunk[rank() :: world_size()], dtype, augment)
+            yield frames.batch(chunk[rank() :: world_size()], dtype, augment=not args.no_augment)
 
 
 def make_optimizer(args: argparse.Namespace, network: SpikingNetwork) -> torch.optim.Optimizer:
@@ -478,10 +477,6 @@ def save(args, data: Data, history: list[dict], network, ema, optimizer) -> None
     if len(history) == 1:
         results = (log_path(args, name) for name in ("test_metrics.json", "predictions.csv"))
         utils.keep_earlier_files(last, best, history_path, *results)
-    logged = [entry["train_loss"] for entry in utils.read_json(history_path) or []]
-    losses = [entry["train_loss"] for entry in history]
-    if logged[: len(history)] != losses[: len(logged)]:  # of a run with another save_dir
-        utils.keep_earlier_files(history_path)
     checkpoint = {
         "format": utils.CHECKPOINT_FORMAT,
         "settings": settings_of(args),
@@ -706,8 +701,8 @@ def draw_samples(args, frames: Frames, predictions, confidences, title: str) -> 
     texts = []
     for i in indices:
         mark = "" if labels[i] == predictions[i] else "mistake: "
-        confidence = f"confidence {confidences[i]:.0%}"
-        texts.append(f"{mark}{labels[i]} read as {predictions[i]}\n{confidence}, no. {i}")
+        what = f"{mark}{labels[i]} read as {predictions[i]}"
+        texts.append(f"{what}\nconfidence {confidences[i]:.0%}, no. {i}")
     mistakes = int((labels != predictions).sum())
     shown = f"{min(mistakes, len(indices))} of {mistakes} mistakes, then correct ones"
     title += f"\n{shown}; events in the middle of the first saccade"
@@ -730,9 +725,8 @@ def main(argv: list[str] | None = None) -> None:
         metrics = run(defaults, given | ({"seed": seeds[0]} if seeds else {}), device)
         if rank() == 0:
             print_metrics(metrics)
-            if not (given.get("visualize")):
-                flags = " ".join(typed_flags(given))
-                print(f"next        python train_nmnist.py {flags} --test_only --visualize")
+            if not given.get("visualize"):
+                print("next        " + shlex.join(draw_command(given)))
     utils.leave_distributed()
 
 
@@ -761,11 +755,15 @@ def run(defaults: dict, given: dict, device: torch.device) -> dict:
     return test(args, data, device, utils.load_checkpoint(checkpoint_path(args, "best")))
 
 
-def typed_flags(given: dict) -> list[str]:
-    """Return the flags, as they are typed, that lead to the network and the data of a command."""
+def draw_command(given: dict) -> list[str]:
+    """Return the command that tests and draws what a command with the flags `given` trained."""
     names = ("model", "no_spikes", "data_dir", "dataset", "save_dir", "log_dir")
-    values = {name: given[name] for name in names if name in given}
-    return [f"--{k}" if v is True else f"--{k} {v}" for k, v in values.items()]
+    flags = [
+        f"--{name}" if given[name] is True else f"--{name}={given[name]}"
+        for name in names
+        if name in given
+    ]
+    return ["python", "train_nmnist.py", *flags, "--test_only", "--visualize"]
 
 
 def run_seeds(defaults: dict, given: dict, seeds: list[int], device: torch.device) -> None:

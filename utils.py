@@ -139,7 +139,12 @@ def prepare_device(name: str | None) -> torch.device:
     if name != "cpu" and available["cuda"]:
         torch.set_float32_matmul_precision("high")  # TF32 for products of float32 matrices
         torch.backends.cudnn.benchmark = True  # tries convolution algorithms once for each shape
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if launched() else 0)
+        index = int(os.environ["LOCAL_RANK"]) if launched() else 0
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                "torchrun: more processes than GPUs; start fewer, or choose --device cpu"
+            )
+        return torch.device("cuda", index)
     keep_freed_memory()
     return torch.device("cpu")
 
@@ -177,7 +182,9 @@ def pick_precision(name: str, device: torch.device) -> str:
         fast = bool(features.get("amx_tile") or features.get("avx512_bf16"))
     if name == "bf16" and not fast:
         warn(f"--precision bf16: this {device.type} does not compute it, fp32 is faster")
-    return {"auto": "bf16" if fast else "fp32"}.get(name, name)
+    if name == "auto":
+        return "bf16" if fast else "fp32"
+    return name
 
 
 def pick_backend(name: str, device: torch.device) -> str:
@@ -263,11 +270,13 @@ def leave_distributed() -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an `OSError` name `path`, as that of a full disk names no file."""
+    """Let an `OSError` name `path` if it names no file, as that of a full disk."""
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
+        if error.errno is None or error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ python visualize_activations.py --model resnet --visualize_all --sample 7
 
 import os
 
-if __name__ == "__main__":  # threads that wait leave the cores to others; read as torch is imported
+if __name__ == "__main__":  # before torch is imported: idle threads sleep, instead of spinning
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
@@ -124,6 +124,7 @@ def plot_membranes(spk, mem, thresholds, layer: str, heading: str, path: Path) -
     place = "channel, y, x of a neuron" if len(shape) == 3 else "neuron"
     figure.supylabel(f"membrane potential (thresholds); {place}")
     which = f"neurons of median activity among the {len(firing):,} that fire"
+    which = which if len(firing) else "neurons; none fires"
     figure.suptitle(f"{heading}\n{layer}: {len(shown)} {which}")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)

