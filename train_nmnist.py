@@ -15,7 +15,6 @@ if __name__ == "__main__":  # before torch is imported: idle threads sleep, inst
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
-import contextlib
 import copy
 import math
 import shlex
@@ -157,12 +156,11 @@ def check_flags(parser: argparse.ArgumentParser, flags: dict, given: dict) -> No
         parser.error("argument --batch_size: too small, norms need two frames in each process")
 
 
-def load_previous(flags: dict) -> dict:
-    """Return the checkpoint to test or to resume, {} if training starts from scratch."""
-    args = argparse.Namespace(**flags)
-    path = checkpoint_path(args, "best" if args.test_only else "last")
-    if args.test_only or (args.resume and path.exists()):
-        return utils.load_checkpoint(path)
+def load_last(args: argparse.Namespace) -> dict:
+    """Return the checkpoint to resume, {} if training starts from scratch."""
+    path = checkpoint_path(args, "last")
+    if args.resume and path.exists():
+        return utils.load_checkpoint(path, "training")
     if args.resume:
         print(f"resume      no checkpoint at {path} yet: training starts from scratch")
     return {}
@@ -181,7 +179,8 @@ def complete_flags(flags: dict, given: dict, checkpoint: dict, device: torch.dev
             continue
         flags[name] = trained
         if given.get(name, trained) != trained:
-            text = f"--{name} {given[name]}: the checkpoint was trained with {trained}"
+            folder = flags["save_dir"]
+            text = f"--{name} {given[name]}: the network in {folder} was trained with {trained}"
             if not flags["test_only"]:
                 raise UserError(f"{text}; omit the flag, or start a new run")
             print(f"ignored     {text}")
@@ -357,6 +356,10 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, checkpoint
         done, planned = len(history), checkpoint["settings"]["epochs"]
         if args.epochs < done:
             raise UserError(f"--epochs {args.epochs}: the checkpoint has {done} epochs already")
+        if args.epochs != planned and rank() == 0:  # so that results tell the run that they are of
+            best = utils.load_checkpoint(checkpoint_path(args, "best"))
+            best["settings"]["epochs"] = args.epochs
+            utils.save_tensors(checkpoint_path(args, "best"), best)
         left = "" if done < args.epochs else ": nothing is left to train"
         print(f"resume      after epoch {done} of {args.epochs}{left}")
         if args.scheduler and args.epochs != planned:
@@ -381,8 +384,8 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, checkpoint
         if rank() == 0:
             # The averaged weights need statistics of their own.
             few = order[:NORM_RECORDINGS]
-            few = few[:-1] if len(few) % args.batch_size == 1 else few  # norms need two frames
-            update_bn(data.train.batches(few, args.batch_size, ema.dtype), ema)
+            size = math.ceil(len(few) / math.ceil(len(few) / args.batch_size))  # equal batches
+            update_bn(data.train.batches(few, size, ema.dtype), ema)
             test_indices = torch.arange(len(data.test))
             val = evaluate(ema, data.train, val_indices, loss_fn, args.batch_size, "val")
             tested = evaluate(ema, data.test, test_indices, loss_fn, args.batch_size, "test")
@@ -398,6 +401,7 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, checkpoint
             entry |= {
                 "val_temperature": fit_temperature(*outputs),
                 "lr": lr,
+                "processes": world_size(),
                 "precision": args.precision,
                 "neuron_backend": describe_backend(network),
                 "seconds": time.perf_counter() - start,
@@ -473,10 +477,6 @@ def mean_of(values: torch.Tensor) -> float:
 def save(args, data: Data, history: list[dict], network, ema, optimizer) -> None:
     """Write the best checkpoint, the history and the last checkpoint, each atomically."""
     best, last = checkpoint_path(args, "best"), checkpoint_path(args, "last")
-    history_path = log_path(args, "history.json")
-    if len(history) == 1:
-        results = (log_path(args, name) for name in ("test_metrics.json", "predictions.csv"))
-        utils.keep_earlier_files(last, best, history_path, *results)
     checkpoint = {
         "format": utils.CHECKPOINT_FORMAT,
         "settings": settings_of(args),
@@ -489,10 +489,17 @@ def save(args, data: Data, history: list[dict], network, ema, optimizer) -> None
     scores = [(entry["val_accuracy"], -entry["val_loss"]) for entry in history]
     if scores[-1] > max(scores[:-1], default=(-1.0, 0.0)):
         utils.save_tensors(best, checkpoint)
-    utils.write_json(history_path, history)
+    utils.write_json(log_path(args, "history.json"), history)
     # Last: a run killed before this repeats the epoch, and writes the same files again.
     training = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
     utils.save_tensors(last, checkpoint | {"training": training})
+
+
+def keep_earlier_run(args: argparse.Namespace) -> None:
+    """Rename the files of an earlier run of this network, if there are any."""
+    checkpoints = [checkpoint_path(args, which) for which in ("last", "best")]
+    names = ("history.json", "test_metrics.json", "predictions.csv")
+    utils.keep_earlier_files(*checkpoints, *(log_path(args, name) for name in names))
 
 
 def check_same_data(checkpoint: dict, data: Data) -> None:
@@ -522,6 +529,7 @@ def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint:
     metrics = {
         "dataset": data.name,
         "trained_on": checkpoint["data"]["data set"],
+        "training_part": checkpoint["data"]["training part"],
         "same_test_part": checkpoint["data"]["test part"] == data.describe()["test part"],
         "num_recordings": len(labels),
         "num_blank": data.test.num_blank,
@@ -732,27 +740,37 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(defaults: dict, given: dict, device: torch.device) -> dict:
     """Train and test one network, or test it alone; return the metrics, in the first process."""
-    checkpoint = load_previous(defaults | given)
-    args = complete_flags(defaults | given, given, checkpoint, device)
-    utils.check_folder("--log_dir", args.log_dir)
+    flags = argparse.Namespace(**defaults | given)
+    utils.check_folder("--log_dir", flags.log_dir)
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     print(f"device      {utils.describe_device(device)}{processes}")
-    if not args.test_only:
-        utils.check_folder("--save_dir", args.save_dir)
+    if flags.test_only:
+        return test_only(defaults, given, device) if rank() == 0 else {}
+    utils.check_folder("--save_dir", flags.save_dir)
+    with utils.hold_folder(flags.save_dir, network_config(flags).name):
+        checkpoint = load_last(flags)
+        args = complete_flags(defaults | given, given, checkpoint, device)
         with utils.first_process_first():  # it downloads and bins, the others read the cache
             data = nmnist.load_data(args, device)
-        name = network_config(args).name
-        with utils.hold_folder(args.save_dir, name) if rank() == 0 else contextlib.nullcontext():
-            try:
-                train(args, data, device, checkpoint)
-            except KeyboardInterrupt:
-                hint = "To go on after the last finished epoch, repeat the command with --resume."
-                raise KeyboardInterrupt(hint) from None
-    if rank() > 0:
-        return {}
-    if args.test_only:
-        return test(args, nmnist.load_data(args, device, ["test"]), device, checkpoint)
-    return test(args, data, device, utils.load_checkpoint(checkpoint_path(args, "best")))
+        if rank() == 0 and not checkpoint:
+            keep_earlier_run(args)
+        try:
+            train(args, data, device, checkpoint)
+        except KeyboardInterrupt:
+            hint = "To go on after the last finished epoch, repeat the command with --resume."
+            raise KeyboardInterrupt(hint) from None
+        if rank() > 0:
+            return {}
+        best = utils.load_checkpoint(checkpoint_path(args, "best"))
+        return test(args, data, device, best)
+
+
+def test_only(defaults: dict, given: dict, device: torch.device) -> dict:
+    """Test the best checkpoint; return the metrics."""
+    path = checkpoint_path(argparse.Namespace(**defaults | given), "best")
+    checkpoint = utils.load_checkpoint(path)
+    args = complete_flags(defaults | given, given, checkpoint, device)
+    return test(args, nmnist.load_data(args, device, ["test"]), device, checkpoint)
 
 
 def draw_command(given: dict) -> list[str]:
@@ -771,11 +789,16 @@ def run_seeds(defaults: dict, given: dict, seeds: list[int], device: torch.devic
 
     Raises `UserError` if the networks differ in more than the seed.
     """
-    flags, rows = defaults | given, []
+    flags, rows, commands = defaults | given, [], []
     for seed in seeds:
-        folders = {name: Path(flags[name]) / f"seed_{seed}" for name in ("save_dir", "log_dir")}
+        folder = f"seed_{seed}"
+        folders = {name: str(Path(flags[name], folder)) for name in ("save_dir", "log_dir")}
+        commands.append(given | folders | {"seed": seed})
+        if rank() == 0 and not (flags["resume"] or flags["test_only"]):
+            keep_earlier_run(argparse.Namespace(**flags | commands[-1]))
+    for seed, command in zip(seeds, commands, strict=True):
         print(f"seed        {seed}")
-        metrics = run(defaults, given | folders | {"seed": seed}, device)
+        metrics = run(defaults, command, device)
         if rank() > 0:
             continue
         print(f"accuracy    {metrics['accuracy']:.2%} of {describe_test(metrics)}")
@@ -783,11 +806,11 @@ def run_seeds(defaults: dict, given: dict, seeds: list[int], device: torch.devic
         for readout, accuracy in metrics["accuracy_by_readout"].items():
             row[f"accuracy_{readout}"] = accuracy
         row |= {"test_loss": metrics["loss"], "epoch": metrics["epoch"]}
+        row["training_part"] = metrics["training_part"]
         rows.append(row | metrics["settings"])
-        for name in metrics["settings"]:
+        for name in ("training_part", *metrics["settings"]):
             expected = seed if name == "seed" else rows[0][name]
-            # A run that went on for more epochs may have found its best network before.
-            if rows[-1][name] != expected and name != "epochs":
+            if rows[-1][name] != expected:
                 text = f"{name} {rows[-1][name]}, not {expected}: a table is of seeds alone"
                 raise UserError(f"{metrics['checkpoint']} was trained with {text}")
     if rank() == 0:

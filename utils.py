@@ -54,7 +54,7 @@ def run_script(main: Callable[[], None]) -> None:
     except (UserError, OSError) as error:
         sys.exit(f"{script}: error: {error}")
     except KeyboardInterrupt as stop:
-        print(f"\n{script}: interrupted. {stop}", file=sys.stderr)
+        print(f"\n{script}: interrupted. {stop}".rstrip(), file=sys.stderr)
         sys.exit(130)
 
 
@@ -342,8 +342,11 @@ def keep_earlier_files(*paths: Path) -> None:
 def hold_folder(folder: str | Path, name: str):
     """Hold `folder` for training the network `name`, as a context manager.
 
-    Raises `UserError` if another run holds it; a killed process holds nothing.
+    The first process does it. Raises `UserError` if another run holds it; a killed process holds
+    nothing.
     """
+    if rank() > 0:
+        return contextlib.nullcontext()
     try:
         return FileLock(Path(folder) / f".{name}.lock").acquire(timeout=2)
     except Timeout:
@@ -365,11 +368,12 @@ def check_folder(flag: str, folder: str | Path) -> None:
 CHECKPOINT_FORMAT = 7  # increased if older checkpoints can't be used
 
 
-def load_checkpoint(path: str | Path) -> dict:
+def load_checkpoint(path: str | Path, *parts: str) -> dict:
     """Read a checkpoint that `train_nmnist.py` wrote onto the CPU; no code in it is run.
 
     It holds `settings`, `data`, `versions`, `network`, `history`, and in the last one `training`.
-    Raises `UserError` if the file is missing, can't be read, or its network is not finite.
+    Raises `UserError` if the file is missing, can't be read, has no `parts` that are asked for, or
+    its network is not finite.
     """
     model, _, relu = Path(path).stem.rpartition("_")[0].partition("_")
     flags = f"--model {model}{' --no_spikes' * bool(relu)} --save_dir {Path(path).parent}"
@@ -378,7 +382,7 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"no checkpoint at {path}: {make_one}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint["format"]
+        found, *_ = (checkpoint[name] for name in ("format", *parts))
         finite = is_finite(checkpoint["network"])
     except Exception as error:  # torch raises many types
         reason = first_line(error)

@@ -225,11 +225,14 @@ def main(argv: list[str] | None = None) -> None:
         last = len(data.test) - 1
         raise UserError(f"--sample {args.sample}: the last test recording is {last:,}")
     backend = utils.pick_backend("fused", device)
-    network = restore_network(checkpoint, neuron_backend=backend).to(device)
+    precision = utils.pick_precision("auto", device)
+    network = restore_network(checkpoint, neuron_backend=backend, precision=precision).to(device)
     name = f"{network.title} on {data.name}"
     if trained["data set"] != data.name:
         name = f"{network.title}, trained on {trained['data set']}, on {data.name}"
         utils.warn(f"trained on {trained['data set']}, drawn on {data.name}")
+    elif trained["test part"] != data.describe()["test part"]:
+        utils.warn("drawn on other test recordings than those of the training")
     draw_recording(args, network, data.test, name)
     if args.visualize_all:
         draw_test_set(args, network, data.test, name)

@@ -220,11 +220,11 @@ def main(argv: list[str] | None = None) -> None:
     title = f"{recordings.name}, {'training' if args.split == 'train' else 'test'} recordings"
     title += f", denoised at {args.denoise:,} microseconds" if args.denoise else ""
     plot_samples(samples, args.time_steps, args.bin_by, title, output_dir / "samples.png")
-    plot_events_3d(samples[0], recordings.name, output_dir / "events_3d.png")
+    plot_events_3d(samples[0], title, output_dir / "events_3d.png")
     plot_event_rate(samples, title, output_dir / "event_rate.png")
     plot_digits(recordings, args.digit, args.denoise, title, output_dir / "digits.png")
     if args.animate:
-        animate(samples[0], recordings.name, output_dir / f"sample_{samples[0][0]}.gif")
+        animate(samples[0], title, output_dir / f"sample_{samples[0][0]}.gif")
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def test_training_learns_and_reports_every_epoch(trained):
     model, folder, (stdout, stderr) = trained
     entries = read_log(folder, f"{model}_history.json")
     names = "epoch train_loss train_accuracy val_loss val_accuracy test_loss test_accuracy "
-    names += "val_temperature lr precision neuron_backend seconds recordings_per_second"
+    names += "val_temperature lr processes precision neuron_backend seconds recordings_per_second"
     assert list(entries[0]) == names.split()
     assert [entry["epoch"] for entry in entries] == [1, 2, 3, 4, 5]
     assert entries[0]["neuron_backend"] == "fused"
@@ -262,7 +262,7 @@ def test_every_loss_and_optimizer_learns(tmp_path, made_data_dir, names):
 
 
 @pytest.mark.parametrize("epochs", [1, 6])
-def test_the_scheduler_equals_torchs_cosine_annealing(tmp_path, made_data_dir, epochs):
+def test_the_scheduler_equals_torchs_cosine_annealing(tmp_path, made_data_dir, capsys, epochs):
     train(tmp_path, made_data_dir, *STEP, "--epochs", epochs, "--scheduler", "--lr", 0.03)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.03)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
@@ -274,6 +274,9 @@ def test_the_scheduler_equals_torchs_cosine_annealing(tmp_path, made_data_dir, e
     assert [e["lr"] for e in read_log(tmp_path, "cnn_history.json")] == pytest.approx(expected)
     groups = checkpoint(tmp_path)["training"]["optimizer"]["param_groups"]
     assert [group["lr"] for group in groups] == pytest.approx([expected[-1]] * len(groups))
+    # A run that goes on for more epochs than planned says so.
+    train(tmp_path, made_data_dir, *STEP, "--epochs", epochs + 1, "--resume")
+    assert f"planned over {epochs} epochs, goes on over {epochs + 1}" in capsys.readouterr().out
 
 
 def test_weight_decay_shrinks_connections_alone(tmp_path, made_data_dir):
@@ -598,13 +601,19 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, made_data_dir, name, size, 
 
 
 @pytest.mark.parametrize("loss", ["ce", "mse", "count"])
-def test_a_diverging_run_stops_and_leaves_the_earlier_one(tmp_path, made_data_dir, loss):
-    train(tmp_path, made_data_dir, *STEP, "--epochs", 1)
+def test_a_diverging_run_stops_and_keeps_the_earlier_one(tmp_path, made_data_dir, loss, capsys):
+    train(tmp_path, made_data_dir, *STEP, "--epochs", 1, "--beta", 0.9)
     before = contents(tmp_path)
     flags = [*STEP, "--epochs", 2, "--optimizer", "sgd", "--lr", 1e38, "--loss", loss]
     with pytest.raises(utils.UserError, match=r"not finite.*choose a smaller --lr"):
         train(tmp_path, made_data_dir, *flags)
-    assert contents(tmp_path) == before
+    after = contents(tmp_path)
+    assert {path.name.replace(".1.", ".") for path in after} == {path.name for path in before}
+    assert sorted(after.values()) == sorted(before.values())
+    # What is resumed is the run that stopped in its first epoch, not the one before.
+    train(tmp_path, made_data_dir, *STEP, "--epochs", 1, "--resume")
+    assert "training starts from scratch" in capsys.readouterr().out
+    assert checkpoint(tmp_path)["settings"]["beta"] == 0.5
 
 
 def test_a_run_that_diverges_later_keeps_its_checkpoint(tmp_path, made_data_dir):
@@ -612,10 +621,17 @@ def test_a_run_that_diverges_later_keeps_its_checkpoint(tmp_path, made_data_dir)
     path, changed = tmp_path / "checkpoints" / "cnn_last.pt", checkpoint(tmp_path)
     changed["settings"]["lr"] = 1e38
     torch.save(changed, path)
-    before = contents(tmp_path)
+    before, best = contents(tmp_path), path.with_name("cnn_best.pt")
+    weights = utils.load_checkpoint(best)["network"]
     with pytest.raises(utils.UserError, match=f"not finite.*{path} holds epoch 2"):
         main(tmp_path, made_data_dir, *STEP, "--epochs", 4, "--resume")
-    assert contents(tmp_path) == before
+    after = contents(tmp_path)
+    kept = utils.load_checkpoint(best)
+    assert kept["settings"]["epochs"] == 4  # it is the best of a run that goes on
+    assert all(torch.equal(kept["network"][name], weights[name]) for name in weights)
+    assert {p: c for p, c in after.items() if p != best} == {
+        p: c for p, c in before.items() if p != best
+    }
 
 
 def test_an_earlier_run_is_kept_under_a_number(tmp_path, made_data_dir, capsys):
