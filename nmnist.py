@@ -452,8 +452,7 @@ def bin_events(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the non-zero bins of a recording: frame, index in it as in `Frames`, event count.
 
-    They are the bins of tonic's `ToFrame`, which also fills the others, 96% of them, and takes
-    twice the time.
+    They are the bins of tonic's `ToFrame`, which also fills the others, 96% of them.
     """
     if len(events) == 0:  # denoising left none
         return (np.zeros(0, int),) * 3

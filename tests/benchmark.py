@@ -173,7 +173,7 @@ def training_settings(args: argparse.Namespace) -> tuple[argparse.Namespace, tor
     device = utils.prepare_device(args.device)
     defaults = vars(train_nmnist.make_parser().parse_args([]))
     given = {name: value for name, value in vars(args).items() if name in defaults}
-    settings, _ = train_nmnist.complete_flags(defaults | given, given, device)
+    settings = train_nmnist.complete_flags(defaults | given, given, {}, device)
     return settings, device
 
 
@@ -187,7 +187,7 @@ def make_recordings(folder: Path, number: int) -> nmnist.NMNIST:
 
 def training_step(network, frames, labels, settings: argparse.Namespace) -> Callable:
     """Return a function that makes a training step of `network` on a batch."""
-    optimizer = train_nmnist.make_optimizer(network, settings)
+    optimizer = train_nmnist.make_optimizer(settings, network)
     loss_fn = train_nmnist.LOSSES[settings.loss]
 
     def step():
@@ -214,7 +214,7 @@ def inference(network, frames) -> Callable:
 def training_epoch(network, frames: nmnist.Frames, settings: argparse.Namespace) -> Callable:
     """Return a function that trains for an epoch: augmented batches, moving average, accuracy."""
     ema, loss_fn = copy.deepcopy(network), train_nmnist.LOSSES[settings.loss]
-    optimizer = train_nmnist.make_optimizer(network, settings)
+    optimizer = train_nmnist.make_optimizer(settings, network)
 
     def epoch():
         order, bar = torch.randperm(len(frames)), tqdm(disable=True)

@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +21,15 @@ import nmnist  # noqa: E402
 import utils  # noqa: E402
 
 matplotlib.use("Agg")  # as scripts do: no window opens
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say in one line why tests were skipped."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} {reason.lower()}")
+
+
 torch.set_num_threads(1)  # tests are small, and start processes, which have the other cores
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

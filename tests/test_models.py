@@ -490,7 +490,14 @@ def test_outputs_scale_with_threshold(model, beta):
     assert torch.equal(4 * mem_of_quarter, mem)  # a power of 2 rounds nothing
 
 
-SHAPES = [(10, 2, 34, 34), (2, 34, 34), (10, 3, 1, 34, 34), (10, 3, 34, 34, 2), (10, 3, 2, 28, 28)]
+SHAPES = [
+    (0, 3, 2, 34, 34),
+    (10, 2, 34, 34),
+    (2, 34, 34),
+    (10, 3, 1, 34, 34),
+    (10, 3, 34, 34, 2),
+    (10, 3, 2, 28, 28),
+]
 
 
 @each_model

@@ -171,3 +171,10 @@ def test_the_code_for_scripts_of_ones_own_runs_as_pasted(tmp_path):
     result = run(sys.executable, "own.py", cwd=tmp_path, import_from=ROOT)
     assert result.returncode == 0, result.stderr
     assert re.search(r"^accuracy \d\.\d+\ndigit \d\n", result.stdout, re.MULTILINE)
+
+
+def test_the_benchmark_runs(capsys):
+    benchmark.benchmark_speed(
+        benchmark.parse_args(["--rounds=1", "--batch_size=4", "--time_steps=3", "--device=cpu"])
+    )
+    assert re.search(r"training, times snnTorch's loop +\d", capsys.readouterr().out)

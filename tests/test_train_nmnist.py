@@ -1152,3 +1152,67 @@ def test_a_training_step_on_cuda_waits_for_nothing(made_data_dir, model, precisi
         train_nmnist.train_one_epoch(network, ema, optimizer, loss, watched(), 0, bar)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# --- What a new user is told ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_epoch(tmp_path, made_data_dir, capsys):
+    """The folder of a network that was trained for an epoch; its output is in `capsys`."""
+    train(tmp_path, made_data_dir, *STEP, "--epochs", 1)
+    return tmp_path
+
+
+def test_the_end_of_training_names_the_command_that_draws(one_epoch, made_data_dir, capsys):
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("next ").split()
+    assert command[:2] == ["python", "train_nmnist.py"]
+    main(one_epoch, made_data_dir, *BY_STEP, *command[2:])
+    assert (one_epoch / "logs" / "cnn_samples.png").is_file()
+
+
+def test_a_run_with_nothing_left_to_train_says_so(one_epoch, made_data_dir, capsys):
+    train(one_epoch, made_data_dir, *STEP, "--epochs", 1, "--resume")
+    assert "after epoch 1 of 1: nothing is left to train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("bias", "what"), [(-100.0, "never fire"), (100.0, "fire at every step")])
+def test_a_layer_that_never_or_always_fires_is_told(one_epoch, made_data_dir, capsys, bias, what):
+    best = utils.load_checkpoint(one_epoch / "checkpoints" / "cnn_best.pt")
+    best["network"]["norm3.bias"].fill_(bias)
+    torch.save(best, one_epoch / "checkpoints" / "cnn_best.pt")
+    capsys.readouterr()
+    main(one_epoch, made_data_dir, *BY_STEP, "--test_only")
+    warning = f"neurons of lif3 {what}: try --threshold, --beta, --lr or more --epochs"
+    assert warning in capsys.readouterr().err
+
+
+def test_a_table_is_of_networks_that_differ_in_their_seed_alone(tmp_path, made_data_dir):
+    for seed, beta in ((0, 0.5), (1, 0.9)):
+        seed_folder = [f"--{name}_dir={tmp_path}/{name}/seed_{seed}" for name in ("save", "log")]
+        flags = ["--epochs", 1, "--seed", seed, "--beta", beta]
+        train(tmp_path, made_data_dir, *STEP, *flags, *seed_folder)
+    folders = [f"--{name}_dir={tmp_path}/{name}" for name in ("save", "log")]
+    with pytest.raises(utils.UserError, match=r"seed_1\S+ was trained with beta 0.9, not 0.5"):
+        main(tmp_path, made_data_dir, *BY_STEP, "--test_only", "--seed", 0, 1, *folders)
+    shutil.copytree(tmp_path / "save" / "seed_0", tmp_path / "save" / "seed_2")
+    with pytest.raises(utils.UserError, match=r"seed_2\S+ was trained with seed 0, not 2"):
+        main(tmp_path, made_data_dir, *BY_STEP, "--test_only", "--seed", 0, 2, *folders)
+    assert not list((tmp_path / "log").glob("*.csv"))
+
+
+def test_a_folder_that_cannot_be_made_is_found_before_training(tmp_path, made_data_dir):
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "checkpoints")
+    with pytest.raises(utils.UserError, match=r"--save_dir .* can't be written to"):
+        train(tmp_path, made_data_dir, *STEP, "--epochs", 1)
+
+
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(monkeypatch):
+    code = "import os, runpy, sys; sys.argv = ['train_nmnist.py', '--wrong']\n"
+    code += "try: runpy.run_path('train_nmnist.py', run_name='__main__')\n"
+    code += "except SystemExit: print(os.environ['OMP_WAIT_POLICY'])"
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for policy in ("passive", "active"):
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+        assert result.stdout.decode().strip() == policy
+        monkeypatch.setenv("OMP_WAIT_POLICY", "active")

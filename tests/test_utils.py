@@ -258,6 +258,13 @@ def test_checkpoints_that_are_cut_short_are_refused_by_name(tmp_path):
             utils.load_checkpoint(path)
 
 
+@pytest.mark.parametrize("features", [{}, {"avx512_bf16": True}])
+def test_bfloat16_on_a_processor_without_it_is_told(monkeypatch, capsys, features):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert utils.pick_precision("bf16", torch.device("cpu")) == "bf16"
+    assert ("fp32 is faster" in capsys.readouterr().err) == (not features)
+
+
 # --- Figures --------------------------------------------------------------------------------------
 
 
