@@ -181,7 +181,8 @@ def find_data_set(data_dir: Path) -> Path | None:
         recordings = (folder.glob(f"{deep}*.[bB][iI][nN]") for folder in folders for deep in DEPTHS)
         stray = next(itertools.chain(data_dir.glob("*.bin"), *recordings), None)
         expected = data_dir / "NMNIST"
-        stray = stray or ((expected.is_symlink() or visible(expected)) and expected)
+        if stray is None and (expected.is_symlink() or visible(expected)):
+            stray = expected
         if stray:
             raise UserError(f"--data_dir {data_dir} holds {stray}, but not {LAYOUT}")
     return found[0] if found else None
@@ -830,11 +831,8 @@ def pixel_events(scene: np.ndarray, path: np.ndarray, threshold: np.ndarray):
     view, work = np.empty((2, SIDE, SIDE, scene.shape[-1]), np.float32)
     sample_scene(scene, path[0], view, work)
     v = view.ravel()[pixels]
-    light, v_ref, free_at = (
-        v.copy(),
-        v.copy(),
-        np.zeros_like(v),
-    )  # free_at: end of the refractory period
+    light, v_ref = v.copy(), v.copy()
+    free_at = np.zeros_like(v)  # end of the refractory period
     rise, size, next_light = np.empty((3, len(v)), np.float32)
     fired = []
     for step in range(1, len(path)):
@@ -920,7 +918,11 @@ def simulate_digits(root: Path) -> Path:
         chosen = train_test_split(indices, test_size=TEST_DIGITS, stratify=labels, random_state=0)
         parts = (Images(images[np.sort(i)], labels[np.sort(i)], np.sort(i) + 1) for i in chosen)
         parts = dict(zip(("Train", "Test"), parts, strict=True))
-        record_data_set(root, parts, BUILT_IN_IMAGES, seed=0)
+        try:
+            record_data_set(root, parts, BUILT_IN_IMAGES, seed=0)
+        except OSError:
+            if not (root / SIMULATOR_FILE).exists():  # else another process was faster
+                raise
     elif utils.read_json(root / SIMULATOR_FILE) != describe_simulator(BUILT_IN_IMAGES, seed=0):
         raise UserError(f"{root} was not made by this version of the camera: move it away")
     return root

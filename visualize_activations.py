@@ -172,15 +172,14 @@ def plot_tsne(
         axis.scatter(*points[chosen].T, s=14, color=DIGIT_COLOURS[digit], label=str(digit), lw=0)
         if chosen.any():
             centre = np.median(points[chosen], axis=0)
-            axis.text(
-                *centre,
-                str(digit),
-                fontsize=20,
-                weight="bold",
-                alpha=0.55,
-                ha="center",
-                va="center",
-            )
+            style = {
+                "fontsize": 20,
+                "weight": "bold",
+                "alpha": 0.55,
+                "ha": "center",
+                "va": "center",
+            }
+            axis.text(*centre, str(digit), **style)
     mistakes = predictions != labels
     style = {"s": 70, "facecolors": "none", "edgecolors": "black", "lw": 1}
     axis.scatter(*points[mistakes].T, **style, label=f"mistake ({int(mistakes.sum())})")
