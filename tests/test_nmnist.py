@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import tonic
 import torch
-from conftest import ROOT, SHARED, assert_refused, limit_files, make_events, make_recordings, run
+from conftest import SHARED, assert_refused, limit_files, make_events, make_recordings, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tonic.io import read_mnist_file
@@ -930,26 +930,3 @@ def test_the_table_agrees_with_the_files(made_data_dir, capsys):
     for name, value in (("mean", np.mean(durations)), ("min", min(durations))):
         assert table[f"duration in ms, {name}"][0] == f"{value:.0f}"
     assert table["non-zero bins at T = 10"][0] == f"{(frames > 0).double().mean():.2%}"
-
-
-def test_importing_changes_nothing_outside(tmp_path):
-    code = """
-import os, signal, socket
-import matplotlib.pyplot, numpy, seaborn, sklearn.datasets, tonic, torch  # which set variables
-
-def state():
-    yield from (dict(matplotlib.rcParams), dict(os.environ), os.listdir(), os.getcwd())
-    yield from ([signal.getsignal(number) for number in signal.valid_signals()],)
-    yield from (socket.getdefaulttimeout(), numpy.get_printoptions(), torch.get_num_threads())
-    yield from (torch.initial_seed(), torch.get_float32_matmul_precision())
-
-before = list(state())
-import nmnist
-for was, now in zip(before, state(), strict=True):
-    assert was == now, (was, now)
-"""
-    # Without what this process has set, and with a backend that scripts do not choose.
-    environment = ("env", "-i", f"HOME={Path.home()}", f"PYTHONPATH={ROOT}", "MPLBACKEND=svg")
-    result = run(*environment, sys.executable, "-c", code, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == ""

@@ -144,24 +144,6 @@ def test_denoising_that_leaves_no_events_is_refused(tmp_path):
         draw(tmp_path, "--denoise", 1000, "--output_dir", tmp_path / "out")
 
 
-def test_importing_modules_changes_nothing_outside_them(monkeypatch):
-    """No backend and no setting of matplotlib, no environment variable, no signal handler."""
-    monkeypatch.setenv("MPLBACKEND", "svg")
-    code = """
-import os, signal
-import matplotlib.pyplot, seaborn, sklearn.manifold, snntorch.spikeplot, tonic, torch
-def outside():
-    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    return dict(matplotlib.rcParams), dict(os.environ), handlers
-before = outside()
-import models, nmnist, train_nmnist, utils, visualize_activations, visualize_nmnist
-assert outside() == before
-assert matplotlib.get_backend() == "svg"
-"""
-    result = run(sys.executable, "-c", code)
-    assert result.returncode == 0, result.stderr
-
-
 @pytest.mark.parametrize("script", ["nmnist.py", "train_nmnist.py"])
 def test_scripts_start_whatever_backend_the_environment_names(script, monkeypatch):
     """As a notebook's shell names its own."""
