@@ -46,6 +46,7 @@ from models import (
     leading_digits,
     predict,
     predict_over_time,
+    restore_network,
 )
 from nmnist import Data, Frames
 from utils import UserError, add_flag, number, rank, world_size
@@ -296,6 +297,13 @@ def update_ema(ema: SpikingNetwork, network: torch.nn.Module, step: int) -> None
         average.lerp_(value, weight)
 
 
+def measure_norms(network: SpikingNetwork, frames: Frames, indices, batch_size: int) -> None:
+    """Let norms measure the statistics that averaged weights need, on the recordings `indices`."""
+    # In batches of one size, since update_bn weighs them alike.
+    size = math.ceil(len(indices) / math.ceil(len(indices) / batch_size))
+    update_bn(frames.batches(indices, size, network.dtype), network)
+
+
 @torch.no_grad()
 def evaluate(
     network: SpikingNetwork,
@@ -338,36 +346,18 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, checkpoint
         data.train.labels, args.val_split, args.seed
     )
     utils.set_seed(args.seed)
-    network = make_network(args).to(device)
+    network = build_model(network_config(args), **run_options(args)).to(device)
     ema = copy.deepcopy(network)  # the moving average is validated and tested
     parallel = utils.data_parallel(network, device)
     optimizer, loss_fn, history = make_optimizer(args, network), LOSSES[args.loss], []
     print(f"network     {network.title}, {num_parameters(network):,} parameters")
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}")
     if checkpoint:
-        check_same_data(checkpoint, data)
-        network.load_state_dict(checkpoint["training"]["network"])
-        ema.load_state_dict(checkpoint["network"])
-        optimizer.load_state_dict(checkpoint["training"]["optimizer"])
-        history, path = checkpoint["history"], log_path(args, "history.json")
-        logged = utils.read_json(path) or []
-        if logged[: len(history)] != history[: len(logged)]:  # of a run with another save_dir
-            utils.keep_earlier_files(path)
-        done, planned = len(history), checkpoint["settings"]["epochs"]
-        if args.epochs < done:
-            raise UserError(f"--epochs {args.epochs}: the checkpoint has {done} epochs already")
-        if args.epochs != planned and rank() == 0:  # so that results tell the run that they are of
-            best = utils.load_checkpoint(checkpoint_path(args, "best"))
-            best["settings"]["epochs"] = args.epochs
-            utils.save_tensors(checkpoint_path(args, "best"), best)
-        left = "" if done < args.epochs else ": nothing is left to train"
-        print(f"resume      after epoch {done} of {args.epochs}{left}")
-        if args.scheduler and args.epochs != planned:
-            print(f"schedule    planned over {planned} epochs, goes on over {args.epochs}")
+        history = resume(args, data, checkpoint, network, ema, optimizer)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
-        # Seeded anew, so that a resumed run draws the numbers of one that was not stopped.
+        # Seeded again, so that a resumed run draws the numbers of one that was not stopped.
         utils.set_seed(args.seed, epoch)
         order = train_indices[torch.randperm(len(train_indices))]
         if rank() > 0:  # the same order in all processes, but other random numbers
@@ -382,10 +372,7 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, checkpoint
         speed = len(order) / (time.perf_counter() - start)
 
         if rank() == 0:
-            # The averaged weights need statistics of their own.
-            few = order[:NORM_RECORDINGS]
-            size = math.ceil(len(few) / math.ceil(len(few) / args.batch_size))  # equal batches
-            update_bn(data.train.batches(few, size, ema.dtype), ema)
+            measure_norms(ema, data.train, order[:NORM_RECORDINGS], args.batch_size)
             test_indices = torch.arange(len(data.test))
             val = evaluate(ema, data.train, val_indices, loss_fn, args.batch_size, "val")
             tested = evaluate(ema, data.test, test_indices, loss_fn, args.batch_size, "test")
@@ -413,10 +400,9 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, checkpoint
         utils.wait_for_all()
 
 
-def make_network(args: argparse.Namespace) -> SpikingNetwork:
-    """Return a new network with the settings of the flags, which runs as they say."""
-    options = {"neuron_backend": args.neuron_backend, "precision": args.precision}
-    return build_model(network_config(args), **options)
+def run_options(args: argparse.Namespace) -> dict[str, str]:
+    """Return the flags that say how a network runs."""
+    return {"neuron_backend": args.neuron_backend, "precision": args.precision}
 
 
 def training_batches(args, frames: Frames, order: torch.Tensor, dtype: torch.dtype) -> Iterator:
@@ -502,12 +488,35 @@ def keep_earlier_run(args: argparse.Namespace) -> None:
     utils.keep_earlier_files(*checkpoints, *(log_path(args, name) for name in names))
 
 
-def check_same_data(checkpoint: dict, data: Data) -> None:
-    """Raise `UserError` if the run to resume was trained on other recordings."""
+def resume(args, data: Data, checkpoint: dict, network, ema, optimizer) -> list[dict]:
+    """Put back what `save` wrote; return the history so far.
+
+    Raises `UserError` if the run was trained on other recordings, or has more epochs than asked.
+    """
     for name, here in data.describe().items():
         trained = checkpoint["data"].get(name)
         if here != trained:
             raise UserError(f"--resume: trained with another {name}: {trained}; here it is {here}")
+    history, planned = checkpoint["history"], checkpoint["settings"]["epochs"]
+    if args.epochs < len(history):
+        raise UserError(f"--epochs {args.epochs}: the checkpoint has {len(history)} epochs already")
+    network.load_state_dict(checkpoint["training"]["network"])
+    ema.load_state_dict(checkpoint["network"])
+    optimizer.load_state_dict(checkpoint["training"]["optimizer"])
+    if rank() == 0:
+        logged = utils.read_json(log_path(args, "history.json")) or []
+        if logged[: len(history)] != history[: len(logged)]:  # of a run with another save_dir
+            utils.keep_earlier_files(log_path(args, "history.json"))
+        if args.epochs != planned:  # so that results tell the run that they are of
+            path = checkpoint_path(args, "best")
+            best = utils.load_checkpoint(path)
+            best["settings"]["epochs"] = args.epochs
+            utils.save_tensors(path, best)
+    left = "" if len(history) < args.epochs else ": nothing is left to train"
+    print(f"resume      after epoch {len(history)} of {args.epochs}{left}")
+    if args.scheduler and args.epochs != planned:
+        print(f"schedule    planned over {planned} epochs, goes on over {args.epochs}")
+    return history
 
 
 # --- Testing --------------------------------------------------------------------------------------
@@ -515,8 +524,7 @@ def check_same_data(checkpoint: dict, data: Data) -> None:
 
 def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint: dict) -> dict:
     """Test a checkpoint's network; write and return its metrics, and draw figures if asked."""
-    network = make_network(args).to(device)
-    network.load_state_dict(checkpoint["network"])
+    network = restore_network(checkpoint, **run_options(args)).to(device)
     readout, best = network.config.readout, checkpoint["history"][-1]
     with ActivityMeter(network) as meter:
         indices = torch.arange(len(data.test))

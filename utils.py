@@ -329,14 +329,14 @@ def save_tensors(path: str | Path, content: dict) -> None:
 
 def keep_earlier_files(*paths: Path) -> None:
     """Rename files of an earlier run to the first free number, such as cnn_best.1.pt."""
-    earlier = [path for path in paths if path.exists()]
     for n in itertools.count(1):
         numbered = [path.with_name(f"{path.stem}.{n}{path.suffix}") for path in paths]
         if not any(path.exists() for path in numbered):
             break
-    for path in earlier:
-        kept = path.rename(path.with_name(f"{path.stem}.{n}{path.suffix}"))
-        print(f"earlier     {path.name} kept as {kept}")
+    for path, kept in zip(paths, numbered, strict=True):
+        if path.exists():
+            path.rename(kept)
+            print(f"earlier     {path.name} kept as {kept}")
 
 
 def hold_folder(folder: str | Path, name: str):

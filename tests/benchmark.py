@@ -119,9 +119,9 @@ def benchmark_speed(args: argparse.Namespace) -> None:
     """Measure training, inference, batches and binning, against snnTorch's loop and tonic."""
     settings, device = training_settings(args)
     torch.manual_seed(0)
-    network = train_nmnist.make_network(settings).to(device)
+    network = make_network(settings).to(device)
     relu = argparse.Namespace(**vars(settings) | {"no_spikes": True})
-    relu = train_nmnist.make_network(relu).to(device)
+    relu = make_network(relu).to(device)
     loop = Loop(network).to(device)
     with tempfile.TemporaryDirectory() as folder:
         recordings = make_recordings(Path(folder) / "Train", 1_000)
@@ -175,6 +175,12 @@ def training_settings(args: argparse.Namespace) -> tuple[argparse.Namespace, tor
     given = {name: value for name, value in vars(args).items() if name in defaults}
     settings = train_nmnist.complete_flags(defaults | given, given, {}, device)
     return settings, device
+
+
+def make_network(settings: argparse.Namespace) -> models.SpikingNetwork:
+    """Return a new network as `train_nmnist.py` makes it."""
+    config = train_nmnist.network_config(settings)
+    return models.build_model(config, **train_nmnist.run_options(settings))
 
 
 def make_recordings(folder: Path, number: int) -> nmnist.NMNIST:
