@@ -80,13 +80,13 @@ class SpikingNetwork(nn.Module):
         """
         if frames.dim() != 5 or frames.shape[2:] != (2, 34, 34) or len(frames) == 0:
             raise ValueError(f"frames are {list(frames.shape)}; they must be [T, B, 2, 34, 34]")
-        frames = as_indexed(as_stored(frames.to(self.dtype)).contiguous())
+        frames = channels_first(channels_last(frames.to(self.dtype)).contiguous())
         with torch.autocast(frames.device.type, self.dtype, enabled=self.dtype != torch.float32):
             spk, mem = self.forward_layers(frames)
         return spk.float(), mem.float()
 
     def forward_layers(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map frames, stored as `as_stored` says, to (spk, mem) of the output neurons."""
+        """Map frames, stored as `channels_last` says, to (spk, mem) of the output neurons."""
         raise NotImplementedError
 
     def make_lif(self) -> snn.SpikingNeuron:
@@ -94,7 +94,7 @@ class SpikingNetwork(nn.Module):
         return snn.Leaky(**self.lif_options())
 
     def lif_options(self) -> dict:
-        """Return the options of snnTorch's neurons that all neurons of this network share."""
+        """Return the options that all neurons of this network share."""
         return {
             "beta": self.config.beta,
             "threshold": self.config.threshold,
@@ -102,20 +102,20 @@ class SpikingNetwork(nn.Module):
             "spike_grad": FastSigmoid(self.slope),
         }
 
-    def lif(self) -> nn.Module:
-        """Return a new LIF layer."""
-        return self.over_time(self.make_lif())
+    def lif(self, neuron: snn.SpikingNeuron | None = None) -> nn.Module:
+        """Return a layer that runs `neuron`, by default a new LIF neuron, over a sequence.
 
-    def over_time(self, neuron: snn.SpikingNeuron) -> nn.Module:
-        """Return a layer that runs `neuron` over a sequence; without spikes, a ReLU."""
+        In a network without spikes it is a ReLU.
+        """
         if self.config.no_spikes:
-            return ReLU()
-        return {"fused": Fused, "step": OverTime}[self.neuron_backend](neuron)
+            return WithoutSpikes()
+        layer = {"fused": Fused, "step": OverTime}[self.neuron_backend]
+        return layer(self.make_lif() if neuron is None else neuron)
 
     def neuron_layers(self) -> dict[str, nn.Module]:
         """Return the neuron layers by name (`lif1`, `res1.lif2`), in the order of their run."""
-        modules = self.named_modules()
-        return {name: module for name, module in modules if isinstance(module, OverTime | ReLU)}
+        kinds = OverTime, WithoutSpikes
+        return {name: layer for name, layer in self.named_modules() if isinstance(layer, kinds)}
 
     @property
     def title(self) -> str:
@@ -158,7 +158,7 @@ class SpikingCNN(SpikingNetwork):
         spk, _ = self.lif1(each_frame(frames, self.conv1, self.norm1))
         spk, _ = self.lif2(each_frame(spk, self.conv2, self.norm2))
         spk, _ = self.lif3(each_frame(spk, self.conv3, self.norm3))
-        spk, _ = self.lif4(each_frame(flatten_stored(spk), self.fc1, self.norm4))
+        spk, _ = self.lif4(each_frame(flatten_images(spk), self.fc1, self.norm4))
         return self.lif_out(each_frame(self.dropout(spk), self.fc_out, self.norm_out))
 
 
@@ -183,13 +183,13 @@ class SpikingResNet(SpikingNetwork):
         synaptic = snn.Synaptic(config.alpha, **self.lif_options())
         self.conv1 = ConvPool(2, w1)
         self.norm1 = init_norm(nn.BatchNorm2d(w1), config)
-        self.lif1 = self.over_time(alif)
+        self.lif1 = self.lif(alif)
         self.res1 = ResidualBlock(w1, w2, config, self.lif)
         self.res2 = ResidualBlock(w2, w3, config, self.lif)
         self.fc1 = nn.Linear(w3 * 4 * 4, hidden, bias=False)
         scale = 1.0 if config.no_spikes else input_scale(config.alpha)
         self.norm2 = init_norm(nn.BatchNorm1d(hidden), config, scale)
-        self.fc_syn = self.over_time(synaptic)
+        self.fc_syn = self.lif(synaptic)
         self.dropout = TimeSharedDropout(config.dropout)
         self.fc_out = nn.Linear(hidden, NUM_DIGITS, bias=False)
         self.norm_out = init_norm(nn.BatchNorm1d(NUM_DIGITS), config)
@@ -198,7 +198,7 @@ class SpikingResNet(SpikingNetwork):
     def forward_layers(self, frames):
         spk, _ = self.lif1(each_frame(frames, self.conv1, self.norm1))
         spk = self.res2(self.res1(spk))
-        spk, _ = self.fc_syn(each_frame(flatten_stored(spk), self.fc1, self.norm2))
+        spk, _ = self.fc_syn(each_frame(flatten_images(spk), self.fc1, self.norm2))
         return self.lif_out(each_frame(self.dropout(spk), self.fc_out, self.norm_out))
 
 
@@ -411,10 +411,10 @@ class Fused(OverTime):
             params = beta, neuron.threshold, alpha.clamp(0, 1), zero, zero
         else:
             params = beta, neuron.threshold, None, None, None
-        cur = as_stored(cur)
+        cur = channels_last(cur)
         slope = neuron.spike_grad.slope
         outputs = FusedNeuron.apply(cur.flatten(1).contiguous(), slope, *params)
-        return tuple(as_indexed(x.view(cur.shape)) for x in outputs)
+        return tuple(channels_first(x.view(cur.shape)) for x in outputs)
 
 
 def can_fuse(neuron: snn.SpikingNeuron) -> bool:
@@ -516,8 +516,8 @@ class ALIF(snn.SpikingNeuron):
         return self.threshold_at(torch.stack(adapt))
 
 
-class ReLU(nn.Module):
-    """Stands in for neurons in a network without spikes: returns (relu(cur), cur)."""
+class WithoutSpikes(nn.Module):
+    """A ReLU in the place of neurons: returns (relu(cur), cur), as they return (spk, mem)."""
 
     def forward(self, cur):
         return torch.relu(cur), cur
@@ -566,25 +566,25 @@ def each_frame(x: torch.Tensor, *layers: Callable) -> torch.Tensor:
 # pooling and the backward pass of convolutions are several times faster on a CPU that way.
 
 
-def as_stored(x: torch.Tensor) -> torch.Tensor:
+def channels_last(x: torch.Tensor) -> torch.Tensor:
     """View images [T, B, C, H, W] as [T, B, H, W, C], uncopied; return anything else as it is."""
     return x.movedim(2, -1) if x.dim() == 5 else x
 
 
-def as_indexed(x: torch.Tensor) -> torch.Tensor:
+def channels_first(x: torch.Tensor) -> torch.Tensor:
     """View images [T, B, H, W, C] as [T, B, C, H, W]; return anything else as it is."""
     return x.movedim(-1, 2) if x.dim() == 5 else x
 
 
-def flatten_stored(x: torch.Tensor) -> torch.Tensor:
+def flatten_images(x: torch.Tensor) -> torch.Tensor:
     """Flatten images [T, B, C, H, W] in the order in which they are stored: [T, B, H * W * C]."""
-    return as_stored(x).flatten(2)
+    return channels_last(x).flatten(2)
 
 
 def stack_steps(steps: list[torch.Tensor]) -> torch.Tensor:
     """Stack steps [B, ...] along a new first dimension, images in channels-last format."""
     if steps[0].dim() == 4:
-        return as_indexed(torch.stack([step.movedim(1, -1) for step in steps]))
+        return channels_first(torch.stack([step.movedim(1, -1) for step in steps]))
     return torch.stack(steps)
 
 

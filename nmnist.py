@@ -3,7 +3,7 @@
     python nmnist.py                                  # a table of what is in ./data
     python nmnist.py --data_dir DIR --time_steps 10   # of another folder, with 10 frames each
     python nmnist.py --dataset simulated              # scikit-learn's digits, by a simulated camera
-    python nmnist.py --simulate IMAGES.npz --data_dir DIR   # any labelled images of 28 x 28 pixels
+    python nmnist.py --simulate IMAGES.npz --data_dir DIR   # labelled images of 28 x 28 pixels
 
 Events are numpy structured arrays `x, y, t, p` as tonic gives them: t in microseconds, x and y in
 0..33, p 0 (OFF) or 1 (ON). Frames are [T, B, 2, 34, 34]; the value is the number of events in that
@@ -12,6 +12,7 @@ simulated camera comes last.
 """
 
 import argparse
+import functools
 import hashlib
 import http.client
 import itertools
@@ -291,7 +292,6 @@ class Frames:
     hashes: torch.Tensor  # int64 [N]: of each recording's content
 
     def __post_init__(self):
-        # On the CPU, so that the size of a batch is known without waiting for the device.
         self._length = self.nnz_per_frame.sum(1, dtype=torch.int64).cpu()
         self._start = self._length.cumsum(0) - self._length
 
@@ -326,29 +326,35 @@ class Frames:
         `indices` are on the CPU. The frames are stored channels-last, as `dtype`. `augment` moves
         and drops events at random (`augment_events`).
         """
+        time_steps, batch_size = self.time_steps, len(indices)
+        frame, bin_index, count = self.entries(indices)
+        if augment:
+            affine = sample_affine(batch_size, time_steps).to(frame.device, non_blocking=True)
+            frame, bin_index, count = augment_events(frame, bin_index, count, affine, time_steps)
+        size, options = time_steps * batch_size * BINS_PER_FRAME, {"device": frame.device}
+        frames = torch.zeros(size, dtype=dtype, **options)
+        # Events that moved to the same bin add up.
+        where = (frame * BINS_PER_FRAME + bin_index,)
+        frames.index_put_(where, count.to(dtype), accumulate=augment)
+        frames = frames.view(time_steps, batch_size, 34, 34, 2).movedim(-1, 2)
+        return frames, self.labels[indices.to(frame.device, non_blocking=True)].long()
+
+    def entries(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the non-zero bins of a batch of B recordings: frame t * B + b, index, count."""
         device = self.labels.device
+        # Sizes are known on the CPU, so that a GPU need not synchronize.
         length, start = self._length[indices], self._start[indices]
         size = int(length.sum())
-        # Entry i of the batch is entry i + (its recording's start in the cache - in the batch).
+        # Where entry i of the batch is in the cache: at i + (start there - start in the batch).
         shift = (start - (length.cumsum(0) - length)).to(device, non_blocking=True)
         length = length.to(device, non_blocking=True)
         entry = shift.repeat_interleave(length, output_size=size)
         entry += torch.arange(size, device=device)
-        bin_index, count = self.bin_index[entry], self.count[entry].to(dtype)
-        on_device = indices.to(device, non_blocking=True)
-        nnz = self.nnz_per_frame[on_device].long()  # [B, T]
-        batch_size, time_steps = nnz.shape
-        frame = torch.arange(time_steps * batch_size, device=device)
-        frame = frame.view(time_steps, batch_size).T.flatten()  # in the order of the entries
+        nnz = self.nnz_per_frame[indices.to(device, non_blocking=True)].long()  # [B, T]
+        frame = torch.arange(nnz.numel(), device=device)
+        frame = frame.view(*nnz.shape[::-1]).T.flatten()  # in the order of the entries
         frame = frame.repeat_interleave(nnz.flatten(), output_size=size)
-        if augment:
-            affine = sample_affine(batch_size, time_steps).to(device, non_blocking=True)
-            frame, bin_index, count = augment_events(frame, bin_index, count, affine, time_steps)
-        frames = torch.zeros(time_steps * batch_size * BINS_PER_FRAME, dtype=dtype, device=device)
-        # Events that moved to the same bin add up.
-        frames.index_put_((frame * BINS_PER_FRAME + bin_index,), count, accumulate=augment)
-        frames = frames.view(time_steps, batch_size, 34, 34, 2).movedim(-1, 2)
-        return frames, self.labels[on_device].long()
+        return frame, self.bin_index[entry], self.count[entry]
 
     def batches(
         self, indices: torch.Tensor, batch_size: int, dtype: torch.dtype = torch.float32
@@ -579,6 +585,17 @@ def trained_dataset(data_dir: str | Path, dataset: str, trained: dict[str, str])
     return "simulated" if dataset == "auto" and simulated else dataset
 
 
+def describe_difference(tested: dict[str, str], trained: dict[str, str]) -> str:
+    """Return how the recordings of a test differ from those of the training, '' if they do not.
+
+    Both are `Data.describe()`.
+    """
+    if tested["data set"] != trained["data set"]:
+        return f"TRAINED on {trained['data set']}"
+    same = tested["test part"] == trained["test part"]
+    return "" if same else "not the test part of the training"
+
+
 def split_validation(
     labels: torch.Tensor, val_split: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -597,24 +614,22 @@ def split_validation(
 
 def add_frame_flags(parser) -> None:
     """Add the flags that shape frames."""
-    text = "frames a recording is binned into, T"
-    utils.add_flag(parser, "--time_steps", 25, text, type=number(int, 1, 1000))
-    text = "drop events without a neighbour within this many microseconds (default: off)"
-    parser.add_argument("--denoise", type=number(int, 1), metavar="MICROSECONDS", help=text)
-    text = "frames of equal duration or of equal event count"
-    utils.add_flag(parser, "--bin_by", "time", text, choices=["time", "events"])
-    text = "only events of the first saccade, the first 100 ms (tonic's option)"
-    parser.add_argument("--first_saccade_only", action="store_true", help=text)
-    text = "take the movement of the saccades out of the events (tonic's option)"
-    parser.add_argument("--stabilize", action="store_true", help=text)
+    flag = functools.partial(utils.add_flag, parser)
+    flag("--time_steps", 25, "frames a recording is binned into, T", type=number(int, 1, 1000))
+    lonely = "drop events without a neighbour within this many microseconds (default: off)"
+    flag("--denoise", None, lonely, type=number(int, 1), metavar="MICROSECONDS")
+    equal = "frames of equal duration or of equal event count"
+    flag("--bin_by", "time", equal, choices=["time", "events"])
+    flag("--first_saccade_only", False, "only events of the first 100 ms (tonic's option)")
+    flag("--stabilize", False, "take the saccades' movement out of the events (tonic's option)")
 
 
 def add_data_flags(parser) -> None:
     """Add the flags that say where recordings are."""
     utils.add_flag(parser, "--data_dir", "./data", "folder of the recordings")
-    text = "nmnist: from data_dir, else downloaded; simulated: scikit-learn's digits before a "
-    text += "simulated camera; auto: nmnist, or simulated if it can't be downloaded"
-    utils.add_flag(parser, "--dataset", "auto", text, choices=DATASETS)
+    kinds = "nmnist: from data_dir, else downloaded; simulated: scikit-learn's digits before a "
+    kinds += "simulated camera; auto: nmnist, or simulated if it can't be downloaded"
+    utils.add_flag(parser, "--dataset", "auto", kinds, choices=DATASETS)
 
 
 # --- The simulated camera -------------------------------------------------------------------------
@@ -942,11 +957,11 @@ def sklearn_images() -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_images(path: str | Path) -> dict[str, Images]:
-    """Read labelled images from a .npz file, as 'Train' and 'Test' where it has both.
+    """Read labelled images from a .npz file, those of 'Train' and of 'Test'.
 
-    It holds `images` (uint8 [N, 28, 28]) and `labels` ([N], 0 to 9), or `train_images`,
-    `train_labels`, `test_images` and `test_labels`. A recording's name is its image's index in its
-    array, counted from 1. Raises `UserError` naming the file and what is wrong with it.
+    It holds `train_images` (uint8 [N, 28, 28]), `train_labels` ([N], 0 to 9), `test_images` and
+    `test_labels`. A recording's name is its image's index in its array, counted from 1. Raises
+    `UserError` naming the file and what is wrong with it.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -954,26 +969,24 @@ def read_images(path: str | Path) -> dict[str, Images]:
     except Exception as error:  # NumPy raises many types on other files
         reason = utils.first_line(error)
         raise UserError(f"--simulate {path} can't be read as a .npz file ({reason})") from None
-    prefixes = {"Train": ""} if "images" in arrays else {"Train": "train_", "Test": "test_"}
-    return {folder: check_images(path, arrays, prefix) for folder, prefix in prefixes.items()}
+    return {part: check_images(path, arrays, part.lower()) for part in ("Train", "Test")}
 
 
-def check_images(path: str | Path, arrays: dict[str, np.ndarray], prefix: str) -> Images:
-    """Return the images and labels whose names start with `prefix`, or raise `UserError`."""
-    images, labels = arrays.get(f"{prefix}images"), arrays.get(f"{prefix}labels")
+def check_images(path: str | Path, arrays: dict[str, np.ndarray], split: str) -> Images:
+    """Return the images and labels of a split, or raise `UserError`."""
+    images, labels = arrays.get(f"{split}_images"), arrays.get(f"{split}_labels")
     if images is None or labels is None:
-        raise UserError(
-            f"--simulate {path} has no {prefix}images and {prefix}labels; it needs images and "
-            "labels, or train_images, train_labels, test_images and test_labels"
-        )
+        raise UserError(f"--simulate {path} has no {split}_images and {split}_labels")
     if images.shape[1:] != (28, 28) or images.dtype != np.uint8 or images.size == 0:
         shape = f"{images.dtype} {list(images.shape)}"
-        raise UserError(f"--simulate {path}: {prefix}images is {shape}, not uint8 [N, 28, 28]")
+        raise UserError(f"--simulate {path}: {split}_images is {shape}, not uint8 [N, 28, 28]")
     is_digit = labels.dtype.kind in "iu" and np.isin(labels, np.arange(10)).all()
     if labels.shape != images.shape[:1] or not is_digit:
-        raise UserError(
-            f"--simulate {path}: {prefix}labels must be {len(images):,} digits 0 to 9, one an image"
-        )
+        count = f"{len(images):,} digits 0 to 9, one an image"
+        raise UserError(f"--simulate {path}: {split}_labels must be {count}")
+    missing = sorted(set(range(10)) - set(labels.tolist()))
+    if missing:
+        raise UserError(f"--simulate {path}: {split}_labels has no {missing[0]}")
     return Images(images, labels.astype(int), np.arange(1, len(images) + 1))
 
 
@@ -1005,10 +1018,6 @@ def print_table(parts: dict[str, Frames]) -> None:
 def simulate(args: argparse.Namespace) -> None:
     """Record the images of `--simulate` into `<data_dir>/NMNIST`, which must not exist yet."""
     root, parts = Path(args.data_dir) / "NMNIST", read_images(args.simulate)
-    for folder, part in parts.items():
-        missing = sorted(set(range(10)) - set(part.labels.tolist()))
-        if missing:
-            raise UserError(f"--simulate {args.simulate}: no image of {missing[0]} for {folder}")
     if root.exists():
         raise UserError(f"{root} exists already: choose another --data_dir to record into")
     record_data_set(root, parts, Path(args.simulate).name, args.seed)
@@ -1017,9 +1026,9 @@ def simulate(args: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the script's flags."""
     parser = utils.make_parser(__doc__)
-    text = "record these images into data_dir/NMNIST by the simulated camera: arrays images (uint8 "
-    text += "[N, 28, 28]) and labels, or train_images, train_labels, test_images, test_labels"
-    parser.add_argument("--simulate", metavar="IMAGES.npz", help=text)
+    images = "record these images into data_dir/NMNIST by the simulated camera: arrays "
+    images += "train_images (uint8 [N, 28, 28]), train_labels, test_images and test_labels"
+    utils.add_flag(parser, "--simulate", None, images, metavar="IMAGES.npz")
     utils.add_flag(parser, "--seed", 0, "seed of --simulate", type=number(int, 0, 2**32 - 1))
     add_data_flags(parser)
     add_frame_flags(parser)

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before torch is imported: idle threads sleep, inst
 
 import argparse
 import copy
+import functools
 import math
 import shlex
 import time
@@ -84,64 +85,61 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_network_flags(group) -> None:
     """Add the flags of `NetworkConfig`."""
-    default = NetworkConfig()
-    add_flag(group, "--model", default.model, "network", choices=list(NETWORKS))
-    text = "decay of the membrane potential per step"
-    add_flag(group, "--beta", default.beta, text, type=number(float, 0, 1))
-    text = "membrane potential above which a neuron fires"
-    add_flag(group, "--threshold", default.threshold, text, type=number(float, 0, open_low=True))
-    text = "decay per step of ALIF's adaptation and of the synaptic current (resnet)"
-    add_flag(group, "--alpha", default.alpha, text, type=number(float, 0, 1))
-    text = "probability of dropping a neuron of the last hidden layer, for a whole recording"
-    add_flag(group, "--dropout", default.dropout, text, type=number(float, 0, 1, open_high=True))
-    text = "factor on channels and hidden layer"
-    add_flag(group, "--width", default.width, text, type=number(int, 1, 64))
-    text = "what decides: the mean membrane potential, the most spikes, or the first spike"
-    add_flag(group, "--readout", default.readout, text, choices=READOUTS)
-    group.add_argument("--learn_beta", action="store_true", help="learn one beta per layer")
-    text = "put ReLU in place of neurons, as a baseline; its files are named <model>_relu_..."
-    group.add_argument("--no_spikes", action="store_true", help=text)
+    flag, default, share = functools.partial(add_flag, group), NetworkConfig(), number(float, 0, 1)
+    above_0, below_1 = number(float, 0, open_low=True), number(float, 0, 1, open_high=True)
+    flag("--model", default.model, "network", choices=list(NETWORKS))
+    flag("--beta", default.beta, "decay of the membrane potential per step", type=share)
+    potential = "membrane potential above which a neuron fires"
+    flag("--threshold", default.threshold, potential, type=above_0)
+    decays = "decay per step of ALIF's adaptation and of the synaptic current (resnet)"
+    flag("--alpha", default.alpha, decays, type=share)
+    dropped = "probability of dropping a neuron of the last hidden layer, for a whole recording"
+    flag("--dropout", default.dropout, dropped, type=below_1)
+    flag("--width", default.width, "factor on channels and hidden layer", type=number(int, 1, 64))
+    decides = "what decides: the mean membrane potential, the most spikes, or the first spike"
+    flag("--readout", default.readout, decides, choices=READOUTS)
+    flag("--learn_beta", False, "learn one beta per layer")
+    flag("--no_spikes", False, "ReLU in place of neurons; its files are named <model>_relu_...")
 
 
 def add_training_flags(group) -> None:
     """Add the flags that say how to train."""
-    add_flag(group, "--epochs", 10, "passes over the training recordings", type=number(int, 1))
-    add_flag(group, "--batch_size", 128, "recordings per training step", type=number(int, 1))
+    flag, positive = functools.partial(add_flag, group), number(int, 1)
+    above_0, share = (
+        number(float, 0, open_low=True),
+        number(float, 0, 1, open_low=True, open_high=True),
+    )
+    flag("--epochs", 10, "passes over the training recordings", type=positive)
+    flag("--batch_size", 128, "recordings per training step", type=positive)
     rates = ", ".join(f"{lr} for {name}" for name, lr in DEFAULT_LR.items())
-    text = f"learning rate (default: {rates})"
-    group.add_argument("--lr", type=number(float, 0, open_low=True), help=text)
-    text = "weight decay of connections, not of norms and beta"
-    add_flag(group, "--weight_decay", 0.0, text, type=number(float, 0))
-    add_flag(group, "--optimizer", "adam", "optimizer", choices=list(DEFAULT_LR))
-    text = "ce: cross entropy of the membrane potentials at every step; mse: squared error of the "
-    text += "spike counts; count: cross entropy of the spike counts"
-    add_flag(group, "--loss", "ce", text, choices=list(LOSSES))
-    text = "lower the learning rate along a half cosine"
-    group.add_argument("--scheduler", action="store_true", help=text)
-    text = "train on the recordings as they are, without random shift, rotation, ..."
-    group.add_argument("--no_augment", action="store_true", help=text)
-    text = "share of training recordings for validation"
-    share = number(float, 0, 1, open_low=True, open_high=True)
-    add_flag(group, "--val_split", 0.1, text, type=share)
-    text = "seed of all random numbers; of several, each trains a network"
-    add_flag(group, "--seed", 0, text, type=number(int, 0, 2**32 - 1), nargs="+")
+    flag("--lr", None, f"learning rate (default: {rates})", type=above_0)
+    decay = "weight decay of connections, not of norms and beta"
+    flag("--weight_decay", 0.0, decay, type=number(float, 0))
+    flag("--optimizer", "adam", "optimizer", choices=list(DEFAULT_LR))
+    losses = "ce: cross entropy of the membrane potentials at every step; mse: squared error of "
+    losses += "the spike counts; count: cross entropy of the spike counts"
+    flag("--loss", "ce", losses, choices=list(LOSSES))
+    flag("--scheduler", False, "lower the learning rate along a half cosine")
+    flag("--no_augment", False, "train on the recordings as they are, without random shift, ...")
+    flag("--val_split", 0.1, "share of training recordings for validation", type=share)
+    seeds = "seed of all random numbers; of several, each trains a network"
+    flag("--seed", 0, seeds, type=number(int, 0, 2**32 - 1), nargs="+")
 
 
 def add_running_flags(group) -> None:
     """Add the flags that say where and how to run, and what to read and write."""
+    flag = functools.partial(add_flag, group)
     nmnist.add_data_flags(group)
-    add_flag(group, "--save_dir", "./checkpoints", "folder of the checkpoints")
-    add_flag(group, "--log_dir", "./logs", "folder of history, metrics and figures")
+    flag("--save_dir", "./checkpoints", "folder of the checkpoints")
+    flag("--log_dir", "./logs", "folder of history, metrics and figures")
     utils.add_device_flag(group)
-    text = "type of the layers; auto: bf16 where the hardware computes it, else fp32"
-    add_flag(group, "--precision", "auto", text, choices=["auto", "bf16", "fp32"])
-    text = "fused: compiled neurons; step: snnTorch's neurons, step by step"
-    add_flag(group, "--neuron_backend", "fused", text, choices=BACKENDS)
-    text = "continue the last run of this model in save_dir, if there is one"
-    group.add_argument("--resume", action="store_true", help=text)
-    text = "test the best checkpoint, without training"
-    group.add_argument("--test_only", action="store_true", help=text)
-    group.add_argument("--visualize", action="store_true", help="write figures to log_dir")
+    precision = "type of the layers; auto: bf16 where the hardware computes it, else fp32"
+    flag("--precision", "auto", precision, choices=["auto", "bf16", "fp32"])
+    backend = "fused: compiled neurons; step: snnTorch's neurons, step by step"
+    flag("--neuron_backend", "fused", backend, choices=BACKENDS)
+    flag("--resume", False, "continue the last run of this model in save_dir, if there is one")
+    flag("--test_only", False, "test the best checkpoint, without training")
+    flag("--visualize", False, "write figures to log_dir")
 
 
 def check_flags(parser: argparse.ArgumentParser, flags: dict, given: dict) -> None:
@@ -253,7 +251,7 @@ def train_one_epoch(
     step: int,
     bar: tqdm,
 ) -> dict:
-    """Train on `batches` of (frames, labels); return the epoch's mean `loss` and `accuracy`.
+    """Train on `batches` of (frames, labels); return the mean `train_loss` and `train_accuracy`.
 
     Both are of the network while it changes, on recordings that may be augmented. `step` is the
     number of training steps before.
@@ -273,16 +271,16 @@ def train_one_epoch(
         sizes.append(len(labels))
         if bar.update(len(labels) * world_size()):  # True where the bar was redrawn
             means = mean_results(results, sizes)
-            text = {"loss": f"{means['loss']:.4f}", "accuracy": f"{means['accuracy']:.2%}"}
-            bar.set_postfix(text, refresh=False)
+            loss, accuracy = f"{means['train_loss']:.4f}", f"{means['train_accuracy']:.2%}"
+            bar.set_postfix(loss=loss, accuracy=accuracy, refresh=False)
     return mean_results(results, sizes)
 
 
 def mean_results(results: list[torch.Tensor], sizes: list[int]) -> dict:
-    """Return mean `loss` and `accuracy` of batches: (loss, correct predictions), and sizes."""
+    """Return `train_loss` and `train_accuracy` of batches: (loss, correct predictions), sizes."""
     losses, correct = zip(*torch.stack(results).tolist(), strict=True)
     loss = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
-    return {"loss": loss, "accuracy": sum(correct) / sum(sizes)}
+    return {"train_loss": loss, "train_accuracy": sum(correct) / sum(sizes)}
 
 
 @torch.no_grad()
@@ -370,34 +368,40 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, checkpoint
         with progress(f"epoch {epoch}/{args.epochs}", len(order)) as bar:
             trained = train_one_epoch(parallel, ema, optimizer, loss_fn, batches, step, bar)
         speed = len(order) / (time.perf_counter() - start)
-
         if rank() == 0:
-            measure_norms(ema, data.train, order[:NORM_RECORDINGS], args.batch_size)
-            test_indices = torch.arange(len(data.test))
-            val = evaluate(ema, data.train, val_indices, loss_fn, args.batch_size, "val")
-            tested = evaluate(ema, data.test, test_indices, loss_fn, args.batch_size, "test")
-            finite = math.isfinite(trained["loss"]) and math.isfinite(val["loss"])
-            if not (finite and utils.is_finite(network.state_dict(), ema.state_dict())):
-                kept = f"{checkpoint_path(args, 'last')} holds epoch {epoch - 1}"
-                kept = kept if history else "no epoch was finished"
-                raise UserError(f"loss or weights not finite: choose a smaller --lr; {kept}")
-            entry = {"epoch": epoch}
-            for name, result in (("train", trained), ("val", val), ("test", tested)):
-                entry |= {f"{name}_loss": result["loss"], f"{name}_accuracy": result["accuracy"]}
-            outputs = val["spk"], val["mem"], args.readout, val["labels"]
-            entry |= {
-                "val_temperature": fit_temperature(*outputs),
-                "lr": lr,
-                "processes": world_size(),
-                "precision": args.precision,
-                "neuron_backend": describe_backend(network),
-                "seconds": time.perf_counter() - start,
-                "recordings_per_second": speed,
-            }
-            history.append(entry)
+            entry = {"epoch": epoch} | trained
+            entry |= validate(args, data, ema, order[:NORM_RECORDINGS], val_indices)
+            check_finite(args, entry, network, ema)
+            entry |= {"lr": lr, "processes": world_size(), "precision": args.precision}
+            entry |= {"neuron_backend": describe_backend(network), "recordings_per_second": speed}
+            history.append(entry | {"seconds": time.perf_counter() - start})
             save(args, data, history, network, ema, optimizer)
             print_epoch(entry, args.epochs)
         utils.wait_for_all()
+
+
+def validate(args, data: Data, ema: SpikingNetwork, norm_indices, val_indices) -> dict:
+    """Return an epoch's loss and accuracy on validation and test recordings, and a temperature."""
+    measure_norms(ema, data.train, norm_indices, args.batch_size)
+    test_indices, loss_fn = torch.arange(len(data.test)), LOSSES[args.loss]
+    val = evaluate(ema, data.train, val_indices, loss_fn, args.batch_size, "val")
+    test = evaluate(ema, data.test, test_indices, loss_fn, args.batch_size, "test")
+    return {
+        "val_loss": val["loss"],
+        "val_accuracy": val["accuracy"],
+        "val_temperature": fit_temperature(val["spk"], val["mem"], args.readout, val["labels"]),
+        "test_loss": test["loss"],
+        "test_accuracy": test["accuracy"],
+    }
+
+
+def check_finite(args, entry: dict, network: SpikingNetwork, ema: SpikingNetwork) -> None:
+    """Raise `UserError` if an epoch's losses or the weights after it are not finite."""
+    losses = entry["train_loss"] + entry["val_loss"]
+    if not (math.isfinite(losses) and utils.is_finite(network.state_dict(), ema.state_dict())):
+        kept = f"{checkpoint_path(args, 'last')} holds epoch {entry['epoch'] - 1}"
+        kept = kept if entry["epoch"] > 1 else "no epoch was finished"
+        raise UserError(f"loss or weights not finite: choose a smaller --lr; {kept}")
 
 
 def run_options(args: argparse.Namespace) -> dict[str, str]:
@@ -525,35 +529,30 @@ def resume(args, data: Data, checkpoint: dict, network, ema, optimizer) -> list[
 def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint: dict) -> dict:
     """Test a checkpoint's network; write and return its metrics, and draw figures if asked."""
     network = restore_network(checkpoint, **run_options(args)).to(device)
-    readout, best = network.config.readout, checkpoint["history"][-1]
     with ActivityMeter(network) as meter:
-        indices = torch.arange(len(data.test))
-        result = evaluate(network, data.test, indices, LOSSES[args.loss], args.batch_size, "test")
+        indices, loss_fn = torch.arange(len(data.test)), LOSSES[args.loss]
+        result = evaluate(network, data.test, indices, loss_fn, args.batch_size, "test")
     spk, mem, labels, predictions = (result[k] for k in ("spk", "mem", "labels", "predictions"))
-    readouts = (readout,) if network.config.no_spikes else READOUTS
+    best = checkpoint["history"][-1]
+    confidences = confidence(spk, mem, args.readout, best["val_temperature"])
+    readouts = (args.readout,) if args.no_spikes else READOUTS
     by_readout = {name: predict(spk, mem, name) for name in readouts}
-    exits = confidence(spk, mem, readout, best["val_temperature"])
     layers = meter.layers()
     metrics = {
-        "dataset": data.name,
-        "trained_on": checkpoint["data"]["data set"],
-        "training_part": checkpoint["data"]["training part"],
-        "same_test_part": checkpoint["data"]["test part"] == data.describe()["test part"],
-        "num_recordings": len(labels),
-        "num_blank": data.test.num_blank,
-        "data": {k: v for k, v in data.describe().items() if k != "training part"},
-        "model": network.config.name,
-        "parameters": num_parameters(network),
         "accuracy": result["accuracy"],
         "loss": result["loss"],
-        "readout": readout,
+        "num_recordings": len(labels),
+        "num_blank": data.test.num_blank,
         "accuracy_by_readout": {k: mean_of(digits == labels) for k, digits in by_readout.items()},
         "ties": {k: mean_of(leading_digits(spk, k)[-1].sum(-1) > 1) for k in readouts[1:]},
         "confusion_matrix": confusion_matrix(labels, predictions[-1], labels=range(10)).tolist(),
         "accuracy_over_time": (predictions == labels).double().mean(1).tolist(),
-        "early_exit": early_exits(exits, predictions, labels, meter),
+        "early_exit": early_exits(confidences, predictions, labels, meter),
         "layers": layers,
         "energy_uj": energy_uj(layers),
+        "parameters": num_parameters(network),
+        "tested_on": {k: v for k, v in data.describe().items() if k != "training part"},
+        "trained_on": checkpoint["data"],
         "checkpoint": str(checkpoint_path(args, "best")),
         "network_hash": utils.fingerprint(checkpoint["network"]),
         "epoch": best["epoch"],
@@ -568,13 +567,13 @@ def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint:
     }
     columns = {"file": data.test_files, "label": labels.tolist()}
     columns |= {name: digits.tolist() for name, digits in by_readout.items()}
-    columns["confidence"] = [f"{value:.6f}" for value in exits[-1].tolist()]
-    columns[f"early_exit_step_{EXIT_THRESHOLD}"] = exit_steps(exits, EXIT_THRESHOLD).tolist()
+    columns["confidence"] = [f"{value:.6f}" for value in confidences[-1].tolist()]
+    columns[f"early_exit_step_{EXIT_THRESHOLD}"] = exit_steps(confidences, EXIT_THRESHOLD).tolist()
     write_results(args, metrics, columns)
     if args.visualize:
         visualize(args, metrics, checkpoint["history"], network)
         title = f"{network.title} on {data.name}, test recordings"
-        draw_samples(args, data.test, predictions[-1], exits[-1], title)
+        draw_samples(args, data.test, predictions[-1], confidences[-1], title)
     return metrics
 
 
@@ -645,18 +644,19 @@ def print_metrics(metrics: dict) -> None:
 
 
 def describe_test(metrics: dict) -> str:
-    """Return what a network was tested on, and on what else it was trained, if so."""
-    text = f"{metrics['num_recordings']:,} test recordings of {metrics['dataset']}"
-    if metrics["dataset"] != metrics["trained_on"]:
-        return f"{text}; TRAINED on {metrics['trained_on']}"
-    return text + "; not the test part of the training" * (not metrics["same_test_part"])
+    """Return what a network was tested on, and whether it was trained on something else."""
+    other = nmnist.describe_difference(metrics["tested_on"], metrics["trained_on"])
+    name = metrics["tested_on"]["data set"]
+    return f"{metrics['num_recordings']:,} test recordings of {name}" + (other and f"; {other}")
 
 
 def write_results(args: argparse.Namespace, metrics: dict, columns: dict[str, list]) -> None:
     """Write metrics and predictions; those of another network or other recordings are kept."""
     paths = log_path(args, "test_metrics.json"), log_path(args, "predictions.csv")
     earlier = utils.read_json(paths[0]) or {}
-    if any(earlier.get(name, metrics[name]) != metrics[name] for name in ("network_hash", "data")):
+    if any(
+        earlier.get(name, metrics[name]) != metrics[name] for name in ("network_hash", "tested_on")
+    ):
         utils.keep_earlier_files(*paths)
     utils.write_json(paths[0], metrics)
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -682,10 +682,9 @@ def visualize(args, metrics: dict, history: list[dict], network: SpikingNetwork)
     # log_dir's history goes on after the best epoch, if it is that of the same run.
     logged = utils.read_json(log_path(args, "history.json")) or []
     history = logged if logged[: len(history)] == history else history
-    trained = f"{network.title} on {metrics['trained_on']}"
+    trained = f"{network.title} on {metrics['trained_on']['data set']}"
     utils.plot_history(history, trained, Path(args.log_dir) / "training_results.png")
-    tested = f"{metrics['accuracy']:.2%} of {metrics['num_recordings']:,} test recordings"
-    title = f"{network.title} on {metrics['dataset']}: {tested}"
+    title = f"{network.title}: {metrics['accuracy']:.2%} of {describe_test(metrics)}"
     counts = np.array(metrics["confusion_matrix"])
     utils.plot_confusion_matrix(counts, title, log_path(args, "confusion_matrix.png"))
     utils.plot_accuracy_over_time(
@@ -810,13 +809,13 @@ def run_seeds(defaults: dict, given: dict, seeds: list[int], device: torch.devic
         if rank() > 0:
             continue
         print(f"accuracy    {metrics['accuracy']:.2%} of {describe_test(metrics)}")
-        row = {"dataset": metrics["dataset"], "accuracy": metrics["accuracy"]}
+        row = {"dataset": metrics["tested_on"]["data set"], "accuracy": metrics["accuracy"]}
         for readout, accuracy in metrics["accuracy_by_readout"].items():
             row[f"accuracy_{readout}"] = accuracy
         row |= {"test_loss": metrics["loss"], "epoch": metrics["epoch"]}
-        row["training_part"] = metrics["training_part"]
+        row["training part"] = metrics["trained_on"]["training part"]
         rows.append(row | metrics["settings"])
-        for name in ("training_part", *metrics["settings"]):
+        for name in ("training part", *metrics["settings"]):
             expected = seed if name == "seed" else rows[0][name]
             if rows[-1][name] != expected:
                 text = f"{name} {rows[-1][name]}, not {expected}: a table is of seeds alone"

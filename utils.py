@@ -76,8 +76,15 @@ def make_parser(docstring: str, **options) -> argparse.ArgumentParser:
 
 
 def add_flag(parser, flag: str, default, text: str, **options) -> None:
-    """Add a flag with a value to a parser or a group of it; its help ends with its default."""
-    parser.add_argument(flag, default=default, help=f"{text} (default: %(default)s)", **options)
+    """Add a flag to a parser or a group of it; if its default is False, it takes no value.
+
+    Its help ends with its default, if it has one.
+    """
+    if default is False:
+        parser.add_argument(flag, action="store_true", help=text)
+    else:
+        text += "" if default is None else " (default: %(default)s)"
+        parser.add_argument(flag, default=default, help=text, **options)
 
 
 def number(kind: type, low: float, high: float = math.inf, open_low=False, open_high=False):
@@ -123,7 +130,7 @@ def set_seed(*parts: int) -> None:
 def add_device_flag(parser) -> None:
     """Add `--device` to a script's flags."""
     text = "where to compute (default: cuda where there is one)"
-    parser.add_argument("--device", choices=["cuda", "cpu", "mps"], help=text)
+    add_flag(parser, "--device", None, text, choices=["cuda", "cpu", "mps"])
 
 
 def prepare_device(name: str | None) -> torch.device:

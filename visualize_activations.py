@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before torch is imported: idle threads sleep, inst
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -44,18 +45,16 @@ PALE = "#999999"
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the script's flags."""
     parser = utils.make_parser(__doc__)
-    utils.add_flag(parser, "--model", "cnn", "network", choices=list(NETWORKS))
-    text = "draw every layer, t-SNE and firing rates, not the output alone"
-    parser.add_argument("--visualize_all", action="store_true", help=text)
-    text = "index of the test recording whose activity is drawn"
-    utils.add_flag(parser, "--sample", 0, text, type=number(int, 0))
-    text = "neurons that are drawn of a larger layer, from all firing rates"
-    utils.add_flag(parser, "--num_neurons", 100, text, type=number(int, 1))
-    text = "test recordings in the t-SNE, at most"
-    utils.add_flag(parser, "--tsne_samples", 2000, text, type=number(int, 5))
-    utils.add_flag(parser, "--seed", 0, "seed of t-SNE", type=number(int, 0, 2**32 - 1))
-    utils.add_flag(parser, "--save_dir", "./checkpoints", "folder of checkpoints")
-    utils.add_flag(parser, "--output_dir", "./activations", "folder of figures")
+    flag = functools.partial(utils.add_flag, parser)
+    flag("--model", "cnn", "network", choices=list(NETWORKS))
+    flag("--visualize_all", False, "draw every layer, t-SNE and firing rates, not the output alone")
+    flag("--sample", 0, "index of the test recording that is drawn", type=number(int, 0))
+    neurons = "neurons that are drawn of a larger layer, from all firing rates"
+    flag("--num_neurons", 100, neurons, type=number(int, 1))
+    flag("--tsne_samples", 2000, "test recordings in the t-SNE, at most", type=number(int, 5))
+    flag("--seed", 0, "seed of t-SNE", type=number(int, 0, 2**32 - 1))
+    flag("--save_dir", "./checkpoints", "folder of checkpoints")
+    flag("--output_dir", "./activations", "folder of figures")
     utils.add_device_flag(parser)
     nmnist.add_data_flags(parser)
     return parser
@@ -227,11 +226,9 @@ def main(argv: list[str] | None = None) -> None:
     precision = utils.pick_precision("auto", device)
     network = restore_network(checkpoint, neuron_backend=backend, precision=precision).to(device)
     name = f"{network.title} on {data.name}"
-    if trained["data set"] != data.name:
-        name = f"{network.title}, trained on {trained['data set']}, on {data.name}"
-        utils.warn(f"trained on {trained['data set']}, drawn on {data.name}")
-    elif trained["test part"] != data.describe()["test part"]:
-        utils.warn("drawn on other test recordings than those of the training")
+    if other := nmnist.describe_difference(data.describe(), trained):
+        name += f" ({other})"
+        utils.warn(name)
     draw_recording(args, network, data.test, name)
     if args.visualize_all:
         draw_test_set(args, network, data.test, name)

@@ -6,6 +6,7 @@ python visualize_nmnist.py --animate                   # also one recording as a
 """
 
 import argparse
+import functools
 from itertools import pairwise
 from pathlib import Path
 
@@ -32,13 +33,13 @@ Sample = tuple[int, np.ndarray, int]  # a recording's index in its split, its ev
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the script's flags."""
     parser = utils.make_parser(__doc__)
-    utils.add_flag(parser, "--num_samples", 10, "recordings to draw", type=number(int, 1, 100))
-    utils.add_flag(parser, "--split", "train", "part of the data set", choices=nmnist.SPLITS)
-    text = "draw only this digit (default: all)"
-    parser.add_argument("--digit", type=int, choices=range(10), help=text)
-    utils.add_flag(parser, "--seed", 0, "seed of the choice", type=number(int, 0, 2**32 - 1))
-    utils.add_flag(parser, "--output_dir", "./visualizations", "folder of figures")
-    parser.add_argument("--animate", action="store_true", help="animate the first recording (GIF)")
+    flag = functools.partial(utils.add_flag, parser)
+    flag("--num_samples", 10, "recordings to draw", type=number(int, 1, 100))
+    flag("--split", "train", "part of the data set", choices=nmnist.SPLITS)
+    flag("--digit", None, "draw only this digit (default: all)", type=int, choices=range(10))
+    flag("--seed", 0, "seed of the choice", type=number(int, 0, 2**32 - 1))
+    flag("--output_dir", "./visualizations", "folder of figures")
+    flag("--animate", False, "animate the first recording (GIF)")
     nmnist.add_data_flags(parser)
     nmnist.add_frame_flags(parser)
     return parser

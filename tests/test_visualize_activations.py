@@ -221,6 +221,6 @@ def test_figures_on_other_recordings_than_trained_on_say_so(
     utils.write_json(tmp_path / "NMNIST" / "simulator.json", {"images": "letters.npz"})
     draw(network_dir, tmp_path)
     name = "SimulatedNMNIST (letters.npz)"
-    assert f"WARNING: trained on NMNIST, drawn on {name}" in capsys.readouterr().err
+    assert f"{name} (TRAINED on NMNIST)" in capsys.readouterr().err
     title = figures["spike_pattern_lif_out.png"].axes[0].get_title()
-    assert f"trained on NMNIST, on {name}" in title
+    assert f"{name} (TRAINED on NMNIST)" in title
