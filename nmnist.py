@@ -833,8 +833,7 @@ def pixel_events(scene: np.ndarray, path: np.ndarray, threshold: np.ndarray):
     """Step the pixel equations of `simulate_events` along the path.
 
     Returns (pixel, time in ms, polarity) of each event: `threshold` is [34, 34, N], and `pixel` a
-    flat index into it. Only pixels that the digit can reach are stepped. The scene moves so slowly
-    that it is sampled in every other step and interpolated in the others.
+    flat index into it. Only pixels that the digit can reach are stepped.
     """
     dark, bright = np.log(CAMERA.dark_light), np.log(CAMERA.dark_light + 1)
     pixels = np.flatnonzero(max_log_intensity(scene, path) - np.float32(dark) >= threshold)
@@ -843,29 +842,15 @@ def pixel_events(scene: np.ndarray, path: np.ndarray, threshold: np.ndarray):
     # In a step, V moves by the share base + gain L of its distance to L.
     gain = np.float32((fast - slow) / (bright - dark))
     base = np.float32(slow - gain * dark)
-    view, work = np.empty((2, SIDE, SIDE, scene.shape[-1]), np.float32)
-    sample_scene(scene, path[0], view, work)
-    v = view.ravel()[pixels]
-    light, v_ref = v.copy(), v.copy()
-    free_at = np.zeros_like(v)  # end of the refractory period
-    rise, size, next_light = np.empty((3, len(v)), np.float32)
-    fired = []
-    for step in range(1, len(path)):
-        time = (step - 1) * STEP
-        if step % 2:
-            sample_scene(scene, path[min(step + 1, len(path) - 1)], view, work)
-            view.ravel().take(pixels, out=next_light, mode="clip")
-            light += next_light
-            light *= np.float32(0.5)
-        else:
-            light, next_light = next_light, light
-        np.multiply(light, gain, out=rise)
-        rise += base
-        rise *= np.subtract(light, v, out=size)
+    intensities = log_intensities(scene, path, pixels)
+    v = next(intensities).copy()
+    v_ref, free_at, fired = v.copy(), np.zeros_like(v), []  # free_at: end of the refractory period
+    for step, intensity in enumerate(intensities):
+        time = step * STEP
+        rise = (intensity * gain + base) * (intensity - v)
         v += rise
-        np.abs(np.subtract(v, v_ref, out=size), out=size)
-        i = np.flatnonzero(size >= threshold)
-        i = i[free_at[i] < time + STEP]
+        size = np.abs(v - v_ref)
+        i = np.flatnonzero((size >= threshold) & (free_at < time + STEP))
         # The share of the step after which V had moved by the threshold, or the pixel was free.
         share = 1 - (size[i] - threshold[i]) / np.maximum(np.abs(rise[i]), np.float32(1e-9))
         share = np.minimum(np.maximum(share, np.maximum((free_at[i] - time) / STEP, 0)), 1)
@@ -873,6 +858,24 @@ def pixel_events(scene: np.ndarray, path: np.ndarray, threshold: np.ndarray):
         fired.append((pixels[i], when, v_then < v_ref[i]))
         v_ref[i], free_at[i] = v_then, when + np.float32(CAMERA.refractory)
     return map(np.concatenate, zip(*fired, strict=True))
+
+
+def log_intensities(scene: np.ndarray, path: np.ndarray, pixels: np.ndarray) -> Iterator:
+    """Yield L of the pixels at each point of the path.
+
+    The scene moves so slowly that it is sampled at every other point, and interpolated between.
+    """
+    view, work = np.empty((2, SIDE, SIDE, scene.shape[-1]), np.float32)
+    sample_scene(scene, path[0], view, work)
+    before = view.ravel()[pixels]
+    yield before
+    for point in range(2, len(path) + 1, 2):
+        sample_scene(scene, path[min(point, len(path) - 1)], view, work)
+        after = view.ravel()[pixels]
+        yield (before + after) * np.float32(0.5)
+        if point < len(path):
+            yield after
+        before = after
 
 
 def write_recording(path: Path, events: np.ndarray) -> None:
