@@ -1039,10 +1039,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
     if args.simulate:
         simulate(args)
-        return
+    elif args.seed:
+        parser.error("argument --seed: nothing is random without argument --simulate")
     frames = {}
     for part in open_by_flags(args):
         frames[part.split] = load_frames(part, args.time_steps, args.denoise, args.bin_by)
