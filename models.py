@@ -102,7 +102,7 @@ class SpikingNetwork(nn.Module):
             "spike_grad": FastSigmoid(self.slope),
         }
 
-    def lif(self, neuron: snn.SpikingNeuron | None = None) -> nn.Module:
+    def neurons(self, neuron: snn.SpikingNeuron | None = None) -> nn.Module:
         """Return a layer that runs `neuron`, by default a new LIF neuron, over a sequence.
 
         In a network without spikes it is a ReLU.
@@ -139,20 +139,20 @@ class SpikingCNN(SpikingNetwork):
         w1, w2, w3, hidden = (config.width * size for size in (16, 32, 64, 128))
         self.conv1 = ConvPool(2, w1)
         self.norm1 = init_norm(nn.BatchNorm2d(w1), config)
-        self.lif1 = self.lif()
+        self.lif1 = self.neurons()
         self.conv2 = ConvPool(w1, w2)
         self.norm2 = init_norm(nn.BatchNorm2d(w2), config)
-        self.lif2 = self.lif()
+        self.lif2 = self.neurons()
         self.conv3 = ConvPool(w2, w3)
         self.norm3 = init_norm(nn.BatchNorm2d(w3), config)
-        self.lif3 = self.lif()
+        self.lif3 = self.neurons()
         self.fc1 = nn.Linear(w3 * 4 * 4, hidden, bias=False)
         self.norm4 = init_norm(nn.BatchNorm1d(hidden), config)
-        self.lif4 = self.lif()
+        self.lif4 = self.neurons()
         self.dropout = TimeSharedDropout(config.dropout)
         self.fc_out = nn.Linear(hidden, NUM_DIGITS, bias=False)
         self.norm_out = init_norm(nn.BatchNorm1d(NUM_DIGITS), config)
-        self.lif_out = self.lif()
+        self.lif_out = self.neurons()
 
     def forward_layers(self, frames):
         spk, _ = self.lif1(each_frame(frames, self.conv1, self.norm1))
@@ -183,17 +183,17 @@ class SpikingResNet(SpikingNetwork):
         synaptic = snn.Synaptic(config.alpha, **self.lif_options())
         self.conv1 = ConvPool(2, w1)
         self.norm1 = init_norm(nn.BatchNorm2d(w1), config)
-        self.lif1 = self.lif(alif)
-        self.res1 = ResidualBlock(w1, w2, config, self.lif)
-        self.res2 = ResidualBlock(w2, w3, config, self.lif)
+        self.lif1 = self.neurons(alif)
+        self.res1 = ResidualBlock(w1, w2, config, self.neurons)
+        self.res2 = ResidualBlock(w2, w3, config, self.neurons)
         self.fc1 = nn.Linear(w3 * 4 * 4, hidden, bias=False)
         scale = 1.0 if config.no_spikes else input_scale(config.alpha)
         self.norm2 = init_norm(nn.BatchNorm1d(hidden), config, scale)
-        self.fc_syn = self.lif(synaptic)
+        self.fc_syn = self.neurons(synaptic)
         self.dropout = TimeSharedDropout(config.dropout)
         self.fc_out = nn.Linear(hidden, NUM_DIGITS, bias=False)
         self.norm_out = init_norm(nn.BatchNorm1d(NUM_DIGITS), config)
-        self.lif_out = self.lif()
+        self.lif_out = self.neurons()
 
     def forward_layers(self, frames):
         spk, _ = self.lif1(each_frame(frames, self.conv1, self.norm1))
@@ -214,17 +214,19 @@ class ResidualBlock(nn.Module):
     neural networks" (SEW), add the spikes of the shortcut instead.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, config: NetworkConfig, lif: Callable):
+    def __init__(
+        self, in_channels: int, out_channels: int, config: NetworkConfig, neurons: Callable
+    ):
         super().__init__()
         self.conv1 = ConvPool(in_channels, out_channels)
         self.norm1 = init_norm(nn.BatchNorm2d(out_channels), config)
-        self.lif1 = lif()
+        self.lif1 = neurons()
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = init_norm(nn.BatchNorm2d(out_channels), config)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         with torch.no_grad():
             self.shortcut.weight *= initial_current(config)  # as the weight of norm2 is
-        self.lif2 = lif()
+        self.lif2 = neurons()
 
     def forward(self, spk):
         spk1, _ = self.lif1(each_frame(spk, self.conv1, self.norm1))
@@ -335,9 +337,9 @@ def confidence(spk, mem, readout: str, temperature: float) -> torch.Tensor:
 def fit_temperature(spk, mem, readout: str, labels: torch.Tensor) -> float:
     """Return the temperature that minimizes the mean cross entropy.
 
-    The mean is over all time steps and recordings, labels [B]. Searched in steps
-    of 2**0.25, from 1/64 to 16 standard deviations of the scores. Source: Guo et al. 2017, "On
-    calibration of modern neural networks".
+    The mean is over all time steps and recordings, labels [B]. Searched in steps of 2**0.25, from
+    1/64 to 16 standard deviations of the scores. Source: Guo et al. 2017, "On calibration of modern
+    neural networks".
     """
     scores = digit_scores(spk, mem, readout).flatten(0, 1)
     labels = labels.expand(len(spk), -1).flatten()
@@ -346,8 +348,7 @@ def fit_temperature(spk, mem, readout: str, labels: torch.Tensor) -> float:
     def loss(quarter_octaves: int) -> float:
         return F.cross_entropy(scores / (scale * 2 ** (quarter_octaves / 4)), labels).item()
 
-    coarse = min(range(-24, 17, 4), key=loss)
-    return scale * 2 ** (min(range(coarse - 3, coarse + 4), key=loss) / 4)
+    return scale * 2 ** (min(range(-24, 17), key=loss) / 4)
 
 
 # --- Neurons over time ----------------------------------------------------------------------------
@@ -358,30 +359,25 @@ class OverTime(nn.Module):
 
         spk, mem = OverTime(snn.Leaky(beta=0.5))(cur)   # all three [T, B, ...]
 
-    The neuron starts each sequence with zero state. After it, its state is what it was before.
-    Raises `TypeError` for a module that is no snnTorch neuron.
+    The neuron starts each sequence with zero state, and is left with it. Raises `TypeError` for a
+    module that is no snnTorch neuron.
     """
 
     def __init__(self, neuron: snn.SpikingNeuron):
         super().__init__()
         if not (isinstance(neuron, snn.SpikingNeuron) and hasattr(neuron, "reset_mem")):
-            raise TypeError(
-                f"{type(neuron).__name__} is no snnTorch neuron with a reset_mem method"
-            )
+            name = type(neuron).__name__
+            raise TypeError(f"{name} is no snnTorch neuron with a reset_mem method")
         self.neuron = neuron
 
     def forward(self, cur):
-        before = dict(self.neuron.named_buffers())
         self.neuron.reset_mem()  # snntorch.utils.reset would miss neurons of a deep copy
         spks, mems = [], []
-        try:
-            for step_cur in cur.float():  # potentials in bfloat16 stand still at small currents
-                out = self.neuron(step_cur)
-                spks.append(out[0] if isinstance(out, tuple) else out)
-                mems.append(self.neuron.mem)
-        finally:
-            for name, buffer in before.items():
-                setattr(self.neuron, name, buffer)
+        for step_cur in cur.float():  # potentials in bfloat16 stand still at small currents
+            out = self.neuron(step_cur)
+            spks.append(out[0] if isinstance(out, tuple) else out)
+            mems.append(self.neuron.mem)
+        self.neuron.reset_mem()  # which lets go of the gradients' graph
         return stack_steps(spks).to(cur.dtype), stack_steps(mems).to(cur.dtype)
 
 
@@ -588,7 +584,7 @@ def stack_steps(steps: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(steps)
 
 
-# --- Compiled kernels: read last ------------------------------------------------------------------
+# --- Compiled kernels: may be skipped -------------------------------------------------------------
 
 # Hand-written forward and backward: 13.0 ms, compiled in 4 s. torch.compile of a loop and autograd:
 # 49.6 ms, compiled in 17 s (T = 25, 592,000 neurons, bfloat16, two cores with AMX).

@@ -117,30 +117,35 @@ def open_recordings(
     else simulated recordings, with a warning. `options` are `first_saccade_only` and `stabilize`.
     Raises `UserError` if what is on disk is no data set, or has not all parts.
     """
-    data_dir = Path(data_dir)
-    root = None if dataset == "simulated" else find_data_set(data_dir)
-    if root is None and dataset != "simulated":
-        try:
-            root = download(data_dir)
-        except UserError as error:
-            how = f"connect this machine, or unpack {HOMEPAGE} into {data_dir}/NMNIST"
-            if dataset == "nmnist":
-                raise UserError(f"no N-MNIST in {data_dir}: {error}; {how}") from None
-            utils.warn(f"no N-MNIST in {data_dir}: {error}. SIMULATED recordings instead; {how}")
+    root = None if dataset == "simulated" else find_or_download(Path(data_dir), dataset)
     source = "simulated" if root is None else "nmnist"
-    root = root or simulate_digits(data_dir / SIMULATED)
+    root = root or simulate_digits(Path(data_dir) / SIMULATED)
     parts, name, recordings = find_parts(root), data_set_name(root), []
     for split in splits:
         if split not in parts:
             raise UserError(f"{root} has no {split} part; add it: {LAYOUT}")
         folder = parts[split] if parts[split].is_dir() else unpack(parts[split], split)
-        options |= {"name": name, "source": source, "cache": data_dir / "cache"}
-        part = NMNIST(digits_folder(folder, split), split, **options)
+        folder, cache = digits_folder(folder, split), Path(data_dir) / "cache"
+        part = NMNIST(folder, split, name=name, source=source, cache=cache, **options)
         missing = f" of {PUBLISHED[split]:,}" * (name == "NMNIST" and len(part) < PUBLISHED[split])
         count = f"{len(part):,}{missing}"
         print(f"data set    {part.name}, {split}: {count} recordings in {part.folder}")
         recordings.append(part)
     return recordings
+
+
+def find_or_download(data_dir: Path, dataset: str) -> Path | None:
+    """Return the folder of N-MNIST; for `dataset` 'auto' warn and return None if there is none."""
+    if root := find_data_set(data_dir):
+        return root
+    try:
+        return download(data_dir)
+    except UserError as error:
+        how = f"connect this machine, or unpack {HOMEPAGE} into {data_dir}/NMNIST"
+        if dataset == "nmnist":
+            raise UserError(f"no N-MNIST in {data_dir}: {error}; {how}") from None
+        utils.warn(f"no N-MNIST in {data_dir}: {error}. SIMULATED recordings instead; {how}")
+    return None
 
 
 def list_recordings(folder: Path) -> list[Path]:
@@ -331,8 +336,8 @@ class Frames:
         if augment:
             affine = sample_affine(batch_size, time_steps).to(frame.device, non_blocking=True)
             frame, bin_index, count = augment_events(frame, bin_index, count, affine, time_steps)
-        size, options = time_steps * batch_size * BINS_PER_FRAME, {"device": frame.device}
-        frames = torch.zeros(size, dtype=dtype, **options)
+        size = time_steps * batch_size * BINS_PER_FRAME
+        frames = torch.zeros(size, dtype=dtype, device=frame.device)
         # Events that moved to the same bin add up.
         where = (frame * BINS_PER_FRAME + bin_index,)
         frames.index_put_(where, count.to(dtype), accumulate=augment)
@@ -351,8 +356,8 @@ class Frames:
         entry = shift.repeat_interleave(length, output_size=size)
         entry += torch.arange(size, device=device)
         nnz = self.nnz_per_frame[indices.to(device, non_blocking=True)].long()  # [B, T]
-        frame = torch.arange(nnz.numel(), device=device)
-        frame = frame.view(*nnz.shape[::-1]).T.flatten()  # in the order of the entries
+        t, b = (torch.arange(number, device=device) for number in (self.time_steps, len(indices)))
+        frame = (t * len(b) + b[:, None]).flatten()  # [B, T]: the entries are in this order
         frame = frame.repeat_interleave(nnz.flatten(), output_size=size)
         return frame, self.bin_index[entry], self.count[entry]
 
@@ -438,7 +443,8 @@ def bin_recordings(
             events = tonic.transforms.Denoise(denoise)(events)
         frame, bin_index, count = bin_events(events, time_steps, bin_by)
         indices.append(bin_index.astype(np.int16))
-        counts.append(count.astype(np.min_scalar_type(-1 - count.max(initial=0))))
+        signed = np.min_scalar_type(-1 - count.max(initial=0))  # the smallest that holds all
+        counts.append(count.astype(signed))
         nnz.append(np.bincount(frame, minlength=time_steps).astype(np.int16))
     num_events, num_on_events, duration = np.array(statistics, dtype=np.int32).T
     arrays = {
@@ -896,18 +902,18 @@ class Images:
     numbers: np.ndarray  # [N]
 
 
-def record_data_set(root: Path, parts: dict[str, Images], images: str, seed: int) -> None:
+def record_data_set(root: Path, parts: dict[str, Images], name: str, seed: int) -> None:
     """Record the images of 'Train' and 'Test' into `root`, which appears when it is whole.
 
-    `images` names them, and `seed` draws the noise; both are written to SIMULATOR_FILE.
+    `name` is that of the images, `seed` draws the noise; both are written to SIMULATOR_FILE.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     temporary = tempfile.TemporaryDirectory(prefix=".", dir=root.parent)
-    with utils.naming(root), temporary as folder:
-        new = Path(folder) / root.name
-        for name, part in parts.items():
-            record_images(part, new / name, (seed, ("Train", "Test").index(name)))
-        utils.write_json(new / SIMULATOR_FILE, describe_simulator(images, seed))
+    with utils.naming(root), temporary as beside:
+        new = Path(beside) / root.name
+        for i, (folder, part) in enumerate(parts.items()):
+            record_images(part, new / folder, (seed, i))
+        utils.write_json(new / SIMULATOR_FILE, describe_simulator(name, seed))
         new.rename(root)
     print(f"simulated   {root} ({sum(len(p.labels) for p in parts.values()):,} recordings)")
 
@@ -923,9 +929,9 @@ def record_images(part: Images, folder: Path, seed: tuple[int, ...]) -> None:
         write_recording(folder / str(label) / f"{i:05d}.bin", events)
 
 
-def describe_simulator(images: str, seed: int) -> dict:
-    """Return the content of SIMULATOR_FILE for recordings of `images`, as JSON reads it back."""
-    return json.loads(json.dumps({"images": images, "seed": seed, **asdict(CAMERA)}))
+def describe_simulator(name: str, seed: int) -> dict:
+    """Return the content of SIMULATOR_FILE for recordings of the images `name`, as JSON has it."""
+    return json.loads(json.dumps({"images": name, "seed": seed, **asdict(CAMERA)}))
 
 
 def simulate_digits(root: Path) -> Path:

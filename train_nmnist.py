@@ -172,9 +172,9 @@ def complete_flags(flags: dict, given: dict, checkpoint: dict, device: torch.dev
     end elsewhere, raises `UserError`.
     """
     flags, settings = dict(flags), checkpoint.get("settings", {})
-    free = "batch_size" if flags["test_only"] else "epochs"  # that may differ
+    may_differ = "batch_size" if flags["test_only"] else "epochs"
     for name, trained in settings.items():
-        if name == free and name in given:
+        if name == may_differ and name in given:
             continue
         flags[name] = trained
         if given.get(name, trained) != trained:
@@ -253,8 +253,8 @@ def train_one_epoch(
 ) -> dict:
     """Train on `batches` of (frames, labels); return the mean `train_loss` and `train_accuracy`.
 
-    Both are of the network while it changes, on recordings that may be augmented. `step` is the
-    number of training steps before.
+    Both are of the network while it changes, on recordings that may be augmented, of this process's
+    share if there are several. `step` is the number of training steps before.
     """
     network.train()
     results, sizes = [], []  # of each batch; reading results synchronizes with a GPU
@@ -297,7 +297,7 @@ def update_ema(ema: SpikingNetwork, network: torch.nn.Module, step: int) -> None
 
 def measure_norms(network: SpikingNetwork, frames: Frames, indices, batch_size: int) -> None:
     """Let norms measure the statistics that averaged weights need, on the recordings `indices`."""
-    # In batches of one size, since update_bn weighs them alike.
+    # In batches of about one size, since update_bn weighs them alike.
     size = math.ceil(len(indices) / math.ceil(len(indices) / batch_size))
     update_bn(frames.batches(indices, size, network.dtype), network)
 
@@ -796,16 +796,11 @@ def run_seeds(defaults: dict, given: dict, seeds: list[int], device: torch.devic
 
     Raises `UserError` if the networks differ in more than the seed.
     """
-    flags, rows, commands = defaults | given, [], []
+    flags, rows = defaults | given, []
     for seed in seeds:
-        folder = f"seed_{seed}"
-        folders = {name: str(Path(flags[name], folder)) for name in ("save_dir", "log_dir")}
-        commands.append(given | folders | {"seed": seed})
-        if rank() == 0 and not (flags["resume"] or flags["test_only"]):
-            keep_earlier_run(argparse.Namespace(**flags | commands[-1]))
-    for seed, command in zip(seeds, commands, strict=True):
+        folders = {name: str(Path(flags[name], f"seed_{seed}")) for name in ("save_dir", "log_dir")}
         print(f"seed        {seed}")
-        metrics = run(defaults, command, device)
+        metrics = run(defaults, given | folders | {"seed": seed}, device)
         if rank() > 0:
             continue
         print(f"accuracy    {metrics['accuracy']:.2%} of {describe_test(metrics)}")

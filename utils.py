@@ -382,22 +382,20 @@ def load_checkpoint(path: str | Path, *parts: str) -> dict:
     Raises `UserError` if the file is missing, can't be read, has no `parts` that are asked for, or
     its network is not finite.
     """
-    model, _, relu = Path(path).stem.rpartition("_")[0].partition("_")
-    flags = f"--model {model}{' --no_spikes' * bool(relu)} --save_dir {Path(path).parent}"
-    make_one = f"train a network with `python train_nmnist.py {flags}`"
+    train = "train a network with train_nmnist.py, or name its folder by --save_dir"
     if not Path(path).exists():
-        raise UserError(f"no checkpoint at {path}: {make_one}")
+        raise UserError(f"no checkpoint at {path}: {train}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found, *_ = (checkpoint[name] for name in ("format", *parts))
         finite = is_finite(checkpoint["network"])
     except Exception as error:  # torch raises many types
         reason = first_line(error)
-        raise UserError(f"{path} can't be read as a checkpoint ({reason}): {make_one}") from None
+        raise UserError(f"{path} can't be read as a checkpoint ({reason}): {train}") from None
     if found != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} was written by another version of this project: {make_one}")
+        raise UserError(f"{path} was written by another version of this project: {train}")
     if not finite:
-        raise UserError(f"{path} holds weights that are not finite: {make_one}")
+        raise UserError(f"{path} holds weights that are not finite: {train}")
     return checkpoint
 
 

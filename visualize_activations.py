@@ -77,7 +77,7 @@ def plot_raster(spk: torch.Tensor, label: int, layer: str, num_neurons: int, hea
     is_output = layer == "lif_out"
     shown = torch.arange(NUM_DIGITS) if is_output else spread(spk, num_neurons)
     figure, axis = plt.subplots(figsize=(9, 4.8))
-    from_1 = torch.cat([torch.zeros(1, len(shown)), spk[:, shown]])
+    from_1 = torch.cat([torch.zeros(1, len(shown)), spk[:, shown]])  # steps count from 1
     colours = utils.BLUE
     if is_output:
         digits = from_1.nonzero()[:, 1]
@@ -195,19 +195,19 @@ def plot_firing_rates(
     rates: dict[str, torch.Tensor], num_recordings: int, heading: str, path: Path
 ) -> None:
     """Draw each layer's mean firing rate [T] over time, and over all steps."""
-    figure, (over_time, mean) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(2, 1))
+    figure, (over_time, overall) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(2, 1))
     for i, (layer, rate) in enumerate(rates.items()):
         colour = plt.get_cmap("viridis")(i / len(rates))
         over_time.plot(range(1, len(rate) + 1), rate, color=colour, label=layer, lw=2)
-        mean.barh(layer, float(rate.mean()), color=colour)
-        mean.text(float(rate.mean()), i, f" {rate.mean():.3f}", va="center")
+        overall.barh(layer, float(rate.mean()), color=colour)
+        overall.text(float(rate.mean()), i, f" {rate.mean():.3f}", va="center")
     over_time.set(xlabel="time step", ylabel="spikes per neuron and step", ylim=(0, None))
     utils.whole_steps(over_time)
     figure.legend(loc="outside lower center", ncols=len(rates), fontsize=9)
     largest = max(0.01, *(float(rate.mean()) for rate in rates.values()))
-    mean.set(xlabel="mean over all steps", xlim=(0, 1.25 * largest))
-    mean.invert_yaxis()
-    mean.grid(False)
+    overall.set(xlabel="mean over all steps", xlim=(0, 1.25 * largest))
+    overall.invert_yaxis()
+    overall.grid(False)
     figure.suptitle(f"{heading}\nfiring rates, mean over {num_recordings:,} test recordings")
     utils.save_figure(figure, path)
 

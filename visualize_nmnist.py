@@ -94,8 +94,8 @@ def plot_samples(
                 axis.set_title(time if bin_by == "time" else f"frame {step + 1}", fontsize=9)
         axes[row, 0].set_ylabel(digit, rotation=0, fontsize=16, labelpad=14, va="center")
     shown = "" if len(steps) == time_steps else f", {len(steps)} of them shown"
-    size = f"{duration / time_steps:.0f} ms" if bin_by == "time" else "equal event count"
-    figure.suptitle(f"{title}\n{time_steps} frames of {size}{shown}")
+    span = f"{duration / time_steps:.0f} ms" if bin_by == "time" else "equal event count"
+    figure.suptitle(f"{title}\n{time_steps} frames of {span}{shown}")
     utils.polarity_legend(figure)
     figure.supylabel("digit")
     utils.save_figure(figure, path)

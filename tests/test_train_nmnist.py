@@ -999,6 +999,17 @@ def test_several_seeds_go_on_for_more_epochs(tmp_path, mislabelled):
     assert len(read_csv(tmp_path / "logs" / "cnn_seeds.csv")) == 2
 
 
+def test_seeds_that_another_run_trains_are_refused_before_any_file_is_renamed(
+    tmp_path, made_data_dir
+):
+    train(tmp_path, made_data_dir, *STEP, "--epochs", 1, "--seed", 3, 7)
+    before = contents(tmp_path)
+    held = utils.hold_folder(tmp_path / "checkpoints" / "seed_3", "cnn")
+    with held, pytest.raises(utils.UserError, match="seed_3: another run trains cnn there"):
+        train(tmp_path, made_data_dir, *STEP, "--epochs", 1, "--seed", 3, 7)
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_a_seed_that_is_given_twice_counts_once(tmp_path, made_data_dir, capsys):
     train(tmp_path, made_data_dir, *STEP, "--epochs", 1, "--seed", 3, 3)
