@@ -729,15 +729,16 @@ def draw_samples(args, frames: Frames, predictions, confidences, title: str) -> 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    defaults, given = utils.parse_flags(parser, argv)
-    device = utils.prepare_device(given.get("device"))
+    flags, given = utils.parse_flags(parser, argv)
+    device = utils.prepare_device(flags["device"])
     utils.init_distributed(device)
-    check_flags(parser, defaults | given, given)
-    seeds = list(dict.fromkeys(given.pop("seed", [])))
+    check_flags(parser, flags, given)
+    seeds = list(dict.fromkeys(given.get("seed", [])))
     if len(seeds) > 1:
-        run_seeds(defaults, given, seeds, device)
+        run_seeds(flags, given, seeds, device)
     else:
-        metrics = run(defaults, given | ({"seed": seeds[0]} if seeds else {}), device)
+        seed = {"seed": seeds[0]} if seeds else {}
+        metrics = run(flags | seed, given | seed, device)
         if rank() == 0:
             print_metrics(metrics)
             if not given.get("visualize"):
@@ -745,18 +746,17 @@ def main(argv: list[str] | None = None) -> None:
     utils.leave_distributed()
 
 
-def run(defaults: dict, given: dict, device: torch.device) -> dict:
+def run(flags: dict, given: dict, device: torch.device) -> dict:
     """Train and test one network, or test it alone; return the metrics, in the first process."""
-    flags = argparse.Namespace(**defaults | given)
-    utils.check_folder("--log_dir", flags.log_dir)
+    utils.check_folder("--log_dir", flags["log_dir"])
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     print(f"device      {utils.describe_device(device)}{processes}")
-    if flags.test_only:
-        return test_only(defaults, given, device) if rank() == 0 else {}
-    utils.check_folder("--save_dir", flags.save_dir)
-    with utils.hold_folder(flags.save_dir, network_config(flags).name):
-        checkpoint = load_last(flags)
-        args = complete_flags(defaults | given, given, checkpoint, device)
+    if flags["test_only"]:
+        return test_only(flags, given, device) if rank() == 0 else {}
+    utils.check_folder("--save_dir", flags["save_dir"])
+    with utils.hold_folder(flags["save_dir"], NetworkConfig.from_settings(flags).name):
+        checkpoint = load_last(argparse.Namespace(**flags))
+        args = complete_flags(flags, given, checkpoint, device)
         with utils.first_process_first():  # it downloads and bins, the others read the cache
             data = nmnist.load_data(args, device)
         if rank() == 0 and not checkpoint:
@@ -772,11 +772,10 @@ def run(defaults: dict, given: dict, device: torch.device) -> dict:
         return test(args, data, device, best)
 
 
-def test_only(defaults: dict, given: dict, device: torch.device) -> dict:
+def test_only(flags: dict, given: dict, device: torch.device) -> dict:
     """Test the best checkpoint; return the metrics."""
-    path = checkpoint_path(argparse.Namespace(**defaults | given), "best")
-    checkpoint = utils.load_checkpoint(path)
-    args = complete_flags(defaults | given, given, checkpoint, device)
+    checkpoint = utils.load_checkpoint(checkpoint_path(argparse.Namespace(**flags), "best"))
+    args = complete_flags(flags, given, checkpoint, device)
     return test(args, nmnist.load_data(args, device, ["test"]), device, checkpoint)
 
 
@@ -791,16 +790,17 @@ def draw_command(given: dict) -> list[str]:
     return ["python", "train_nmnist.py", *flags, "--test_only", "--visualize"]
 
 
-def run_seeds(defaults: dict, given: dict, seeds: list[int], device: torch.device) -> None:
+def run_seeds(flags: dict, given: dict, seeds: list[int], device: torch.device) -> None:
     """Run the script for each seed in folders of its own; print and write a table of the tests.
 
     Raises `UserError` if the networks differ in more than the seed.
     """
-    flags, rows = defaults | given, []
+    rows = []
     for seed in seeds:
-        folders = {name: str(Path(flags[name], f"seed_{seed}")) for name in ("save_dir", "log_dir")}
+        own = {name: str(Path(flags[name], f"seed_{seed}")) for name in ("save_dir", "log_dir")}
+        own["seed"] = seed
         print(f"seed        {seed}")
-        metrics = run(defaults, given | folders | {"seed": seed}, device)
+        metrics = run(flags | own, given | own, device)
         if rank() > 0:
             continue
         print(f"accuracy    {metrics['accuracy']:.2%} of {describe_test(metrics)}")

@@ -108,13 +108,14 @@ def number(kind: type, low: float, high: float = math.inf, open_low=False, open_
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[dict, dict]:
-    """Return the values of all flags by default, and those that `argv` gives."""
+    """Return the values of all flags, and of those that `argv` gives."""
     defaults = vars(parser.parse_args([]))
     not_given = object()
     # argparse sets the defaults of those attributes alone that are missing.
     values = argparse.Namespace(**dict.fromkeys(defaults, not_given))
     parser.parse_args(argv, values)
-    return defaults, {k: v for k, v in vars(values).items() if v is not not_given}
+    given = {name: value for name, value in vars(values).items() if value is not not_given}
+    return defaults | given, given
 
 
 # --- Seeds and device -----------------------------------------------------------------------------

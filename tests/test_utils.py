@@ -95,8 +95,9 @@ def test_flags_that_are_given_are_told_from_defaults():
     assert utils.parse_flags(parser, []) == (defaults, {})
     # A default that is typed is given.
     given = {"lr": 0.1, "resume": True}
-    assert utils.parse_flags(parser, ["--resume", "--lr", "0.1"]) == (defaults, given)
-    assert utils.parse_flags(parser, ["--seed", "1", "2"]) == (defaults, {"seed": [1, 2]})
+    assert utils.parse_flags(parser, ["--resume", "--lr", "0.1"]) == (defaults | given, given)
+    given = {"seed": [1, 2]}
+    assert utils.parse_flags(parser, ["--seed", "1", "2"]) == (defaults | given, given)
 
 
 # --- Seeds and precision --------------------------------------------------------------------------
