@@ -101,11 +101,14 @@ class NMNIST:
                 wrong = "time stamps that run backwards"
         if wrong:
             raise UserError(f"{path} is damaged ({wrong}): put a whole copy there, or delete it")
-        if self.first_saccade_only:
-            events = events[events["t"] < 100_000]
-        if self.stabilize:
-            events = tonic.datasets.nmnist.stabilize(events)
-        return events, self.labels[index]
+        return select(events, self.first_saccade_only, self.stabilize), self.labels[index]
+
+
+def select(events: np.ndarray, first_saccade_only: bool, stabilize: bool) -> np.ndarray:
+    """Return events as `tonic.datasets.NMNIST` does with these options."""
+    if first_saccade_only:
+        events = events[events["t"] < 100_000]
+    return tonic.datasets.nmnist.stabilize(events) if stabilize else events
 
 
 def open_recordings(
@@ -478,6 +481,21 @@ def bin_events(
         (frame * BINS_PER_FRAME + bin_index).astype(np.int32), return_counts=True
     )
     return *np.divmod(bins, BINS_PER_FRAME), count
+
+
+def to_frames(events: np.ndarray, settings: dict) -> torch.Tensor:
+    """Return the frames [T, 1, 2, 34, 34] of one recording's events, for a trained network.
+
+    `settings` are those of its checkpoint, which say how its training's frames were made.
+    """
+    events = select(events, settings["first_saccade_only"], settings["stabilize"])
+    if settings["denoise"]:
+        events = tonic.transforms.Denoise(settings["denoise"])(events)
+    time_steps = settings["time_steps"]
+    frame, bin_index, count = bin_events(events, time_steps, settings["bin_by"])
+    frames = torch.zeros(time_steps * BINS_PER_FRAME)
+    frames[frame * BINS_PER_FRAME + bin_index] = torch.from_numpy(count).float()
+    return frames.view(time_steps, 1, 34, 34, 2).movedim(-1, 2)
 
 
 # --- Augmentation ---------------------------------------------------------------------------------

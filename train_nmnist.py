@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before torch is imported: idle threads sleep, inst
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
+import contextlib
 import copy
 import functools
 import math
@@ -297,9 +298,9 @@ def update_ema(ema: SpikingNetwork, network: torch.nn.Module, step: int) -> None
 
 def measure_norms(network: SpikingNetwork, frames: Frames, indices, batch_size: int) -> None:
     """Let norms measure the statistics that averaged weights need, on the recordings `indices`."""
-    # In batches of about one size, since update_bn weighs them alike.
-    size = math.ceil(len(indices) / math.ceil(len(indices) / batch_size))
-    update_bn(frames.batches(indices, size, network.dtype), network)
+    # In batches of about one size, since update_bn weighs them alike, and not smaller than asked.
+    chunks = indices.tensor_split(max(1, len(indices) // batch_size))
+    update_bn((frames.batch(chunk, network.dtype) for chunk in chunks), network)
 
 
 @torch.no_grad()
@@ -352,6 +353,8 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, checkpoint
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}")
     if checkpoint:
         history = resume(args, data, checkpoint, network, ema, optimizer)
+    elif rank() == 0:
+        keep_earlier_run(args)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
@@ -734,15 +737,19 @@ def main(argv: list[str] | None = None) -> None:
     utils.init_distributed(device)
     check_flags(parser, flags, given)
     seeds = list(dict.fromkeys(given.get("seed", [])))
-    if len(seeds) > 1:
-        run_seeds(flags, given, seeds, device)
-    else:
-        seed = {"seed": seeds[0]} if seeds else {}
-        metrics = run(flags | seed, given | seed, device)
-        if rank() == 0:
-            print_metrics(metrics)
-            if not given.get("visualize"):
-                print("next        " + shlex.join(draw_command(given)))
+    with contextlib.ExitStack() as held:
+        for name in ("save_dir", "log_dir") if not flags["test_only"] else ():
+            network = NetworkConfig.from_settings(flags).name
+            held.enter_context(utils.hold_folder(f"--{name}", flags[name], network))
+        if len(seeds) > 1:
+            run_seeds(flags, given, seeds, device)
+        else:
+            seed = {"seed": seeds[0]} if seeds else {}
+            metrics = run(flags | seed, given | seed, device)
+            if rank() == 0:
+                print_metrics(metrics)
+                if not flags["visualize"]:
+                    print("next        " + shlex.join(draw_command(given)))
     utils.leave_distributed()
 
 
@@ -753,23 +760,19 @@ def run(flags: dict, given: dict, device: torch.device) -> dict:
     print(f"device      {utils.describe_device(device)}{processes}")
     if flags["test_only"]:
         return test_only(flags, given, device) if rank() == 0 else {}
-    utils.check_folder("--save_dir", flags["save_dir"])
-    with utils.hold_folder(flags["save_dir"], NetworkConfig.from_settings(flags).name):
-        checkpoint = load_last(argparse.Namespace(**flags))
-        args = complete_flags(flags, given, checkpoint, device)
-        with utils.first_process_first():  # it downloads and bins, the others read the cache
-            data = nmnist.load_data(args, device)
-        if rank() == 0 and not checkpoint:
-            keep_earlier_run(args)
-        try:
-            train(args, data, device, checkpoint)
-        except KeyboardInterrupt:
-            hint = "To go on after the last finished epoch, repeat the command with --resume."
-            raise KeyboardInterrupt(hint) from None
-        if rank() > 0:
-            return {}
-        best = utils.load_checkpoint(checkpoint_path(args, "best"))
-        return test(args, data, device, best)
+    checkpoint = load_last(argparse.Namespace(**flags))
+    args = complete_flags(flags, given, checkpoint, device)
+    with utils.first_process_first():  # it downloads and bins, the others read the cache
+        data = nmnist.load_data(args, device)
+    try:
+        train(args, data, device, checkpoint)
+    except KeyboardInterrupt:
+        hint = "To go on after the last finished epoch, repeat the command with --resume."
+        raise KeyboardInterrupt(hint) from None
+    if rank() > 0:
+        return {}
+    best = utils.load_checkpoint(checkpoint_path(args, "best"))
+    return test(args, data, device, best)
 
 
 def test_only(flags: dict, given: dict, device: torch.device) -> dict:

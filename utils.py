@@ -347,19 +347,24 @@ def keep_earlier_files(*paths: Path) -> None:
             print(f"earlier     {path.name} kept as {kept}")
 
 
-def hold_folder(folder: str | Path, name: str):
-    """Hold `folder` for training the network `name`, as a context manager.
+@contextlib.contextmanager
+def hold_folder(flag: str, folder: str | Path, name: str) -> Iterator[None]:
+    """Hold the folder of `flag` for training the network `name`, in the first process.
 
-    The first process does it. Raises `UserError` if another run holds it; a killed process holds
+    Raises `UserError` if it can't be written to, or if another run holds it; a killed process holds
     nothing.
     """
     if rank() > 0:
-        return contextlib.nullcontext()
+        yield
+        return
+    check_folder(flag, folder)
     try:
-        return FileLock(Path(folder) / f".{name}.lock").acquire(timeout=2)
+        held = FileLock(Path(folder) / f".{name}_{flag.strip('-')}.lock").acquire(timeout=2)
     except Timeout:
-        message = f"--save_dir {folder}: another run trains {name} there; choose another folder"
+        message = f"{flag} {folder}: another run trains {name} there; choose another folder"
         raise UserError(message) from None
+    with held:
+        yield
 
 
 def check_folder(flag: str, folder: str | Path) -> None:

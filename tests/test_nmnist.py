@@ -664,6 +664,17 @@ def test_the_cache_takes_at_most_10_kb_per_real_recording(real_data_dir):
     assert path.stat().st_size / len(frames) < 10_000
 
 
+@pytest.mark.parametrize(("time_steps", "of_frames", "of_recordings"), CASES)
+def test_a_recording_of_ones_own_becomes_the_frames_of_the_training(
+    made_data_dir, time_steps, of_frames, of_recordings
+):
+    expected = tonic_frames(made_data_dir, time_steps, **of_frames, **of_recordings)
+    settings = {"denoise": None, "bin_by": "time", "first_saccade_only": False, "stabilize": False}
+    settings |= {"time_steps": time_steps} | of_frames | of_recordings
+    for i, (events, _) in enumerate(tonic_recordings(made_data_dir)):
+        assert torch.equal(nmnist.to_frames(events, settings)[:, 0], expected[:, i])
+
+
 def test_the_cache_is_used_until_a_recording_changes(tmp_path):
     path = make_recordings(tmp_path, 2, 1) / "NMNIST" / "Test" / "0" / "00001.bin"
     first = all_frames(open_part(tmp_path), 5)

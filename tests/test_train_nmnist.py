@@ -999,15 +999,32 @@ def test_several_seeds_go_on_for_more_epochs(tmp_path, mislabelled):
     assert len(read_csv(tmp_path / "logs" / "cnn_seeds.csv")) == 2
 
 
-def test_seeds_that_another_run_trains_are_refused_before_any_file_is_renamed(
-    tmp_path, made_data_dir
-):
-    train(tmp_path, made_data_dir, *STEP, "--epochs", 1, "--seed", 3, 7)
+def test_a_run_that_is_refused_renames_no_file(tmp_path, made_data_dir):
+    """One into the folders of another run, one whose seeds another run trains, one of bad flags."""
+    flags = [*STEP, "--epochs", 1]
+    train(tmp_path, made_data_dir, *flags)
+    train(tmp_path, made_data_dir, *flags, "--seed", 3, 7)
     before = contents(tmp_path)
-    held = utils.hold_folder(tmp_path / "checkpoints" / "seed_3", "cnn")
-    with held, pytest.raises(utils.UserError, match="seed_3: another run trains cnn there"):
-        train(tmp_path, made_data_dir, *STEP, "--epochs", 1, "--seed", 3, 7)
+    for name, other in (("save_dir", "log_dir"), ("log_dir", "save_dir")):
+        folder = tmp_path / {"save_dir": "checkpoints", "log_dir": "logs"}[name]
+        elsewhere = [f"--{name}={folder}", f"--{other}={tmp_path / 'other'}"]
+        for seeds in ([3], [3, 7]):
+            message = f"--{name} .*: another run trains cnn there"
+            held = utils.hold_folder(f"--{name}", folder, "cnn")
+            with held, pytest.raises(utils.UserError, match=message):
+                main(tmp_path, made_data_dir, *flags, *elsewhere, "--seed", *seeds)
+    for seeds in ([3], [3, 7]):
+        typo = ["--dataset", "nmnist", "--data_dir", tmp_path / "typo"]
+        for wrong in (["--val_split", 0.001], typo):
+            with pytest.raises(utils.UserError, match=r"--val_split|no N-MNIST in"):
+                train(tmp_path, made_data_dir, *flags, *wrong, "--seed", *seeds)
     assert contents(tmp_path) == before
+
+
+def test_norms_are_measured_whatever_the_batch_size(tmp_path, made_data_dir):
+    """96 recordings leave one over after batches of 5, and one frame is too few for a norm."""
+    flags = ["--epochs", 1, "--time_steps", 1, "--batch_size", 5, "--val_split", 0.2]
+    train(tmp_path, made_data_dir, *BY_STEP, *flags)
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")

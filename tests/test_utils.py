@@ -178,18 +178,21 @@ HOLD += "print('held', flush=True); input()"
 
 
 def test_a_folder_is_held_by_one_run_of_a_network_until_it_ends_or_is_killed(tmp_path):
-    with utils.hold_folder(tmp_path, "cnn"):
+    def hold(name, folder=tmp_path):
+        return utils.hold_folder("--save_dir", folder, name)
+
+    with hold("cnn"):
         (lock,) = tmp_path.iterdir()
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], **options) as process:
         assert process.stdout.readline() == "held\n"
         message = f"--save_dir {tmp_path}: another run trains cnn there"
-        with pytest.raises(utils.UserError, match=message), utils.hold_folder(tmp_path, "cnn"):
+        with pytest.raises(utils.UserError, match=message), hold("cnn"):
             pass
-        with utils.hold_folder(tmp_path, "resnet"), utils.hold_folder(tmp_path / "b", "cnn"):
+        with hold("resnet"), hold("cnn", tmp_path / "b"):
             pass
         process.kill()
-    with utils.hold_folder(tmp_path, "cnn"):
+    with hold("cnn"):
         pass
 
 
