@@ -233,10 +233,8 @@ def unpack(archive: Path, split: str) -> Path:
                 raise zipfile.BadZipFile("no <digit>/*.bin in it")
             new.rename(folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        reason = utils.first_line(error)
-        raise UserError(
-            f"{archive} can't be extracted ({reason}): replace it, or delete it"
-        ) from None
+        reason = f"can't be extracted ({utils.first_line(error)})"
+        raise UserError(f"{archive} {reason}: replace it, or delete it") from None
     return folder
 
 
@@ -736,12 +734,9 @@ def simulate_batch(images: np.ndarray, generators: list[np.random.Generator]) ->
     n = len(images)
     shifts, scale, start, threshold, noise = zip(*map(sample_variation, generators), strict=True)
     path = saccade_offsets(np.arange(0, CAMERA.duration + STEP / 2, STEP))
-    pixel, when, polarity = pixel_events(
-        log_scene(images, np.array(shifts)), path, np.stack(threshold, axis=-1)
-    )
-    noise_polarity, noise_pixel, noise_when = (
-        np.concatenate(values) for values in zip(*noise, strict=True)
-    )
+    scene, thresholds = log_scene(images, np.array(shifts)), np.stack(threshold, axis=-1)
+    pixel, when, polarity = pixel_events(scene, path, thresholds)
+    noise_polarity, noise_pixel, noise_when = map(np.concatenate, zip(*noise, strict=True))
     noise_recording = np.repeat(np.arange(n), [len(times) for _, _, times in noise])
     recording = np.concatenate([pixel % n, noise_recording])
     polarity = np.concatenate([polarity.astype(np.int64), noise_polarity])
@@ -752,9 +747,8 @@ def simulate_batch(images: np.ndarray, generators: list[np.random.Generator]) ->
     # One sort, by bits: 40 and up recording, 16 to 39 microseconds, 1 to 15 pixel, 0 polarity.
     key = np.sort(recording << 40 | microseconds << 16 | pixel << 1 | polarity)
     y, x = np.divmod((key >> 1) & 0x7FFF, SIDE)
-    events = tonic.io.make_structured_array(
-        x, y, (key >> 16) & 0xFFFFFF, key & 1, dtype=NMNIST.dtype
-    )
+    t, p = (key >> 16) & 0xFFFFFF, key & 1
+    events = tonic.io.make_structured_array(x, y, t, p, dtype=NMNIST.dtype)
     return np.split(events, np.searchsorted(key, np.arange(1, n) << 40))
 
 
@@ -768,12 +762,8 @@ def saccade_offsets(times: np.ndarray) -> np.ndarray:
     u = np.clip(np.asarray(times, float) / CAMERA.path_step, 0, len(points) - 1)
     i = np.minimum(u.astype(int), len(points) - 2)
     u = (u - i)[:, None]
-    return (
-        (1 + 2 * u) * (1 - u) ** 2 * points[i]
-        + u**2 * (3 - 2 * u) * points[i + 1]
-        + u * (1 - u) ** 2 * slope[i]
-        - u**2 * (1 - u) * slope[i + 1]
-    )
+    at_points = (1 + 2 * u) * (1 - u) ** 2 * points[i] + u**2 * (3 - 2 * u) * points[i + 1]
+    return at_points + u * (1 - u) ** 2 * slope[i] - u**2 * (1 - u) * slope[i + 1]
 
 
 def sample_variation(rng: np.random.Generator):
@@ -786,22 +776,13 @@ def sample_variation(rng: np.random.Generator):
     relative = 1 + relative * np.float32(CAMERA.threshold_spread)
     level = np.float32(CAMERA.threshold * (1 + z[4] * CAMERA.recording_threshold_spread))
     threshold = np.maximum(relative, np.float32(0.3)) * level
-    counts = rng.poisson(
-        np.array([CAMERA.noise_off, CAMERA.noise_on]) * SIDE * SIDE * CAMERA.duration
-    )
+    expected = np.array([CAMERA.noise_off, CAMERA.noise_on]) * SIDE * SIDE * CAMERA.duration
+    counts = rng.poisson(expected)
     where, when = rng.random((counts.sum(), 2)).T
-    noise = (
-        np.repeat([0, 1], counts),
-        (where * SIDE * SIDE).astype(np.int64),
-        when * CAMERA.duration,
-    )
-    return (
-        z[:2] * CAMERA.shift_spread,
-        1 + z[2] * CAMERA.speed_spread,
-        z[3] * CAMERA.start_spread,
-        threshold,
-        noise,
-    )
+    pixel = (where * SIDE * SIDE).astype(np.int64)
+    noise = np.repeat([0, 1], counts), pixel, when * CAMERA.duration
+    scale, start = 1 + z[2] * CAMERA.speed_spread, z[3] * CAMERA.start_spread
+    return z[:2] * CAMERA.shift_spread, scale, start, threshold, noise
 
 
 def log_scene(images: np.ndarray, shifts: np.ndarray) -> np.ndarray:
@@ -847,9 +828,8 @@ def max_log_intensity(scene: np.ndarray, path: np.ndarray) -> np.ndarray:
     top = scene.max(axis=(0, 1))
     for axis in (0, 1):
         low, high = int(np.floor(-path[:, axis].max())), int(np.ceil(-path[:, axis].min())) + 1
-        top = np.maximum.reduce(
-            [top.take(range(PAD + d, PAD + d + SIDE), axis) for d in range(low, high)]
-        )
+        shifted = [top.take(range(PAD + d, PAD + d + SIDE), axis) for d in range(low, high)]
+        top = np.maximum.reduce(shifted)
     return top
 
 
@@ -1001,19 +981,13 @@ def read_images(path: str | Path) -> dict[str, Images]:
 
 def check_images(path: str | Path, arrays: dict[str, np.ndarray], split: str) -> Images:
     """Return the images and labels of a split, or raise `UserError`."""
-    images, labels = arrays.get(f"{split}_images"), arrays.get(f"{split}_labels")
-    if images is None or labels is None:
-        raise UserError(f"--simulate {path} has no {split}_images and {split}_labels")
-    if images.shape[1:] != (28, 28) or images.dtype != np.uint8 or images.size == 0:
-        shape = f"{images.dtype} {list(images.shape)}"
-        raise UserError(f"--simulate {path}: {split}_images is {shape}, not uint8 [N, 28, 28]")
-    is_digit = labels.dtype.kind in "iu" and np.isin(labels, np.arange(10)).all()
-    if labels.shape != images.shape[:1] or not is_digit:
-        count = f"{len(images):,} digits 0 to 9, one an image"
-        raise UserError(f"--simulate {path}: {split}_labels must be {count}")
-    missing = sorted(set(range(10)) - set(labels.tolist()))
-    if missing:
-        raise UserError(f"--simulate {path}: {split}_labels has no {missing[0]}")
+    nothing = np.zeros(0)
+    images, labels = (arrays.get(f"{split}_{name}", nothing) for name in ("images", "labels"))
+    are_images = images.dtype == np.uint8 and images.shape[1:] == (28, 28)
+    are_digits = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+    if not (are_images and are_digits and set(labels.tolist()) == set(range(10))):
+        needed = f"{split}_images must be uint8 [N, 28, 28], {split}_labels [N] whole numbers"
+        raise UserError(f"--simulate {path}: {needed}, all digits from 0 to 9")
     return Images(images, labels.astype(int), np.arange(1, len(images) + 1))
 
 
@@ -1032,9 +1006,8 @@ def print_table(parts: dict[str, Frames]) -> None:
         for statistic in ("mean", "min", "max"):
             values = [getattr(getattr(f, name).double() / unit, statistic)() for f in frames]
             rows[f"{title}, {statistic}"] = [f"{value:,.0f}" for value in values]
-    rows["share of ON events"] = [
-        f"{f.num_on_events.sum() / f.num_events.sum():.1%}" for f in frames
-    ]
+    shares = [f.num_on_events.sum() / f.num_events.sum() for f in frames]
+    rows["share of ON events"] = [f"{share:.1%}" for share in shares]
     shares = [f.nnz_per_frame.double().mean() / BINS_PER_FRAME for f in frames]
     title = f"non-zero bins at T = {next(iter(frames)).time_steps}"
     rows[title] = [f"{share:.2%}" for share in shares]

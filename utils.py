@@ -149,9 +149,7 @@ def prepare_device(name: str | None) -> torch.device:
         torch.backends.cudnn.benchmark = True  # tries convolution algorithms once for each shape
         index = int(os.environ["LOCAL_RANK"]) if launched() else 0
         if index >= torch.cuda.device_count():
-            raise UserError(
-                "torchrun: more processes than GPUs; start fewer, or choose --device cpu"
-            )
+            raise UserError("torchrun: more processes than GPUs; start fewer, or --device cpu")
         return torch.device("cuda", index)
     keep_freed_memory()
     return torch.device("cpu")
@@ -570,27 +568,20 @@ def show_border(axis: plt.Axes) -> None:
 
 
 def plot_filters(weight: torch.Tensor, title: str, path: Path) -> None:
-    """Draw filters [N, 2, h, w], those of OFF beside those of ON events, on one scale."""
+    """Draw filters [N, 2, h, w] in columns, those of OFF above those of ON events, on one scale."""
     limit = float(weight.abs().max())
-    figure, axes = plt.subplots(1, 2, figsize=(9, 5))
-    for axis, filters, name in zip(axes, weight.unbind(1), ("OFF", "ON"), strict=True):
-        style = {"cmap": "PRGn", "vmin": -limit, "vmax": limit, "interpolation": "nearest"}
-        image = axis.imshow(side_by_side(filters), **style)
-        axis.set_title(f"weights of {name} events")
-        axis.set_axis_off()
-    figure.colorbar(image, ax=axes, label="weight", shrink=0.8)
+    style = {"cmap": "PRGn", "vmin": -limit, "vmax": limit, "interpolation": "nearest"}
+    figure, axes = plt.subplots(2, len(weight), figsize=(0.6 * len(weight) + 2, 3))
+    for i, axis in enumerate(axes[0], start=1):
+        axis.set_title(i, fontsize=9)
+    for row, filters, name in zip(axes, weight.unbind(1), ("OFF", "ON"), strict=True):
+        for axis, values in zip(row, filters, strict=True):
+            image = axis.imshow(values, **style)
+            show_border(axis)
+        row[0].set_ylabel(f"{name} events")
+    figure.colorbar(image, ax=axes, label="weight")
     figure.suptitle(title)
     save_figure(figure, path)
-
-
-def side_by_side(images: torch.Tensor) -> torch.Tensor:
-    """Return images [N, H, W] as one, in about as many rows as columns, NaN between them."""
-    columns = math.ceil(len(images) ** 0.5)
-    rows = math.ceil(len(images) / columns)
-    missing = rows * columns - len(images)
-    padded = torch.nn.functional.pad(images, (0, 1, 0, 1, 0, missing), value=math.nan)
-    grid = padded.unflatten(0, (rows, columns)).transpose(1, 2)  # [rows, H, columns, W]
-    return grid.flatten(2).flatten(0, 1)[:-1, :-1]
 
 
 def event_image(frame: np.ndarray, full: float) -> np.ndarray:
