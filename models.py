@@ -102,7 +102,7 @@ class SpikingNetwork(nn.Module):
             "spike_grad": FastSigmoid(self.slope),
         }
 
-    def neurons(self, neuron: snn.SpikingNeuron | None = None) -> nn.Module:
+    def make_layer(self, neuron: snn.SpikingNeuron | None = None) -> nn.Module:
         """Return a layer that runs `neuron`, by default a new LIF neuron, over a sequence.
 
         In a network without spikes it is a ReLU.
@@ -139,20 +139,20 @@ class SpikingCNN(SpikingNetwork):
         w1, w2, w3, hidden = (config.width * size for size in (16, 32, 64, 128))
         self.conv1 = ConvPool(2, w1)
         self.norm1 = init_norm(nn.BatchNorm2d(w1), config)
-        self.lif1 = self.neurons()
+        self.lif1 = self.make_layer()
         self.conv2 = ConvPool(w1, w2)
         self.norm2 = init_norm(nn.BatchNorm2d(w2), config)
-        self.lif2 = self.neurons()
+        self.lif2 = self.make_layer()
         self.conv3 = ConvPool(w2, w3)
         self.norm3 = init_norm(nn.BatchNorm2d(w3), config)
-        self.lif3 = self.neurons()
+        self.lif3 = self.make_layer()
         self.fc1 = nn.Linear(w3 * 4 * 4, hidden, bias=False)
         self.norm4 = init_norm(nn.BatchNorm1d(hidden), config)
-        self.lif4 = self.neurons()
+        self.lif4 = self.make_layer()
         self.dropout = TimeSharedDropout(config.dropout)
         self.fc_out = nn.Linear(hidden, NUM_DIGITS, bias=False)
         self.norm_out = init_norm(nn.BatchNorm1d(NUM_DIGITS), config)
-        self.lif_out = self.neurons()
+        self.lif_out = self.make_layer()
 
     def forward_layers(self, frames):
         spk, _ = self.lif1(each_frame(frames, self.conv1, self.norm1))
@@ -183,17 +183,17 @@ class SpikingResNet(SpikingNetwork):
         synaptic = snn.Synaptic(config.alpha, **self.lif_options())
         self.conv1 = ConvPool(2, w1)
         self.norm1 = init_norm(nn.BatchNorm2d(w1), config)
-        self.lif1 = self.neurons(alif)
-        self.res1 = ResidualBlock(w1, w2, config, self.neurons)
-        self.res2 = ResidualBlock(w2, w3, config, self.neurons)
+        self.lif1 = self.make_layer(alif)
+        self.res1 = ResidualBlock(w1, w2, config, self.make_layer)
+        self.res2 = ResidualBlock(w2, w3, config, self.make_layer)
         self.fc1 = nn.Linear(w3 * 4 * 4, hidden, bias=False)
         scale = 1.0 if config.no_spikes else input_scale(config.alpha)
         self.norm2 = init_norm(nn.BatchNorm1d(hidden), config, scale)
-        self.fc_syn = self.neurons(synaptic)
+        self.fc_syn = self.make_layer(synaptic)
         self.dropout = TimeSharedDropout(config.dropout)
         self.fc_out = nn.Linear(hidden, NUM_DIGITS, bias=False)
         self.norm_out = init_norm(nn.BatchNorm1d(NUM_DIGITS), config)
-        self.lif_out = self.neurons()
+        self.lif_out = self.make_layer()
 
     def forward_layers(self, frames):
         spk, _ = self.lif1(each_frame(frames, self.conv1, self.norm1))
@@ -215,18 +215,18 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, config: NetworkConfig, neurons: Callable
+        self, in_channels: int, out_channels: int, config: NetworkConfig, make_layer: Callable
     ):
         super().__init__()
         self.conv1 = ConvPool(in_channels, out_channels)
         self.norm1 = init_norm(nn.BatchNorm2d(out_channels), config)
-        self.lif1 = neurons()
+        self.lif1 = make_layer()
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = init_norm(nn.BatchNorm2d(out_channels), config)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         with torch.no_grad():
             self.shortcut.weight *= initial_current(config)  # as the weight of norm2 is
-        self.lif2 = neurons()
+        self.lif2 = make_layer()
 
     def forward(self, spk):
         spk1, _ = self.lif1(each_frame(spk, self.conv1, self.norm1))
@@ -274,7 +274,7 @@ def initial_current(config: NetworkConfig) -> float:
 def input_scale(decay: float) -> float:
     """Return the factor that keeps the leaky sum of an input about as large as the input.
 
-    A compromise between (1 - decay**2)**0.5, which keeps the variance of white noise, and
+    (1 - decay)**0.5 lies between (1 - decay**2)**0.5, which keeps the variance of white noise, and
     1 - decay, which keeps a constant. The floor keeps it above 0 if decay is 1.
     """
     return max(1 - decay, 0.01) ** 0.5

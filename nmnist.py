@@ -61,7 +61,7 @@ class NMNIST:
     `folder` holds a folder for each digit. With `first_saccade_only`, the events are those of the
     first 100 ms, with `stabilize` without the saccades' movement, as in `tonic.datasets.NMNIST`.
     `name` is for figures, `source` is 'nmnist' or 'simulated'; frames are cached in the folder
-    `cache`. Raises `UserError` if `folder` holds anything but recordings of all ten digits.
+    `cache`. Raises `UserError` if a digit has no recordings, or other files among them.
     """
 
     dtype = tonic.datasets.NMNIST.dtype
@@ -108,7 +108,14 @@ def select(events: np.ndarray, first_saccade_only: bool, stabilize: bool) -> np.
     """Return events as `tonic.datasets.NMNIST` does with these options."""
     if first_saccade_only:
         events = events[events["t"] < 100_000]
-    return tonic.datasets.nmnist.stabilize(events) if stabilize else events
+    # A copy, since tonic's function changes the events that it is given.
+    return tonic.datasets.nmnist.stabilize(events.copy()) if stabilize else events
+
+
+def denoised(events: np.ndarray, microseconds: int | None) -> np.ndarray:
+    """Return events after tonic's `Denoise`, if asked."""
+    some = microseconds and len(events)
+    return tonic.transforms.Denoise(microseconds)(events) if some else events
 
 
 def open_recordings(
@@ -351,13 +358,14 @@ class Frames:
         # Sizes are known on the CPU, so that a GPU need not synchronize.
         length, start = self._length[indices], self._start[indices]
         size = int(length.sum())
-        # Where entry i of the batch is in the cache: at i + (start there - start in the batch).
-        shift = (start - (length.cumsum(0) - length)).to(device, non_blocking=True)
+        # Entry i of a recording that starts at `first` in the batch is entry i - first + start.
+        first = length.cumsum(0) - length
+        shift = (start - first).to(device, non_blocking=True)
         length = length.to(device, non_blocking=True)
-        entry = shift.repeat_interleave(length, output_size=size)
-        entry += torch.arange(size, device=device)
+        entry = torch.arange(size, device=device)
+        entry += shift.repeat_interleave(length, output_size=size)
         nnz = self.nnz_per_frame[indices.to(device, non_blocking=True)].long()  # [B, T]
-        t, b = (torch.arange(number, device=device) for number in (self.time_steps, len(indices)))
+        t, b = (torch.arange(n, device=device) for n in (self.time_steps, len(indices)))
         frame = (t * len(b) + b[:, None]).flatten()  # [B, T]: the entries are in this order
         frame = frame.repeat_interleave(nnz.flatten(), output_size=size)
         return frame, self.bin_index[entry], self.count[entry]
@@ -440,8 +448,7 @@ def bin_recordings(
         hashes.append(int.from_bytes(digest[:8], "big", signed=True))
         duration = events["t"][-1] - events["t"][0] if len(events) else 0
         statistics.append((len(events), events["p"].sum(), duration))
-        if denoise:
-            events = tonic.transforms.Denoise(denoise)(events)
+        events = denoised(events, denoise)
         frame, bin_index, count = bin_events(events, time_steps, bin_by)
         indices.append(bin_index.astype(np.int16))
         signed = np.min_scalar_type(-1 - count.max(initial=0))  # the smallest that holds all
@@ -487,9 +494,7 @@ def to_frames(events: np.ndarray, settings: dict) -> torch.Tensor:
     `settings` are those of its checkpoint, which say how its training's frames were made.
     """
     events = select(events, settings["first_saccade_only"], settings["stabilize"])
-    if settings["denoise"]:
-        events = tonic.transforms.Denoise(settings["denoise"])(events)
-    time_steps = settings["time_steps"]
+    events, time_steps = denoised(events, settings["denoise"]), settings["time_steps"]
     frame, bin_index, count = bin_events(events, time_steps, settings["bin_by"])
     frames = torch.zeros(time_steps * BINS_PER_FRAME)
     frames[frame * BINS_PER_FRAME + bin_index] = torch.from_numpy(count).float()
@@ -638,10 +643,9 @@ def add_frame_flags(parser) -> None:
     """Add the flags that shape frames."""
     flag = functools.partial(utils.add_flag, parser)
     flag("--time_steps", 25, "frames a recording is binned into, T", type=number(int, 1, 1000))
-    lonely = "drop events without a neighbour within this many microseconds (default: off)"
-    flag("--denoise", None, lonely, type=number(int, 1), metavar="MICROSECONDS")
-    equal = "frames of equal duration or of equal event count"
-    flag("--bin_by", "time", equal, choices=["time", "events"])
+    denoise = "drop events without a neighbour within this many microseconds (default: off)"
+    flag("--denoise", None, denoise, type=number(int, 1), metavar="MICROSECONDS")
+    flag("--bin_by", "time", "frames of equal duration or event count", choices=["time", "events"])
     flag("--first_saccade_only", False, "only events of the first 100 ms (tonic's option)")
     flag("--stabilize", False, "take the saccades' movement out of the events (tonic's option)")
 
@@ -649,9 +653,9 @@ def add_frame_flags(parser) -> None:
 def add_data_flags(parser) -> None:
     """Add the flags that say where recordings are."""
     utils.add_flag(parser, "--data_dir", "./data", "folder of the recordings")
-    kinds = "nmnist: from data_dir, else downloaded; simulated: scikit-learn's digits before a "
-    kinds += "simulated camera; auto: nmnist, or simulated if it can't be downloaded"
-    utils.add_flag(parser, "--dataset", "auto", kinds, choices=DATASETS)
+    dataset = "nmnist: from data_dir, else downloaded; simulated: scikit-learn's digits before a "
+    dataset += "simulated camera; auto: nmnist, or simulated if it can't be downloaded"
+    utils.add_flag(parser, "--dataset", "auto", dataset, choices=DATASETS)
 
 
 # --- The simulated camera -------------------------------------------------------------------------
@@ -1016,19 +1020,19 @@ def print_table(parts: dict[str, Frames]) -> None:
 
 
 def simulate(args: argparse.Namespace) -> None:
-    """Record the images of `--simulate` into `<data_dir>/NMNIST`, which must not exist yet."""
-    root, parts = Path(args.data_dir) / "NMNIST", read_images(args.simulate)
-    if root.exists():
-        raise UserError(f"{root} exists already: choose another --data_dir to record into")
-    record_data_set(root, parts, Path(args.simulate).name, args.seed)
+    """Record the images of `--simulate` into `<data_dir>/NMNIST`, unless there is a data set."""
+    parts = read_images(args.simulate)
+    if there := find_data_set(Path(args.data_dir)):
+        raise UserError(f"{there} holds recordings: choose another --data_dir to record into")
+    record_data_set(Path(args.data_dir, "NMNIST"), parts, Path(args.simulate).name, args.seed)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the script's flags."""
     parser = utils.make_parser(__doc__)
-    images = "record these images into data_dir/NMNIST by the simulated camera: arrays "
-    images += "train_images (uint8 [N, 28, 28]), train_labels, test_images and test_labels"
-    utils.add_flag(parser, "--simulate", None, images, metavar="IMAGES.npz")
+    simulate = "record these images into data_dir/NMNIST by the simulated camera: arrays "
+    simulate += "train_images (uint8 [N, 28, 28]), train_labels, test_images and test_labels"
+    utils.add_flag(parser, "--simulate", None, simulate, metavar="IMAGES.npz")
     utils.add_flag(parser, "--seed", 0, "seed of --simulate", type=number(int, 0, 2**32 - 1))
     add_data_flags(parser)
     add_frame_flags(parser)

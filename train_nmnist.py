@@ -90,15 +90,14 @@ def add_network_flags(group) -> None:
     above_0, below_1 = number(float, 0, open_low=True), number(float, 0, 1, open_high=True)
     flag("--model", default.model, "network", choices=list(NETWORKS))
     flag("--beta", default.beta, "decay of the membrane potential per step", type=share)
-    potential = "membrane potential above which a neuron fires"
-    flag("--threshold", default.threshold, potential, type=above_0)
-    decays = "decay per step of ALIF's adaptation and of the synaptic current (resnet)"
-    flag("--alpha", default.alpha, decays, type=share)
-    dropped = "probability of dropping a neuron of the last hidden layer, for a whole recording"
-    flag("--dropout", default.dropout, dropped, type=below_1)
+    flag("--threshold", default.threshold, "potential above which a neuron fires", type=above_0)
+    alpha = "decay per step of ALIF's adaptation and of the synaptic current (resnet)"
+    flag("--alpha", default.alpha, alpha, type=share)
+    dropout = "probability of dropping a neuron of the last hidden layer, for a whole recording"
+    flag("--dropout", default.dropout, dropout, type=below_1)
     flag("--width", default.width, "factor on channels and hidden layer", type=number(int, 1, 64))
-    decides = "what decides: the mean membrane potential, the most spikes, or the first spike"
-    flag("--readout", default.readout, decides, choices=READOUTS)
+    readout = "what decides: the mean membrane potential, the most spikes, or the first spike"
+    flag("--readout", default.readout, readout, choices=READOUTS)
     flag("--learn_beta", False, "learn one beta per layer")
     flag("--no_spikes", False, "ReLU in place of neurons; its files are named <model>_relu_...")
 
@@ -114,17 +113,16 @@ def add_training_flags(group) -> None:
     flag("--batch_size", 128, "recordings per training step", type=positive)
     rates = ", ".join(f"{lr} for {name}" for name, lr in DEFAULT_LR.items())
     flag("--lr", None, f"learning rate (default: {rates})", type=above_0)
-    decay = "weight decay of connections, not of norms and beta"
-    flag("--weight_decay", 0.0, decay, type=number(float, 0))
+    flag("--weight_decay", 0.0, "weight decay of connections alone", type=number(float, 0))
     flag("--optimizer", "adam", "optimizer", choices=list(DEFAULT_LR))
-    losses = "ce: cross entropy of the membrane potentials at every step; mse: squared error of "
-    losses += "the spike counts; count: cross entropy of the spike counts"
-    flag("--loss", "ce", losses, choices=list(LOSSES))
+    loss = "ce: cross entropy of the membrane potentials at every step; mse: squared error of the "
+    loss += "spike counts; count: cross entropy of the spike counts"
+    flag("--loss", "ce", loss, choices=list(LOSSES))
     flag("--scheduler", False, "lower the learning rate along a half cosine")
     flag("--no_augment", False, "train on the recordings as they are, without random shift, ...")
     flag("--val_split", 0.1, "share of training recordings for validation", type=share)
-    seeds = "seed of all random numbers; of several, each trains a network"
-    flag("--seed", 0, seeds, type=number(int, 0, 2**32 - 1), nargs="+")
+    seed = "seed of all random numbers; of several, each trains a network"
+    flag("--seed", 0, seed, type=number(int, 0, 2**32 - 1), nargs="+")
 
 
 def add_running_flags(group) -> None:
@@ -172,15 +170,15 @@ def complete_flags(flags: dict, given: dict, checkpoint: dict, device: torch.dev
     If those in `given` contradict it, a test ignores them, and says so; a resumed run, which would
     end elsewhere, raises `UserError`.
     """
-    flags, settings = dict(flags), checkpoint.get("settings", {})
+    flags = dict(flags)
     may_differ = "batch_size" if flags["test_only"] else "epochs"
-    for name, trained in settings.items():
-        if name == may_differ and name in given:
-            continue
-        flags[name] = trained
-        if given.get(name, trained) != trained:
-            folder = flags["save_dir"]
-            text = f"--{name} {given[name]}: the network in {folder} was trained with {trained}"
+    for name, trained in checkpoint.get("settings", {}).items():
+        asked = given.get(name, trained)
+        flags[name] = asked if name == may_differ else trained
+        if asked != flags[name]:
+            text = (
+                f"--{name} {asked}: the network in {flags['save_dir']} was trained with {trained}"
+            )
             if not flags["test_only"]:
                 raise UserError(f"{text}; omit the flag, or start a new run")
             print(f"ignored     {text}")
@@ -272,8 +270,11 @@ def train_one_epoch(
         sizes.append(len(labels))
         if bar.update(len(labels) * world_size()):  # True where the bar was redrawn
             means = mean_results(results, sizes)
-            loss, accuracy = f"{means['train_loss']:.4f}", f"{means['train_accuracy']:.2%}"
-            bar.set_postfix(loss=loss, accuracy=accuracy, refresh=False)
+            text = {
+                "loss": f"{means['train_loss']:.4f}",
+                "accuracy": f"{means['train_accuracy']:.2%}",
+            }
+            bar.set_postfix(text, refresh=False)
     return mean_results(results, sizes)
 
 
@@ -468,7 +469,7 @@ def mean_of(values: torch.Tensor) -> float:
 
 
 def save(args, data: Data, history: list[dict], network, ema, optimizer) -> None:
-    """Write the best checkpoint, the history and the last checkpoint, each atomically."""
+    """Write the history and the last checkpoint, and the best one if this epoch is it."""
     best, last = checkpoint_path(args, "best"), checkpoint_path(args, "last")
     checkpoint = {
         "format": utils.CHECKPOINT_FORMAT,
@@ -540,6 +541,7 @@ def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint:
     confidences = confidence(spk, mem, args.readout, best["val_temperature"])
     readouts = (args.readout,) if args.no_spikes else READOUTS
     by_readout = {name: predict(spk, mem, name) for name in readouts}
+    spike_readouts = [name for name in readouts if name != "membrane"]
     layers = meter.layers()
     metrics = {
         "accuracy": result["accuracy"],
@@ -547,7 +549,7 @@ def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint:
         "num_recordings": len(labels),
         "num_blank": data.test.num_blank,
         "accuracy_by_readout": {k: mean_of(digits == labels) for k, digits in by_readout.items()},
-        "ties": {k: mean_of(leading_digits(spk, k)[-1].sum(-1) > 1) for k in readouts[1:]},
+        "ties": {k: mean_of(leading_digits(spk, k)[-1].sum(-1) > 1) for k in spike_readouts},
         "confusion_matrix": confusion_matrix(labels, predictions[-1], labels=range(10)).tolist(),
         "accuracy_over_time": (predictions == labels).double().mean(1).tolist(),
         "early_exit": early_exits(confidences, predictions, labels, meter),
@@ -737,20 +739,27 @@ def main(argv: list[str] | None = None) -> None:
     utils.init_distributed(device)
     check_flags(parser, flags, given)
     seeds = list(dict.fromkeys(given.get("seed", [])))
+    if len(seeds) > 1:
+        with hold_folders(flags):
+            run_seeds(flags, given, seeds, device)
+    else:
+        seed = {"seed": seeds[0]} if seeds else {}
+        metrics = run(flags | seed, given | seed, device)
+        if rank() == 0:
+            print_metrics(metrics)
+            if not flags["visualize"]:
+                print("next        " + shlex.join(draw_command(given)))
+    utils.leave_distributed()
+
+
+@contextlib.contextmanager
+def hold_folders(flags: dict) -> Iterator[None]:
+    """Hold save_dir and log_dir, where other runs of this network are refused; a test does not."""
+    network = NetworkConfig.from_settings(flags).name
     with contextlib.ExitStack() as held:
         for name in ("save_dir", "log_dir") if not flags["test_only"] else ():
-            network = NetworkConfig.from_settings(flags).name
             held.enter_context(utils.hold_folder(f"--{name}", flags[name], network))
-        if len(seeds) > 1:
-            run_seeds(flags, given, seeds, device)
-        else:
-            seed = {"seed": seeds[0]} if seeds else {}
-            metrics = run(flags | seed, given | seed, device)
-            if rank() == 0:
-                print_metrics(metrics)
-                if not flags["visualize"]:
-                    print("next        " + shlex.join(draw_command(given)))
-    utils.leave_distributed()
+        yield
 
 
 def run(flags: dict, given: dict, device: torch.device) -> dict:
@@ -760,19 +769,20 @@ def run(flags: dict, given: dict, device: torch.device) -> dict:
     print(f"device      {utils.describe_device(device)}{processes}")
     if flags["test_only"]:
         return test_only(flags, given, device) if rank() == 0 else {}
-    checkpoint = load_last(argparse.Namespace(**flags))
-    args = complete_flags(flags, given, checkpoint, device)
-    with utils.first_process_first():  # it downloads and bins, the others read the cache
-        data = nmnist.load_data(args, device)
-    try:
-        train(args, data, device, checkpoint)
-    except KeyboardInterrupt:
-        hint = "To go on after the last finished epoch, repeat the command with --resume."
-        raise KeyboardInterrupt(hint) from None
-    if rank() > 0:
-        return {}
-    best = utils.load_checkpoint(checkpoint_path(args, "best"))
-    return test(args, data, device, best)
+    with hold_folders(flags):
+        checkpoint = load_last(argparse.Namespace(**flags))
+        args = complete_flags(flags, given, checkpoint, device)
+        with utils.first_process_first():  # it downloads and bins, the others read the cache
+            data = nmnist.load_data(args, device)
+        try:
+            train(args, data, device, checkpoint)
+        except KeyboardInterrupt:
+            hint = "To go on after the last finished epoch, repeat the command with --resume."
+            raise KeyboardInterrupt(hint) from None
+        if rank() > 0:
+            return {}
+        best = utils.load_checkpoint(checkpoint_path(args, "best"))
+        return test(args, data, device, best)
 
 
 def test_only(flags: dict, given: dict, device: torch.device) -> dict:
@@ -804,22 +814,25 @@ def run_seeds(flags: dict, given: dict, seeds: list[int], device: torch.device) 
         own["seed"] = seed
         print(f"seed        {seed}")
         metrics = run(flags | own, given | own, device)
-        if rank() > 0:
-            continue
-        print(f"accuracy    {metrics['accuracy']:.2%} of {describe_test(metrics)}")
-        row = {"dataset": metrics["tested_on"]["data set"], "accuracy": metrics["accuracy"]}
-        for readout, accuracy in metrics["accuracy_by_readout"].items():
-            row[f"accuracy_{readout}"] = accuracy
-        row |= {"test_loss": metrics["loss"], "epoch": metrics["epoch"]}
-        row["training part"] = metrics["trained_on"]["training part"]
-        rows.append(row | metrics["settings"])
-        for name in ("training part", *metrics["settings"]):
-            expected = seed if name == "seed" else rows[0][name]
-            if rows[-1][name] != expected:
-                text = f"{name} {rows[-1][name]}, not {expected}: a table is of seeds alone"
-                raise UserError(f"{metrics['checkpoint']} was trained with {text}")
+        if rank() == 0:
+            print(f"accuracy    {metrics['accuracy']:.2%} of {describe_test(metrics)}")
+            rows.append(row_of_table(metrics))
+            for name in ("training part", *metrics["settings"]):
+                expected = seed if name == "seed" else rows[0][name]
+                if rows[-1][name] != expected:
+                    text = f"{name} {rows[-1][name]}, not {expected}: a table is of seeds alone"
+                    raise UserError(f"{metrics['checkpoint']} was trained with {text}")
     if rank() == 0:
         print_seeds(rows, log_path(argparse.Namespace(**flags), "seeds.csv"))
+
+
+def row_of_table(metrics: dict) -> dict:
+    """Return what a table of seeds says of one network."""
+    row = {"dataset": metrics["tested_on"]["data set"], "accuracy": metrics["accuracy"]}
+    for readout, accuracy in metrics["accuracy_by_readout"].items():
+        row[f"accuracy_{readout}"] = accuracy
+    row |= {"test_loss": metrics["loss"], "epoch": metrics["epoch"]}
+    return row | {"training part": metrics["trained_on"]["training part"]} | metrics["settings"]
 
 
 def print_seeds(rows: list[dict], path: Path) -> None:

@@ -49,8 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--model", "cnn", "network", choices=list(NETWORKS))
     flag("--visualize_all", False, "draw every layer, t-SNE and firing rates, not the output alone")
     flag("--sample", 0, "index of the test recording that is drawn", type=number(int, 0))
-    neurons = "neurons that are drawn of a larger layer, from all firing rates"
-    flag("--num_neurons", 100, neurons, type=number(int, 1))
+    flag("--num_neurons", 100, "neurons that are drawn of a larger layer", type=number(int, 1))
     flag("--tsne_samples", 2000, "test recordings in the t-SNE, at most", type=number(int, 5))
     flag("--seed", 0, "seed of t-SNE", type=number(int, 0, 2**32 - 1))
     flag("--save_dir", "./checkpoints", "folder of checkpoints")
@@ -61,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def spread(spk: torch.Tensor, count: int) -> torch.Tensor:
-    """Return `count` of the neurons that fire in spk [T, N], spread evenly over their rates."""
+    """Return `count` of the neurons that fire in spk [T, N], from the least to the most active."""
     rates = spk.sum(0)
     firing = rates.argsort(stable=True)[int((rates == 0).sum()) :]
     if len(firing) <= count:

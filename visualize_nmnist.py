@@ -45,12 +45,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_events(recordings: NMNIST, index: int, denoise: int | None) -> np.ndarray:
-    """Return the events of a recording, after tonic's `Denoise` where asked."""
-    events, _ = recordings[index]
-    return tonic.transforms.Denoise(denoise)(events) if denoise else events
-
-
 def choose_samples(
     recordings: NMNIST, num_samples: int, digit: int | None, seed: int, denoise: int | None
 ) -> list[Sample]:
@@ -64,7 +58,7 @@ def choose_samples(
     turns = utils.take_turns(labels[order])  # so that ten samples show all digits
     chosen = order[np.argsort(turns, kind="stable")][:num_samples]
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]
-    samples = [(int(i), read_events(recordings, i, denoise), int(labels[i])) for i in chosen]
+    samples = [(int(i), nmnist.denoised(recordings[i][0], denoise), int(labels[i])) for i in chosen]
     for index, events, _ in samples:
         if len(events) == 0:
             path = recordings.files[index]
@@ -162,7 +156,7 @@ def plot_digits(
         indices = np.flatnonzero(labels == d)[:RECORDINGS_PER_DIGIT]
         total = np.zeros((34, 34))
         for index in indices:
-            events = read_events(recordings, index, denoise)
+            events = nmnist.denoised(recordings[index][0], denoise)
             total += to_image(events).sum(0) if len(events) else 0
         means[d], counts[d] = total / len(indices), len(indices)
     full = np.quantile(np.stack(list(means.values())), 0.995)  # so that hot pixels pale no others

@@ -744,7 +744,7 @@ def test_a_subclass_may_have_other_layers(backend):
         def __init__(self, config, **options):
             super().__init__(config, **options)
             self.fc_out = nn.Linear(2 * 34 * 34, 10, bias=False)
-            self.lif_out = self.neurons()
+            self.lif_out = self.make_layer()
 
         def forward_layers(self, frames):
             return self.lif_out(models.each_frame(frames.flatten(2), self.fc_out))

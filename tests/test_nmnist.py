@@ -542,7 +542,7 @@ def test_labelled_images_are_recorded_and_the_seed_sets_the_noise(tmp_path, monk
     assert (train.name, len(train), len(test)) == ("SimulatedNMNIST (images.npz)", 130, 65)
     _, labels = few_images(13)
     assert train.labels == [labels[int(path.stem) - 1] for path in train.files]
-    with pytest.raises(UserError, match="NMNIST exists already: choose another --data_dir"):
+    with pytest.raises(UserError, match="NMNIST holds recordings: choose another --data_dir"):
         simulate(archive, tmp_path / "a")
     assert snapshot(tmp_path / "a" / "NMNIST") == results[0]
 
@@ -672,7 +672,19 @@ def test_a_recording_of_ones_own_becomes_the_frames_of_the_training(
     settings = {"denoise": None, "bin_by": "time", "first_saccade_only": False, "stabilize": False}
     settings |= {"time_steps": time_steps} | of_frames | of_recordings
     for i, (events, _) in enumerate(tonic_recordings(made_data_dir)):
+        before = events.copy()
         assert torch.equal(nmnist.to_frames(events, settings)[:, 0], expected[:, i])
+        np.testing.assert_array_equal(events, before)
+
+
+def test_a_recording_without_events_in_the_first_saccade_is_blank(tmp_path, capsys):
+    path = make_recordings(tmp_path, 1, 1) / "NMNIST" / "Test" / "3" / "00004.bin"
+    events = make_events(3, np.random.default_rng(0))
+    nmnist.write_recording(path, events[events["t"] >= 100_000])
+    nmnist.main(["--data_dir", str(tmp_path), "--first_saccade_only", "--denoise", "100000"])
+    output = capsys.readouterr()
+    assert "1 of 10 test recordings have no event in any frame" in output.err
+    assert re.search(r"^blank recordings +0 +1$", output.out, re.MULTILINE)
 
 
 def test_the_cache_is_used_until_a_recording_changes(tmp_path):
