@@ -158,8 +158,8 @@ def prepare_device(name: str | None) -> torch.device:
 def keep_freed_memory() -> None:
     """Tell glibc to keep large blocks that are freed; with another C library, do nothing.
 
-    Otherwise each large tensor gets fresh pages from the kernel, zeroed at first touch, and training
-    is half as fast. The numbers are those of `mallopt` in glibc's malloc.h.
+    Otherwise the kernel gives each large tensor fresh pages, zeroed at first touch, and training is
+    half as fast. The numbers are those of `mallopt` in glibc's malloc.h.
     """
     if sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc":
         m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
