@@ -176,16 +176,14 @@ def complete_flags(flags: dict, given: dict, checkpoint: dict, device: torch.dev
         asked = given.get(name, trained)
         flags[name] = asked if name == may_differ else trained
         if asked != flags[name]:
-            text = (
-                f"--{name} {asked}: the network in {flags['save_dir']} was trained with {trained}"
-            )
+            folder = flags["save_dir"]
+            text = f"--{name} {asked}: the network in {folder} was trained with {trained}"
             if not flags["test_only"]:
                 raise UserError(f"{text}; omit the flag, or start a new run")
             print(f"ignored     {text}")
     if checkpoint:
-        flags["dataset"] = nmnist.trained_dataset(
-            flags["data_dir"], flags["dataset"], checkpoint["data"]
-        )
+        where = flags["data_dir"], flags["dataset"]
+        flags["dataset"] = nmnist.trained_dataset(*where, checkpoint["data"])
     flags["lr"] = flags["lr"] or DEFAULT_LR[flags["optimizer"]]
     flags["precision"] = utils.pick_precision(flags["precision"], device)
     flags["neuron_backend"] = utils.pick_backend(flags["neuron_backend"], device)
@@ -342,9 +340,8 @@ def evaluate(
 
 def train(args: argparse.Namespace, data: Data, device: torch.device, checkpoint: dict) -> None:
     """Train for the epochs that are left; after each, write checkpoints and history."""
-    train_indices, val_indices = nmnist.split_validation(
-        data.train.labels, args.val_split, args.seed
-    )
+    labels = data.train.labels
+    train_indices, val_indices = nmnist.split_validation(labels, args.val_split, args.seed)
     utils.set_seed(args.seed)
     network = build_model(network_config(args), **run_options(args)).to(device)
     ema = copy.deepcopy(network)  # the moving average is validated and tested
@@ -795,11 +792,8 @@ def test_only(flags: dict, given: dict, device: torch.device) -> dict:
 def draw_command(given: dict) -> list[str]:
     """Return the command that tests and draws what a command with the flags `given` trained."""
     names = ("model", "no_spikes", "data_dir", "dataset", "save_dir", "log_dir")
-    flags = [
-        f"--{name}" if given[name] is True else f"--{name}={given[name]}"
-        for name in names
-        if name in given
-    ]
+    typed = {name: given[name] for name in names if name in given}
+    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in typed.items()]
     return ["python", "train_nmnist.py", *flags, "--test_only", "--visualize"]
 
 
