@@ -574,7 +574,7 @@ def plot_filters(weight: torch.Tensor, title: str, path: Path) -> None:
     for i, axis in enumerate(axes[0], start=1):
         axis.set_title(i, fontsize=9)
     for row, filters, name in zip(axes, weight.unbind(1), ("OFF", "ON"), strict=True):
-        for axis, values in zip(row, filters, strict=True):
+        for axis, values in zip(row, filters.numpy(), strict=True):
             image = axis.imshow(values, **style)
             show_border(axis)
         row[0].set_ylabel(f"{name} events")
