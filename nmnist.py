@@ -114,8 +114,9 @@ def select(events: np.ndarray, first_saccade_only: bool, stabilize: bool) -> np.
 
 def denoised(events: np.ndarray, microseconds: int | None) -> np.ndarray:
     """Return events after tonic's `Denoise`, if asked."""
-    some = microseconds and len(events)
-    return tonic.transforms.Denoise(microseconds)(events) if some else events
+    if not microseconds or len(events) == 0:
+        return events
+    return tonic.transforms.Denoise(microseconds)(events)
 
 
 def open_recordings(

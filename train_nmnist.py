@@ -374,8 +374,9 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, checkpoint
             entry |= validate(args, data, ema, order[:NORM_RECORDINGS], val_indices)
             check_finite(args, entry, network, ema)
             entry |= {"lr": lr, "processes": world_size(), "precision": args.precision}
-            entry |= {"neuron_backend": describe_backend(network), "recordings_per_second": speed}
-            history.append(entry | {"seconds": time.perf_counter() - start})
+            entry |= {"neuron_backend": describe_backend(network)}
+            entry |= {"seconds": time.perf_counter() - start, "recordings_per_second": speed}
+            history.append(entry)
             save(args, data, history, network, ema, optimizer)
             print_epoch(entry, args.epochs)
         utils.wait_for_all()
@@ -390,9 +391,9 @@ def validate(args, data: Data, ema: SpikingNetwork, norm_indices, val_indices) -
     return {
         "val_loss": val["loss"],
         "val_accuracy": val["accuracy"],
-        "val_temperature": fit_temperature(val["spk"], val["mem"], args.readout, val["labels"]),
         "test_loss": test["loss"],
         "test_accuracy": test["accuracy"],
+        "val_temperature": fit_temperature(val["spk"], val["mem"], args.readout, val["labels"]),
     }
 
 
@@ -761,7 +762,6 @@ def hold_folders(flags: dict) -> Iterator[None]:
 
 def run(flags: dict, given: dict, device: torch.device) -> dict:
     """Train and test one network, or test it alone; return the metrics, in the first process."""
-    utils.check_folder("--log_dir", flags["log_dir"])
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     print(f"device      {utils.describe_device(device)}{processes}")
     if flags["test_only"]:
@@ -784,6 +784,7 @@ def run(flags: dict, given: dict, device: torch.device) -> dict:
 
 def test_only(flags: dict, given: dict, device: torch.device) -> dict:
     """Test the best checkpoint; return the metrics."""
+    utils.check_folder("--log_dir", flags["log_dir"])
     checkpoint = utils.load_checkpoint(checkpoint_path(argparse.Namespace(**flags), "best"))
     args = complete_flags(flags, given, checkpoint, device)
     return test(args, nmnist.load_data(args, device, ["test"]), device, checkpoint)

@@ -385,7 +385,9 @@ def load_checkpoint(path: str | Path, *parts: str) -> dict:
     Raises `UserError` if the file is missing, can't be read, has no `parts` that are asked for, or
     its network is not finite.
     """
-    train = "train a network with train_nmnist.py, or name its folder by --save_dir"
+    model, _, relu = Path(path).stem.rpartition("_")[0].partition("_")
+    flags = f"--model {model}{' --no_spikes' * bool(relu)} --save_dir {Path(path).parent}"
+    train = f"train a network with `python train_nmnist.py {flags}`"
     if not Path(path).exists():
         raise UserError(f"no checkpoint at {path}: {train}")
     try:

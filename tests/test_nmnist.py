@@ -566,6 +566,7 @@ BLANK, DIGITS = np.zeros((10, 28, 28), np.uint8), np.arange(10)
         ({"test_labels": DIGITS - 1}, "test_labels [N]"),
         ({"test_labels": DIGITS // 2 * 2}, "test_labels [N]"),
         ({"test_images": None}, "test_images must be"),
+        ({"train_images": None}, "train_images must be"),
         ({"train_labels": None}, "train_labels [N]"),
         ({"train_labels": np.array([None] * 10)}, "can't be read"),  # a pickle, which may run code
     ],

@@ -37,7 +37,10 @@ REFUSED = {
         *("--beta 0.9 --no_spikes", "--threshold 2 --no_spikes"),
         "--alpha 0.9 --no_spikes --model resnet",
     ],
-    "nmnist.py": ["--time_steps 0", "--time_steps 1001", "--denoise 0", "--seed 1"],
+    "nmnist.py": [
+        *("--time_steps 0", "--time_steps 1001", "--denoise 0", "--seed 1"),
+        f"--seed {2**32}",
+    ],
     "visualize_nmnist.py": ["--num_samples 0", "--num_samples 101", "--digit 10"],
     "visualize_activations.py": ["--num_neurons 0", "--tsne_samples 4"],
 }

@@ -205,7 +205,7 @@ def test_training_learns_and_reports_every_epoch(trained):
     entries = read_log(folder, f"{model}_history.json")
     names = "epoch train_loss train_accuracy val_loss val_accuracy test_loss test_accuracy "
     names += "val_temperature lr processes precision neuron_backend seconds recordings_per_second"
-    assert sorted(entries[0]) == sorted(names.split())
+    assert list(entries[0]) == names.split()
     assert [entry["epoch"] for entry in entries] == [1, 2, 3, 4, 5]
     assert entries[0]["neuron_backend"] == "fused"
     assert entries[0]["precision"] == utils.pick_precision("auto", torch.device("cpu"))
@@ -385,7 +385,7 @@ def test_training_without_spikes_keeps_files_of_its_own(tmp_path, made_data_dir,
     assert len(entries) == 3
     assert max(entry["val_accuracy"] for entry in entries) > 0.5
     metrics = read_log(tmp_path, "cnn_relu_test_metrics.json")
-    assert metrics["neuron_backend"] == "ReLU"
+    assert (metrics["settings"]["model"], metrics["neuron_backend"]) == ("cnn", "ReLU")
     assert metrics["settings"]["no_spikes"]
     assert list(metrics["accuracy_by_readout"]) == ["membrane"]
     layers = metrics["layers"].values()
@@ -719,6 +719,7 @@ def test_metrics_agree_with_one_another_and_with_what_is_printed(trained):
     metrics = read_log(folder, f"{model}_test_metrics.json")
     data_sets = [metrics[name]["data set"] for name in ("tested_on", "trained_on")]
     assert (data_sets, metrics["num_recordings"]) == (["NMNIST"] * 2, 30)
+    assert [metrics["settings"][name] for name in ("model", "readout")] == [model, "membrane"]
     confusion = np.array(metrics["confusion_matrix"])
     assert confusion.sum(1).tolist() == [3] * 10  # rows are true digits, and there are 3 of each
     assert metrics["accuracy"] == pytest.approx(np.trace(confusion) / 30)

@@ -244,7 +244,7 @@ def test_files_that_are_not_checkpoints_are_refused_by_name_and_never_run(tmp_pa
         message = str(error.value)
         assert str(path) in message
         assert "\n" not in message
-        assert "train a network with train_nmnist.py" in message
+        assert "train a network with `python train_nmnist.py" in message
         assert ("another version of this project" in message) == (name in ("older", "newer"))
         assert ("not finite" in message) == (name in ("nan", "infinite"))
     assert not marker.exists()
