@@ -4,20 +4,24 @@
     spk, mem = network(frames)      # frames [T, B, 2, 34, 34]; spk and mem [T, B, 10]
     digits = predict(spk, mem)      # [B]
 
-The layers run one after the other, each over the whole sequence, so that a convolution sees T * B
-frames at once. Read from the top: the networks, what they predict, how a neuron runs over time,
-our ALIF neuron, the other layers. The compiled kernels come next, and may be skipped: they change
-the speed, not the results. Measuring activity comes last.
+T is the number of time steps, B that of recordings in a batch. The layers run one after the other,
+each over the whole sequence, so a convolution sees T * B frames at once. Read from the top: the
+networks, what they predict, how a neuron runs over time, our ALIF neuron, the other layers. The
+compiled kernels come next, and may be skipped: they change the speed, not the results. Measuring
+activity comes last.
 """
 
 import functools
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import snntorch as snn
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
 from snntorch import surrogate
 from torch import nn
 from torch.utils.dlpack import to_dlpack
@@ -34,14 +38,14 @@ READOUTS = ("membrane", "rate", "latency")
 class NetworkConfig:
     """What a network is: the settings that flags, constructors and checkpoints share."""
 
-    model: str = "cnn"  # or "resnet"
+    model: str = "cnn"  # a key of NETWORKS
     beta: float = 0.5  # decay of the membrane potential per step
     threshold: float = 1.0  # membrane potential above which a neuron fires
     alpha: float = 0.5  # decay per step of ALIF's adaptation and of the synaptic current (resnet)
     dropout: float = 0.0  # probability of dropping a neuron of the last hidden layer
     width: int = 1  # factor on the channels and the hidden layer
     learn_beta: bool = False  # learn one beta per layer
-    readout: str = "membrane"  # or "rate" or "latency": what decides on the digit (`predict`)
+    readout: str = "membrane"  # or "rate" or "latency": what the prediction is made of (`predict`)
     no_spikes: bool = False  # ReLU in place of the neurons: the baseline without spikes
 
     @classmethod
@@ -55,23 +59,28 @@ class NetworkConfig:
         return f"{self.model}_relu" if self.no_spikes else self.model
 
 
-class SpikingNetwork(nn.Module):
-    """Base of both networks, which define their layers and `forward_layers`.
+class NetworkError(Exception):
+    """A network or a neuron that cannot be used. The message is one line."""
 
-    `config` says what the network is. How it runs is no part of it: `neuron_backend` is 'fused'
-    (compiled) or 'step' (snnTorch's neurons, step by step), `precision` the type of the layers,
-    'fp32' or 'bf16'. The state of neurons is always float32.
+
+class SpikingNetwork(nn.Module):
+    """Base of all networks. A network of your own defines two methods and is added to `NETWORKS`.
+
+    - `__init__(self, config)` calls `super().__init__(config)`, then makes the layers: neurons by
+      `make_layer(neuron)`, connections as `nn.Conv2d`, `ConvPool` or `nn.Linear`, whose synaptic
+      operations `ActivityMeter` counts. It may end with `init_norms()`.
+    - `forward_layers(self, x, T)` runs the layers on all frames at once, x [T * B, 2, 34, 34], and
+      returns what the last layer of neurons returns: (spk, mem), both [T * B, 10].
+
+    `build_model` says how the network runs: its precision, and whether kernels are used.
     """
 
     slope = 5  # of the surrogate gradient; snnTorch's 25 lets little of it reach the first layer
 
-    def __init__(
-        self, config: NetworkConfig, neuron_backend: str = "fused", precision: str = "fp32"
-    ):
+    def __init__(self, config: NetworkConfig):
         super().__init__()
         self.config = config
-        self.neuron_backend = neuron_backend
-        self.dtype = DTYPES[precision]  # of the tensors between layers
+        self.dtype = torch.float32  # of the tensors between layers; a neuron's state is float32
 
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map frames [T, B, 2, 34, 34] to (spk, mem) of the output neurons, both [T, B, 10].
@@ -80,41 +89,47 @@ class SpikingNetwork(nn.Module):
         """
         if frames.dim() != 5 or frames.shape[2:] != (2, 34, 34) or len(frames) == 0:
             raise ValueError(f"frames are {list(frames.shape)}; they must be [T, B, 2, 34, 34]")
-        frames = channels_first(channels_last(frames.to(self.dtype)).contiguous())
+        T = len(frames)
+        # Several times faster on a CPU than in torch's default memory format.
+        x = frames.flatten(0, 1).to(self.dtype, memory_format=torch.channels_last)
         with torch.autocast(frames.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            spk, mem = self.forward_layers(frames)
-        return spk.float(), mem.float()
+            spk, mem = self.forward_layers(x, T)
+        return spk.float().unflatten(0, (T, -1)), mem.float().unflatten(0, (T, -1))
 
-    def forward_layers(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map frames, stored as `channels_last` says, to (spk, mem) of the output neurons."""
+    def forward_layers(self, x: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map frames x [T * B, 2, 34, 34] to (spk, mem) of the output neurons, [T * B, 10]."""
         raise NotImplementedError
 
-    def make_lif(self) -> snn.SpikingNeuron:
-        """Return a new neuron for a LIF layer; a subclass may return any other of snnTorch's."""
-        return snn.Leaky(**self.lif_options())
+    def make_lif(self, shape: Sequence[int]) -> snn.SpikingNeuron:
+        """Return a new LIF neuron for a layer whose frames are of `shape`: [C, H, W] or [N].
 
-    def lif_options(self) -> dict:
-        """Return the options that all neurons of this network share."""
-        return {
-            "beta": self.config.beta,
-            "threshold": self.config.threshold,
-            "learn_beta": self.config.learn_beta,
-            "spike_grad": FastSigmoid(self.slope),
-        }
+        A subclass may return any other of snnTorch's neurons that `NeuronLayer` takes.
+        """
+        return snn.Leaky(
+            beta=self.config.beta,
+            threshold=self.config.threshold,
+            spike_grad=FastSigmoid(self.slope),
+            learn_beta=self.config.learn_beta,
+        )
 
-    def make_layer(self, neuron: snn.SpikingNeuron | None = None) -> nn.Module:
-        """Return a layer that runs `neuron`, by default a new LIF neuron, over a sequence.
+    def make_layer(self, shape: Sequence[int], neuron: snn.SpikingNeuron | None = None):
+        """Return a layer that runs a neuron over time, by default `make_lif(shape)`.
 
-        In a network without spikes it is a ReLU.
+        In a network without spikes, it is a ReLU.
         """
         if self.config.no_spikes:
             return WithoutSpikes()
-        layer = {"fused": Fused, "step": OverTime}[self.neuron_backend]
-        return layer(self.make_lif() if neuron is None else neuron)
+        return NeuronLayer(self.make_lif(shape) if neuron is None else neuron)
+
+    def init_norms(self) -> None:
+        """Set the norms' weights, hence the spread of their outputs, to `initial_current`."""
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                nn.init.constant_(module.weight, initial_current(self.config))
 
     def neuron_layers(self) -> dict[str, nn.Module]:
-        """Return the neuron layers by name (`lif1`, `res1.lif2`), in the order of their run."""
-        kinds = OverTime, WithoutSpikes
+        """Return the layers of neurons by name, such as `lif1` and `res1.lif2`."""
+        kinds = NeuronLayer, WithoutSpikes
         return {name: layer for name, layer in self.named_modules() if isinstance(layer, kinds)}
 
     @property
@@ -134,32 +149,34 @@ class SpikingCNN(SpikingNetwork):
     fc_out, norm_out, lif_out                        -> 10
     """
 
-    def __init__(self, config: NetworkConfig, *args, **options):
-        super().__init__(config, *args, **options)
-        w1, w2, w3, hidden = (config.width * size for size in (16, 32, 64, 128))
-        self.conv1 = ConvPool(2, w1)
-        self.norm1 = init_norm(nn.BatchNorm2d(w1), config)
-        self.lif1 = self.make_layer()
-        self.conv2 = ConvPool(w1, w2)
-        self.norm2 = init_norm(nn.BatchNorm2d(w2), config)
-        self.lif2 = self.make_layer()
-        self.conv3 = ConvPool(w2, w3)
-        self.norm3 = init_norm(nn.BatchNorm2d(w3), config)
-        self.lif3 = self.make_layer()
-        self.fc1 = nn.Linear(w3 * 4 * 4, hidden, bias=False)
-        self.norm4 = init_norm(nn.BatchNorm1d(hidden), config)
-        self.lif4 = self.make_layer()
+    def __init__(self, config: NetworkConfig):
+        super().__init__(config)
+        w = config.width
+        self.conv1 = ConvPool(2, 16 * w)
+        self.norm1 = nn.BatchNorm2d(16 * w)
+        self.lif1 = self.make_layer([16 * w, 17, 17])
+        self.conv2 = ConvPool(16 * w, 32 * w)
+        self.norm2 = nn.BatchNorm2d(32 * w)
+        self.lif2 = self.make_layer([32 * w, 8, 8])
+        self.conv3 = ConvPool(32 * w, 64 * w)
+        self.norm3 = nn.BatchNorm2d(64 * w)
+        self.lif3 = self.make_layer([64 * w, 4, 4])
+        self.fc1 = nn.Linear(64 * w * 4 * 4, 128 * w, bias=False)
+        self.norm4 = nn.BatchNorm1d(128 * w)
+        self.lif4 = self.make_layer([128 * w])
         self.dropout = TimeSharedDropout(config.dropout)
-        self.fc_out = nn.Linear(hidden, NUM_DIGITS, bias=False)
-        self.norm_out = init_norm(nn.BatchNorm1d(NUM_DIGITS), config)
-        self.lif_out = self.make_layer()
+        self.fc_out = nn.Linear(128 * w, NUM_DIGITS, bias=False)
+        self.norm_out = nn.BatchNorm1d(NUM_DIGITS)
+        self.lif_out = self.make_layer([NUM_DIGITS])
+        self.init_norms()
 
-    def forward_layers(self, frames):
-        spk, _ = self.lif1(each_frame(frames, self.conv1, self.norm1))
-        spk, _ = self.lif2(each_frame(spk, self.conv2, self.norm2))
-        spk, _ = self.lif3(each_frame(spk, self.conv3, self.norm3))
-        spk, _ = self.lif4(each_frame(flatten_images(spk), self.fc1, self.norm4))
-        return self.lif_out(each_frame(self.dropout(spk), self.fc_out, self.norm_out))
+    def forward_layers(self, x, T):
+        x, _ = self.lif1(self.norm1(self.conv1(x)), T)
+        x, _ = self.lif2(self.norm2(self.conv2(x)), T)
+        x, _ = self.lif3(self.norm3(self.conv3(x)), T)
+        x, _ = self.lif4(self.norm4(self.fc1(x.flatten(1))), T)
+        x = self.dropout(x, T)
+        return self.lif_out(self.norm_out(self.fc_out(x)), T)
 
 
 class SpikingResNet(SpikingNetwork):
@@ -175,31 +192,55 @@ class SpikingResNet(SpikingNetwork):
     slope = 2  # a wider surrogate gradient, for more layers of neurons one after the other
     adapt_scale = 0.5  # in thresholds: rise of the threshold of a neuron that fires at every step
 
-    def __init__(self, config: NetworkConfig, *args, **options):
-        super().__init__(config, *args, **options)
-        w1, w2, w3, hidden = (config.width * size for size in (16, 32, 64, 128))
-        adapt_scale = self.adapt_scale * config.threshold
-        alif = ALIF(config.alpha, adapt_scale=adapt_scale, **self.lif_options())
-        synaptic = snn.Synaptic(config.alpha, **self.lif_options())
-        self.conv1 = ConvPool(2, w1)
-        self.norm1 = init_norm(nn.BatchNorm2d(w1), config)
-        self.lif1 = self.make_layer(alif)
-        self.res1 = ResidualBlock(w1, w2, config, self.make_layer)
-        self.res2 = ResidualBlock(w2, w3, config, self.make_layer)
-        self.fc1 = nn.Linear(w3 * 4 * 4, hidden, bias=False)
-        scale = 1.0 if config.no_spikes else input_scale(config.alpha)
-        self.norm2 = init_norm(nn.BatchNorm1d(hidden), config, scale)
-        self.fc_syn = self.make_layer(synaptic)
+    def __init__(self, config: NetworkConfig):
+        super().__init__(config)
+        w = config.width
+        self.conv1 = ConvPool(2, 16 * w)
+        self.norm1 = nn.BatchNorm2d(16 * w)
+        alif = ALIF(
+            alpha=config.alpha,
+            beta=config.beta,
+            adapt_scale=self.adapt_scale * config.threshold,
+            threshold=config.threshold,
+            spike_grad=FastSigmoid(self.slope),
+            learn_beta=config.learn_beta,
+        )
+        self.lif1 = self.make_layer([16 * w, 17, 17], alif)
+        self.res1 = ResidualBlock(
+            16 * w, 32 * w, self.make_layer([32 * w, 8, 8]), self.make_layer([32 * w, 8, 8])
+        )
+        self.res2 = ResidualBlock(
+            32 * w, 64 * w, self.make_layer([64 * w, 4, 4]), self.make_layer([64 * w, 4, 4])
+        )
+        self.fc1 = nn.Linear(64 * w * 4 * 4, 128 * w, bias=False)
+        self.norm2 = nn.BatchNorm1d(128 * w)
+        synaptic = snn.Synaptic(
+            alpha=config.alpha,
+            beta=config.beta,
+            threshold=config.threshold,
+            spike_grad=FastSigmoid(self.slope),
+            learn_beta=config.learn_beta,
+        )
+        self.fc_syn = self.make_layer([128 * w], synaptic)
         self.dropout = TimeSharedDropout(config.dropout)
-        self.fc_out = nn.Linear(hidden, NUM_DIGITS, bias=False)
-        self.norm_out = init_norm(nn.BatchNorm1d(NUM_DIGITS), config)
-        self.lif_out = self.make_layer()
+        self.fc_out = nn.Linear(128 * w, NUM_DIGITS, bias=False)
+        self.norm_out = nn.BatchNorm1d(NUM_DIGITS)
+        self.lif_out = self.make_layer([NUM_DIGITS])
+        self.init_norms()
+        current = initial_current(config)
+        with torch.no_grad():  # the shortcuts have no norm
+            self.res1.shortcut.weight *= current
+            self.res2.shortcut.weight *= current
+        if not config.no_spikes:  # fc_syn sums its input twice
+            nn.init.constant_(self.norm2.weight, current * input_scale(config.alpha))
 
-    def forward_layers(self, frames):
-        spk, _ = self.lif1(each_frame(frames, self.conv1, self.norm1))
-        spk = self.res2(self.res1(spk))
-        spk, _ = self.fc_syn(each_frame(flatten_images(spk), self.fc1, self.norm2))
-        return self.lif_out(each_frame(self.dropout(spk), self.fc_out, self.norm_out))
+    def forward_layers(self, x, T):
+        x, _ = self.lif1(self.norm1(self.conv1(x)), T)
+        x = self.res1(x, T)
+        x = self.res2(x, T)
+        x, _ = self.fc_syn(self.norm2(self.fc1(x.flatten(1))), T)
+        x = self.dropout(x, T)
+        return self.lif_out(self.norm_out(self.fc_out(x)), T)
 
 
 class ResidualBlock(nn.Module):
@@ -209,54 +250,70 @@ class ResidualBlock(nn.Module):
         conv2, norm2 of spk1, + shortcut of the summed 2 x 2 inputs, lif2  -> spk2
         spk1 + spk2                                                     -> 0, 1 or 2 at each place
 
-    Spikes [T, B, in_channels, H, W] -> [T, B, out_channels, H // 2, W // 2]. The sum lets gradients
-    past the second neuron; the blocks of Fang et al. 2021, "Deep residual learning in spiking
-    neural networks" (SEW), add the spikes of the shortcut instead.
+    Spikes [T * B, in_channels, H, W] -> [T * B, out_channels, H // 2, W // 2]. The sum lets
+    gradients past the second neuron; the blocks of Fang et al. 2021, "Deep residual learning in
+    spiking neural networks" (SEW), add the spikes of the shortcut instead.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, config: NetworkConfig, make_layer: Callable
-    ):
+    def __init__(self, in_channels: int, out_channels: int, lif1: nn.Module, lif2: nn.Module):
         super().__init__()
         self.conv1 = ConvPool(in_channels, out_channels)
-        self.norm1 = init_norm(nn.BatchNorm2d(out_channels), config)
-        self.lif1 = make_layer()
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.lif1 = lif1
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = init_norm(nn.BatchNorm2d(out_channels), config)
+        self.norm2 = nn.BatchNorm2d(out_channels)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False)
-        with torch.no_grad():
-            self.shortcut.weight *= initial_current(config)  # as the weight of norm2 is
-        self.lif2 = make_layer()
+        self.lif2 = lif2
 
-    def forward(self, spk):
-        spk1, _ = self.lif1(each_frame(spk, self.conv1, self.norm1))
-        cur = each_frame(spk1, self.conv2, self.norm2) + each_frame(spk, sum_pool, self.shortcut)
-        spk2, _ = self.lif2(cur)
+    def forward(self, x, T):
+        spk1, _ = self.lif1(self.norm1(self.conv1(x)), T)
+        spk2, _ = self.lif2(self.norm2(self.conv2(spk1)) + self.shortcut(sum_pool(x)), T)
         return spk1 + spk2
 
 
-NETWORKS = {"cnn": SpikingCNN, "resnet": SpikingResNet}
+NETWORKS = {"cnn": SpikingCNN, "resnet": SpikingResNet}  # add your own: NETWORKS["mlp"] = MLP
 
 
-def build_model(config: NetworkConfig, **options) -> SpikingNetwork:
+def build_model(
+    config: NetworkConfig, neuron_backend: str = "fused", precision: str = "fp32"
+) -> SpikingNetwork:
     """Build the network that `config.model` names; torch's global generator draws its weights.
 
-    `options` are `neuron_backend` and `precision`, which say how it runs.
+    `neuron_backend` is 'fused' (kernels, for the neurons that they know) or 'step' (snnTorch's
+    neurons, step by step), `precision` the type of the layers, 'fp32' or 'bf16'. Raises
+    `NetworkError` if there is no such network, or if it has a neuron that cannot be stepped.
     """
-    return NETWORKS[config.model](config, **options)
+    if config.model not in NETWORKS:
+        raise NetworkError(f"no network {config.model!r}: this script does not add it to NETWORKS")
+    network = NETWORKS[config.model](config)
+    network.dtype = DTYPES[precision]
+    stepped = stepped_layers(network)
+    if neuron_backend == "step":
+        for module in network.modules():
+            if isinstance(module, NeuronLayer):
+                module.fused = False
+    elif stepped:
+        warn(f"no kernel knows the neurons of {', '.join(stepped)}: they run step by step")
+    return network
 
 
 def restore_network(checkpoint: dict, **options) -> SpikingNetwork:
-    """Return the network of a checkpoint that `utils.load_checkpoint` read, in evaluation mode."""
+    """Return the network of a checkpoint that `utils.load_checkpoint` read, in evaluation mode.
+
+    `options` and errors are those of `build_model`, and of `load_weights`.
+    """
     network = build_model(NetworkConfig.from_settings(checkpoint["settings"]), **options)
-    network.load_state_dict(checkpoint["network"])
+    load_weights(network, checkpoint["network"])
     return network.eval()
 
 
-def init_norm(norm: nn.Module, config: NetworkConfig, scale: float = 1.0) -> nn.Module:
-    """Set a norm's weight, hence the spread of its output, to `scale` times `initial_current`."""
-    nn.init.constant_(norm.weight, initial_current(config) * scale)
-    return norm
+def load_weights(network: SpikingNetwork, weights: dict[str, torch.Tensor]) -> None:
+    """Load a state dictionary; raise `NetworkError` if it is that of another network."""
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        name = type(network).__name__
+        raise NetworkError(f"the weights are not those of {name} as it is defined now") from error
 
 
 def initial_current(config: NetworkConfig) -> float:
@@ -283,138 +340,127 @@ def input_scale(decay: float) -> float:
 # --- Predictions ----------------------------------------------------------------------------------
 
 
-def predict(spk: torch.Tensor, mem: torch.Tensor, readout: str = "membrane") -> torch.Tensor:
-    """Return the digit [B] that the output neurons' spk and mem [T, B, 10] tell.
+def digit_scores(spk: torch.Tensor, mem: torch.Tensor, readout: str = "membrane") -> torch.Tensor:
+    """Return the score of each digit after each time step, [T, B, 10].
 
-    - 'membrane': the largest mean membrane potential. In the mean over time,
+    `spk` and `mem` [T, B, 10] are those of the output neurons. By `readout`, the scores are:
+
+    - 'membrane': the mean membrane potential so far. In the mean over time,
       U (1 - beta) = I - rate * threshold: of two neurons that fire at the same rate, the potentials
       still tell which has the larger current.
-    - 'rate': the most spikes (rate code).
-    - 'latency': the first spike (latency code).
-
-    Ties of the last two are decided by the membrane.
-    """
-    return predict_over_time(spk, mem, readout)[-1]
-
-
-def predict_over_time(spk, mem, readout: str = "membrane") -> torch.Tensor:
-    """Return the prediction of `predict` after each of the T time steps, [T, B]."""
-    scores = digit_scores(spk, mem, "membrane")
-    if readout != "membrane":
-        scores = scores.masked_fill(~leading_digits(spk, readout), -torch.inf)
-    return scores.argmax(-1)
-
-
-def leading_digits(spk: torch.Tensor, readout: str) -> torch.Tensor:
-    """Return which digits lead by 'rate' or 'latency' after each time step, bool [T, B, 10].
-
-    Several lead if their neurons have fired equally often, or first at the same step; all do if
-    none has fired.
-    """
-    scores = digit_scores(spk, None, readout)
-    return scores == scores.amax(-1, keepdim=True)
-
-
-def digit_scores(spk: torch.Tensor, mem: torch.Tensor | None, readout: str) -> torch.Tensor:
-    """Return the score of each digit for a readout after each time step, [T, B, 10].
-
-    'membrane': the mean membrane potential so far; 'rate': the firing rate so far; 'latency': minus
-    the number of steps without a spike before the first.
+    - 'rate': the firing rate so far (rate code).
+    - 'latency': minus the number of steps without a spike before the first (latency code).
     """
     if readout == "latency":
-        return -(spk.cumsum(0) == 0).float().cumsum(0)
-    # Means: sums grow faster than what they tell, and no temperature would fit all steps.
+        not_yet_fired = spk.cumsum(0) == 0
+        return -not_yet_fired.float().cumsum(0)
     values = {"membrane": mem, "rate": spk}[readout]
+    # Means, since sums grow with the number of steps, and one temperature could not fit them all.
     steps = torch.arange(1, len(values) + 1, device=values.device)
     return values.cumsum(0) / steps.view(-1, 1, 1)
 
 
-def confidence(spk, mem, readout: str, temperature: float) -> torch.Tensor:
-    """Return the confidence after each time step, [T, B]: largest softmax(scores / temperature)."""
-    return torch.softmax(digit_scores(spk, mem, readout) / temperature, -1).amax(-1)
+def leaders(scores: torch.Tensor) -> torch.Tensor:
+    """Return which digits have the largest score [..., 10]: several if they tie."""
+    return scores == scores.amax(-1, keepdim=True)
 
 
-def fit_temperature(spk, mem, readout: str, labels: torch.Tensor) -> float:
-    """Return the temperature that minimizes the mean cross entropy.
+def predict(
+    spk: torch.Tensor, mem: torch.Tensor, readout: str = "membrane", over_time: bool = False
+) -> torch.Tensor:
+    """Return the digit [B] with the largest of `digit_scores`; ties are broken by 'membrane'.
 
-    The mean is over all time steps and recordings, labels [B]. Searched in steps of 2**0.25, from
-    1/64 to 16 standard deviations of the scores. Source: Guo et al. 2017, "On calibration of modern
-    neural networks".
+    With `over_time`, it is the prediction after each time step, [T, B].
     """
-    scores = digit_scores(spk, mem, readout).flatten(0, 1)
-    labels = labels.expand(len(spk), -1).flatten()
+    scores = digit_scores(spk, mem, "membrane")
+    if readout != "membrane":
+        tied = leaders(digit_scores(spk, mem, readout))
+        scores = scores.masked_fill(~tied, -torch.inf)
+    predictions = scores.argmax(-1)
+    return predictions if over_time else predictions[-1]
+
+
+def fit_temperature(scores: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the temperature that minimizes the mean cross entropy of scores / temperature.
+
+    The mean is over scores [T, B, 10] and labels [B] of all time steps and recordings. Searched
+    from 1/64 to 16 standard deviations of the scores. Source: Guo et al. 2017, "On calibration of
+    modern neural networks".
+    """
+    labels = labels.expand(len(scores), -1).flatten()
+    scores = scores.flatten(0, 1)
     scale = scores.std().item() or 1.0  # 0 if the output neurons are silent
+    if not math.isfinite(scale):  # of a network that diverged
+        return math.nan
 
-    def loss(quarter_octaves: int) -> float:
-        return F.cross_entropy(scores / (scale * 2 ** (quarter_octaves / 4)), labels).item()
+    def loss(log_temperature: float) -> float:
+        return F.cross_entropy(scores / math.exp(log_temperature), labels).item()
 
-    return scale * 2 ** (min(range(-24, 17), key=loss) / 4)
+    bounds = math.log(scale / 64), math.log(scale * 16)
+    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
 
 
 # --- Neurons over time ----------------------------------------------------------------------------
 
 
-class OverTime(nn.Module):
-    """Runs any snnTorch neuron over a whole sequence, step by step.
+class NeuronLayer(nn.Module):
+    """Runs a neuron over a whole sequence, from rest.
 
-        spk, mem = OverTime(snn.Leaky(beta=0.5))(cur)   # all three [T, B, ...]
+        layer = NeuronLayer(snn.Leaky(beta=0.5, spike_grad=FastSigmoid(5)))
+        spk, mem = layer(cur, T)    # all three [T * B, ...]
 
-    The neuron starts each sequence with zero state, and is left with it. Raises `TypeError` for a
-    module that is no snnTorch neuron.
+    It takes any of snnTorch's neurons that are stepped and keep their state: they have `mem` and
+    `reset_mem`. Raises `NetworkError` for any other. Neurons that the compiled kernels know
+    (`has_kernel`) run by these, unless `fused` is set to False; all others run step by step.
     """
 
     def __init__(self, neuron: snn.SpikingNeuron):
         super().__init__()
-        if not (isinstance(neuron, snn.SpikingNeuron) and hasattr(neuron, "reset_mem")):
+        keeps_state = hasattr(neuron, "mem") and hasattr(neuron, "reset_mem")
+        if not isinstance(neuron, snn.SpikingNeuron) or not keeps_state:
             name = type(neuron).__name__
-            raise TypeError(f"{name} is no snnTorch neuron with a reset_mem method")
+            raise NetworkError(f"{name} is not a neuron of snnTorch with mem and reset_mem")
         self.neuron = neuron
+        self.fused = has_kernel(neuron)
 
-    def forward(self, cur):
-        self.neuron.reset_mem()  # snntorch.utils.reset would miss neurons of a deep copy
-        spks, mems = [], []
-        for step_cur in cur.float():  # potentials in bfloat16 stand still at small currents
-            out = self.neuron(step_cur)
-            spks.append(out[0] if isinstance(out, tuple) else out)
-            mems.append(self.neuron.mem)
-        self.neuron.reset_mem()  # which lets go of the gradients' graph
-        return stack_steps(spks).to(cur.dtype), stack_steps(mems).to(cur.dtype)
+    def forward(self, cur, T):
+        if self.fused and not torch.compiler.is_compiling():  # which cannot see into the kernels
+            return run_kernels(self.neuron, cur, T)
+        return run_steps(self.neuron, cur, T)
 
 
-class Fused(OverTime):
-    """Runs a neuron like `OverTime` by compiled kernels, several times as fast.
+def run_steps(neuron: snn.SpikingNeuron, cur: torch.Tensor, T: int):
+    """Step a neuron through cur [T * B, ...]; return (spk, mem), both [T * B, ...]."""
+    neuron.reset_mem()  # snntorch.utils.reset would miss neurons of a deep copy
+    spks, mems = [], []
+    # In float32: potentials in bfloat16 stand still at small currents.
+    for step_cur in cur.float().unflatten(0, (T, -1)):
+        out = neuron(step_cur)
+        spks.append(out[0] if isinstance(out, tuple) else out)
+        mems.append(neuron.mem)
+    neuron.reset_mem()  # which lets go of the gradients' graph
+    return torch.cat(spks).to(cur.dtype), torch.cat(mems).to(cur.dtype)
 
-    It takes `snn.Leaky`, `snn.Synaptic` and `ALIF` with scalar parameters, of which `beta` may be
-    learned, reset by subtraction, and `FastSigmoid`. Raises `ValueError` for anything else.
+
+def run_kernels(neuron: snn.SpikingNeuron, cur: torch.Tensor, T: int):
+    """Do the same as `run_steps` by compiled kernels, several times as fast."""
+    is_image = cur.dim() == 4
+    if is_image:  # [T * B, C, H, W] in channels_last format, which is contiguous as [..., H, W, C]
+        cur = cur.permute(0, 2, 3, 1)
+    sequence = cur.contiguous().view(T, -1)
+    outputs = FusedNeuron.apply(sequence, neuron.spike_grad.slope, *kernel_parameters(neuron))
+    spk, mem = (x.view(cur.shape) for x in outputs)
+    if is_image:
+        return spk.permute(0, 3, 1, 2), mem.permute(0, 3, 1, 2)
+    return spk, mem
+
+
+def has_kernel(neuron: snn.SpikingNeuron) -> bool:
+    """Return whether the kernels know all that a neuron does.
+
+    They know `snn.Leaky`, `snn.Synaptic` and `ALIF` with scalar parameters, of which beta alone may
+    be learned, reset by subtraction, `FastSigmoid` and no other option.
     """
-
-    def __init__(self, neuron: snn.SpikingNeuron):
-        super().__init__(neuron)
-        if not can_fuse(neuron):
-            raise ValueError(
-                "Fused runs snn.Leaky, snn.Synaptic and ALIF with scalar parameters, of which beta "
-                "alone is learned, reset by subtraction, FastSigmoid and no other option: "
-                f"run this {type(neuron).__name__} by OverTime (neuron_backend step)"
-            )
-
-    def forward(self, cur):
-        neuron = self.neuron
-        beta = neuron.beta.clamp(0, 1)  # as snnTorch does, and with Synaptic's alpha
-        alpha, zero = getattr(neuron, "alpha", None), torch.zeros_like(beta)
-        if isinstance(neuron, ALIF):
-            params = beta, neuron.threshold, zero, alpha, neuron.adapt_scale
-        elif isinstance(neuron, snn.Synaptic):
-            params = beta, neuron.threshold, alpha.clamp(0, 1), zero, zero
-        else:
-            params = beta, neuron.threshold, None, None, None
-        cur = channels_last(cur)
-        slope = neuron.spike_grad.slope
-        outputs = FusedNeuron.apply(cur.flatten(1).contiguous(), slope, *params)
-        return tuple(channels_first(x.view(cur.shape)) for x in outputs)
-
-
-def can_fuse(neuron: snn.SpikingNeuron) -> bool:
-    """Return whether the kernels know all that a neuron does."""
     parameters = ("alpha", "beta", "threshold", "adapt_scale", "graded_spikes_factor")
     values = [getattr(neuron, name) for name in parameters if hasattr(neuron, name)]
     options = ("inhibition", "state_quant", "init_hidden", "output")
@@ -430,6 +476,30 @@ def can_fuse(neuron: snn.SpikingNeuron) -> bool:
     )
 
 
+def stepped_layers(network: SpikingNetwork) -> list[str]:
+    """Return the layers that run step by step, with their kind of neuron: 'lif1 (Lapicque)'."""
+    stepped = []
+    for name, layer in network.neuron_layers().items():
+        if isinstance(layer, NeuronLayer) and not layer.fused:
+            stepped.append(f"{name} ({type(layer.neuron).__name__})")
+    return stepped
+
+
+def describe_backend(network: SpikingNetwork) -> str:
+    """Return how neurons run: 'fused', 'fused, uncompiled', 'step', or 'ReLU' without spikes.
+
+    Where no kernel knows some of the neurons, it is 'fused, but step by step: lif1 (Lapicque)'.
+    """
+    if network.config.no_spikes:
+        return "ReLU"
+    layers, stepped = list(network.neuron_layers().values()), stepped_layers(network)
+    if len(stepped) == len(layers):
+        return "step"
+    forward, _ = compiled_kernels(layers[0].neuron.threshold.device, network.dtype)
+    text = "fused, uncompiled" if forward is forward_kernel else "fused"
+    return f"{text}, but step by step: {', '.join(stepped)}" if stepped else text
+
+
 @dataclass(frozen=True)
 class FastSigmoid:
     """`snntorch.surrogate.fast_sigmoid(slope)` that can be pickled, and asked for its slope.
@@ -437,7 +507,7 @@ class FastSigmoid:
     Spikes where x > 0; the gradient is 1 / (1 + slope |x|)^2 (Zenke and Ganguli 2018).
     """
 
-    slope: float = SpikingNetwork.slope
+    slope: float
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return surrogate.FastSigmoid.apply(x, self.slope)
@@ -483,8 +553,9 @@ class ALIF(snn.SpikingNeuron):
 
     def reset_mem(self):
         """Set the state to zero, and return it."""
-        states = self.spk, self.adapt, self.mem
-        self.spk, self.adapt, self.mem = (torch.zeros_like(x) for x in states)
+        self.spk = torch.zeros_like(self.spk)
+        self.adapt = torch.zeros_like(self.adapt)
+        self.mem = torch.zeros_like(self.mem)
         return self.spk, self.adapt, self.mem
 
     def forward(self, input_, spk=None, adapt=None, mem=None):
@@ -512,14 +583,14 @@ class ALIF(snn.SpikingNeuron):
         return self.threshold_at(torch.stack(adapt))
 
 
+# --- Other layers ---------------------------------------------------------------------------------
+
+
 class WithoutSpikes(nn.Module):
     """A ReLU in the place of neurons: returns (relu(cur), cur), as they return (spk, mem)."""
 
-    def forward(self, cur):
+    def forward(self, cur, T):
         return torch.relu(cur), cur
-
-
-# --- Other layers ---------------------------------------------------------------------------------
 
 
 class ConvPool(nn.Conv2d):
@@ -536,52 +607,22 @@ class ConvPool(nn.Conv2d):
 
 
 class TimeSharedDropout(nn.Dropout):
-    """Dropout with one mask for all steps of a recording: spk [T, B, N] -> [T, B, N].
+    """Dropout with one mask for all steps of a recording: spk [T * B, N] -> [T * B, N].
 
     A neuron is dropped for a whole recording, as in SpikingJelly's multi-step `Dropout`.
     """
 
-    def forward(self, spk):
-        return spk * super().forward(torch.ones_like(spk[0])) if self.training else spk
+    def forward(self, spk, T):
+        if not self.training:
+            return spk
+        spk = spk.unflatten(0, (T, -1))
+        mask = super().forward(torch.ones_like(spk[0]))
+        return (spk * mask).flatten(0, 1)
 
 
 def sum_pool(x: torch.Tensor) -> torch.Tensor:
     """Count the spikes in each window (2 x 2): x [F, C, H, W] -> [F, C, H // 2, W // 2]."""
     return F.avg_pool2d(x, 2, divisor_override=1)
-
-
-def each_frame(x: torch.Tensor, *layers: Callable) -> torch.Tensor:
-    """Apply layers without time to all steps at once: x [T, B, ...] as [T * B, ...]."""
-    out = x.flatten(0, 1)
-    for layer in layers:
-        out = layer(out)
-    return out.unflatten(0, x.shape[:2])
-
-
-# Images are indexed [T, B, C, H, W] but stored [T, B, H, W, C], as `torch.channels_last` frames:
-# pooling and the backward pass of convolutions are several times faster on a CPU that way.
-
-
-def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """View images [T, B, C, H, W] as [T, B, H, W, C], uncopied; return anything else as it is."""
-    return x.movedim(2, -1) if x.dim() == 5 else x
-
-
-def channels_first(x: torch.Tensor) -> torch.Tensor:
-    """View images [T, B, H, W, C] as [T, B, C, H, W]; return anything else as it is."""
-    return x.movedim(-1, 2) if x.dim() == 5 else x
-
-
-def flatten_images(x: torch.Tensor) -> torch.Tensor:
-    """Flatten images [T, B, C, H, W] in the order in which they are stored: [T, B, H * W * C]."""
-    return channels_last(x).flatten(2)
-
-
-def stack_steps(steps: list[torch.Tensor]) -> torch.Tensor:
-    """Stack steps [B, ...] along a new first dimension, images in channels-last format."""
-    if steps[0].dim() == 4:
-        return channels_first(torch.stack([step.movedim(1, -1) for step in steps]))
-    return torch.stack(steps)
 
 
 # --- Compiled kernels: may be skipped -------------------------------------------------------------
@@ -594,77 +635,110 @@ def stack_steps(steps: list[torch.Tensor]) -> torch.Tensor:
 STEPS_PER_CALL = 5
 
 
+class Parameters(NamedTuple):
+    """What the kernels know of a neuron, scalar tensors; of `snn.Leaky` it is the first two alone.
+
+    I_syn[t] = syn_alpha I_syn[t-1] + I[t]
+    a[t] = adapt_alpha a[t-1] + (1 - adapt_alpha) S[t-1]
+    threshold[t] = threshold + adapt_scale a[t]
+    U[t] = beta U[t-1] + I_syn[t] - S[t-1] threshold[t-1]
+    S[t] = (U[t] > threshold[t])
+    """
+
+    beta: torch.Tensor
+    threshold: torch.Tensor
+    syn_alpha: torch.Tensor | None = None
+    adapt_alpha: torch.Tensor | None = None
+    adapt_scale: torch.Tensor | None = None
+
+
+def kernel_parameters(neuron: snn.SpikingNeuron) -> Parameters:
+    """Return the parameters of a neuron that `has_kernel`."""
+    beta, threshold = neuron.beta.clamp(0, 1), neuron.threshold  # clamped as snnTorch does
+    if isinstance(neuron, snn.Leaky):
+        return Parameters(beta, threshold)
+    zero = torch.zeros_like(beta)
+    if isinstance(neuron, snn.Synaptic):
+        return Parameters(beta, threshold, neuron.alpha.clamp(0, 1), zero, zero)
+    return Parameters(beta, threshold, zero, neuron.alpha, neuron.adapt_scale)
+
+
 class FusedNeuron(torch.autograd.Function):
     """Neurons over a sequence: cur [T, N] -> (spk, mem), both [T, N].
 
-        I_syn[t] = syn_alpha I_syn[t-1] + I[t]
-        a[t] = adapt_alpha a[t-1] + (1 - adapt_alpha) S[t-1]
-        threshold[t] = threshold + adapt_scale a[t]
-        U[t] = beta U[t-1] + I_syn[t] - S[t-1] threshold[t-1]
-        S[t] = (U[t] > threshold[t])
-
-    `snn.Synaptic` has adapt_scale = 0, `ALIF` syn_alpha = 0; `snn.Leaky` has None for both and for
-    adapt_alpha. Gradients reach `cur` and `beta`. The state between steps is always float32.
+    Gradients reach `cur` and beta. The state between steps is always float32.
     """
 
     @staticmethod
-    def forward(ctx, cur, slope, *params):  # beta, threshold, syn_alpha, adapt_alpha, adapt_scale
+    def forward(ctx, cur, slope, *parameters):
+        p = Parameters(*[plain(x) for x in parameters])
+        kernel, _ = compiled_kernels(cur.device, cur.dtype)
+        spk, mem, adapt = run_forward(kernel, cur, p)
         ctx.set_materialize_grads(False)
-        params = tuple(plain(x) for x in params)
-        forward, _ = kernels(cur.device, cur.dtype)
-        spk, mem, adapt = run_forward(forward, cur, params)
-        ctx.save_for_backward(spk, mem, adapt, *params)
+        ctx.save_for_backward(spk, mem, adapt, *p)
         ctx.slope = slope
         return spk, mem
 
     @staticmethod
     def backward(ctx, grad_spk, grad_mem):
         if torch.is_grad_enabled():  # once_differentiable lets torch.autograd.grad pass in silence
-            raise RuntimeError("Fused has no second derivative: use OverTime (neuron_backend step)")
-        spk, mem, adapt, *params = ctx.saved_tensors
-        grad_spk = torch.zeros_like(spk) if grad_spk is None else grad_spk.contiguous()
-        # Without gradients of mem, grad_spk times 0 stands in: no other variant is compiled.
-        scales = (0.0 if grad_mem is None else 1.0, ctx.slope)
+            raise RuntimeError("kernels have no second derivative: use neuron_backend 'step'")
+        spk, mem, adapt, *parameters = ctx.saved_tensors
+        p = Parameters(*parameters)
+        # Without gradients of mem, those of spk stand in, times 0: no other variant is compiled.
         # torch.full, since torch.tensor would synchronize with a GPU.
-        scales = tuple(torch.full((), x, device=spk.device) for x in scales)
+        mem_factor = torch.full((), 0.0 if grad_mem is None else 1.0, device=spk.device)
+        slope = torch.full((), ctx.slope, device=spk.device)
+        grad_spk = torch.zeros_like(spk) if grad_spk is None else grad_spk.contiguous()
         grad_mem = grad_spk if grad_mem is None else grad_mem.contiguous()
         grad_cur = torch.empty_like(spk)
-        state = (*zeros(spk, 1), *((None, None) if adapt is None else zeros(spk, 2)))
+        grad_syn = None if adapt is None else zeros(spk)
+        grad_adapt = None if adapt is None else zeros(spk)
         grad_beta = prev_mem = None
         if ctx.needs_input_grad[2]:
-            (grad_beta,) = zeros(spk, 1)
+            grad_beta = zeros(spk)
             prev_mem = torch.cat([torch.zeros_like(mem[:1]), mem[:-1]])
-        _, backward = kernels(spk.device, spk.dtype)
-        for steps in reversed(time_chunks(spk)):
-            grads = plain(grad_spk[steps]), plain(grad_mem[steps])
-            outputs = (None if x is None else plain(x[steps]) for x in (spk, mem, adapt, prev_mem))
-            state, grad_beta = backward(
-                unbind(grad_cur[steps]), grads, scales, *outputs, state, grad_beta, tuple(params)
-            )
-        grad_beta = None if grad_beta is None else grad_beta.sum()
-        return grad_cur, None, grad_beta, None, None, None, None
+        state = zeros(spk), grad_syn, grad_adapt, grad_beta
+        _, kernel = compiled_kernels(spk.device, spk.dtype)
+        for steps in reversed(time_chunks(len(spk))):
+            sequences = grad_spk, grad_mem, spk, mem, adapt, prev_mem
+            inputs = [None if x is None else plain(x[steps]) for x in sequences]
+            state = kernel(unbind(grad_cur[steps]), *inputs, state, mem_factor, slope, p)
+        *_, grad_beta = state
+        return grad_cur, None, None if grad_beta is None else grad_beta.sum(), *[None] * 4
 
 
-def neuron_forward(cur, spks, mems, adapts, state, params):
+def run_forward(kernel: Callable, cur: torch.Tensor, p: Parameters):
+    """Run `forward_kernel`, compiled or not, over all steps: cur [T, N] -> (spk, mem, adapt)."""
+    spk, mem, adapt = torch.empty_like(cur), torch.empty_like(cur), None
+    state = zeros(cur), zeros(cur), None, None
+    if p.adapt_scale is not None:  # not for snn.Leaky
+        adapt = torch.empty_like(cur)
+        state = zeros(cur), zeros(cur), zeros(cur), zeros(cur)
+    for steps in time_chunks(len(cur)):
+        adapts = None if adapt is None else unbind(adapt[steps])
+        state = kernel(plain(cur[steps]), unbind(spk[steps]), unbind(mem[steps]), adapts, state, p)
+    return spk, mem, adapt
+
+
+def forward_kernel(cur, spks, mems, adapts, state, p: Parameters):
     """Run neurons over the steps of cur [steps, N]; fill the lists of tensors [N] with the outputs.
 
-    `state` is (mem, spk, syn, adapt) after the step before, float32 [N]; `params` are those of
-    `FusedNeuron`. Returns the new state.
+    `state` is (mem, spk, syn, adapt) after the step before, float32 [N]. Returns the new state.
     """
-    beta, threshold, syn_alpha, adapt_alpha, adapt_scale = params
     mem, spk, syn, adapt = state
-    leaky = adapt_scale is None  # neither synaptic current nor adaptation
-    threshold_now = threshold if leaky else threshold + adapt_scale * adapt
+    leaky = p.adapt_scale is None  # neither synaptic current nor adaptation
+    threshold = p.threshold if leaky else p.threshold + p.adapt_scale * adapt
     for t in range(len(spks)):
         current = cur[t].float()
         if not leaky:
-            syn = current = syn_alpha * syn + current
-        mem = beta * mem + current - spk * threshold_now
+            syn = current = p.syn_alpha * syn + current
+        mem = p.beta * mem + current - spk * threshold
         if not leaky:
-            adapt = adapt_alpha * adapt + (1 - adapt_alpha) * spk
-            threshold_now = threshold + adapt_scale * adapt
+            adapt = p.adapt_alpha * adapt + (1 - p.adapt_alpha) * spk
+            threshold = p.threshold + p.adapt_scale * adapt
             adapts[t].copy_(adapt)
-        spk = (mem > threshold_now).float()
+        spk = (mem > threshold).float()
         spks[t].copy_(spk)
         mems[t].copy_(mem)
     return mem, spk, syn, adapt
@@ -681,102 +755,80 @@ def neuron_forward(cur, spks, mems, adapts, state, params):
 #     dbeta         = the sum of dU[t] U[t-1]
 
 
-def neuron_backward(
-    grad_curs, grads, scales, spks, mems, adapts, prev_mems, state, grad_beta, params
+def backward_kernel(
+    grad_curs, grad_spks, grad_mems, spks, mems, adapts, prev_mems, state, mem_factor, slope, p
 ):
     """Run the gradients back over a few steps; fill the list `grad_curs` of tensors [N].
 
-    `grads` are those of (spk, mem), [steps, N]; `scales` are a factor of the second and the slope.
-    `spks`, `mems` and `adapts` [steps, N] are those of the forward pass. If beta is learned,
-    `prev_mems` are the potentials one step earlier, and `grad_beta` [N] is its gradient so far.
-    `state` is (grad_mem, grad_syn, grad_adapt), above dU, dI_syn and da, of the step after.
-    Returns the new state and grad_beta.
+    `grad_spks` and `grad_mems`, which is multiplied by `mem_factor`, are those of the outputs
+    `spks` and `mems` of the forward pass, all [steps, N]. If beta is learned, `prev_mems` are the
+    potentials one step earlier. `state` is (grad_mem, grad_syn, grad_adapt, grad_beta), above dU,
+    dI_syn, da and dbeta, of the step after, float32 [N]. Returns the new state.
     """
-    beta, threshold, syn_alpha, adapt_alpha, adapt_scale = params
-    grad_mem_scale, slope = scales
-    grad_spks, grad_mems = grads
-    grad_mem, grad_syn, grad_adapt = state
-    leaky = adapt_scale is None
+    grad_mem, grad_syn, grad_adapt, grad_beta = state
+    leaky = p.adapt_scale is None
+    threshold = p.threshold
     for t in reversed(range(len(grad_curs))):
         grad_spk = grad_spks[t].float()
-        threshold_now = threshold
         if not leaky:
-            grad_spk = grad_spk + (1 - adapt_alpha) * grad_adapt
-            threshold_now = threshold + adapt_scale * adapts[t].float()
-        grad_fire = grad_spk / (1 + slope * (mems[t].float() - threshold_now).abs()) ** 2
+            grad_spk = grad_spk + (1 - p.adapt_alpha) * grad_adapt
+            threshold = p.threshold + p.adapt_scale * adapts[t].float()
+        grad_fire = grad_spk / (1 + slope * (mems[t].float() - threshold).abs()) ** 2
         grad_threshold = -grad_fire - spks[t].float() * grad_mem  # grad_mem is still dU[t+1]
-        grad_mem = beta * grad_mem + grad_fire
-        grad_mem = grad_mem + grad_mem_scale * grad_mems[t].float()
+        grad_mem = p.beta * grad_mem + grad_fire
+        grad_mem = grad_mem + mem_factor * grad_mems[t].float()
         if grad_beta is not None:
             grad_beta = grad_beta + grad_mem * prev_mems[t].float()
         if leaky:
             grad_curs[t].copy_(grad_mem)
         else:
-            grad_adapt = adapt_alpha * grad_adapt + adapt_scale * grad_threshold
-            grad_syn = syn_alpha * grad_syn + grad_mem
+            grad_adapt = p.adapt_alpha * grad_adapt + p.adapt_scale * grad_threshold
+            grad_syn = p.syn_alpha * grad_syn + grad_mem
             grad_curs[t].copy_(grad_syn)
-    return (grad_mem, grad_syn, grad_adapt), grad_beta
-
-
-def run_forward(forward: Callable, cur, params):
-    """Run `neuron_forward`, compiled or not, over all steps: cur [T, N] -> (spk, mem, adapt)."""
-    spk, mem, adapt = torch.empty_like(cur), torch.empty_like(cur), None
-    state = (*zeros(cur, 2), None, None)
-    if params[-1] is not None:  # not for snn.Leaky
-        adapt, state = torch.empty_like(cur), tuple(zeros(cur, 4))
-    for steps in time_chunks(cur):
-        outputs = (None if x is None else unbind(x[steps]) for x in (spk, mem, adapt))
-        state = forward(plain(cur[steps]), *outputs, state, params)
-    return spk, mem, adapt
+    return grad_mem, grad_syn, grad_adapt, grad_beta
 
 
 @functools.cache
-def kernels(device: torch.device, dtype: torch.dtype) -> tuple[Callable, Callable]:
+def compiled_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Callable, Callable]:
     """Return the forward and the backward kernel, compiled for all shapes at their first call.
 
     The forward one is tried on zeros; where that fails, both are returned as they are, and a
     warning says so.
     """
     options = {"dynamic": True, "fullgraph": True, "recompile_limit": 256}
-    forward, backward = (torch.compile(k, **options) for k in (neuron_forward, neuron_backward))
+    forward = torch.compile(forward_kernel, **options)
+    backward = torch.compile(backward_kernel, **options)
     neurons = 16 if device.type == "cpu" else 2**18  # Triton chooses its blocks at the first call
-    half, one = (torch.tensor(x, device=device) for x in (0.5, 1.0))
+    cur = torch.zeros(STEPS_PER_CALL, neurons, device=device, dtype=dtype)
+    half, one = torch.tensor(0.5, device=device), torch.tensor(1.0, device=device)
     try:
-        cur = torch.zeros(STEPS_PER_CALL, neurons, device=device, dtype=dtype)
-        run_forward(forward, cur, (half, one, None, None, None))
+        run_forward(forward, cur, Parameters(beta=half, threshold=one))
     except Exception as error:  # compilers fail in many ways
-        print(
-            "WARNING: neurons run uncompiled, with the same results but several times slower: "
-            "compiling needs a C++ compiler (g++) or Triton, and a folder for its cache "
-            f"({str(error).partition(chr(10))[0]})",
-            file=sys.stderr,
+        warn(
+            "neurons run uncompiled, with the same results but several times slower: compiling "
+            "needs a C++ compiler (g++) or Triton, and a folder for its cache "
+            f"({str(error).partition(chr(10))[0]})"
         )
-        return neuron_forward, neuron_backward
+        return forward_kernel, backward_kernel
     return forward, backward
 
 
-def describe_backend(network: SpikingNetwork) -> str:
-    """Return how neurons run: 'fused', 'fused, uncompiled', 'step', or 'ReLU' without spikes."""
-    if network.config.no_spikes:
-        return "ReLU"
-    if network.neuron_backend == "fused":
-        forward, _ = kernels(network.fc_out.weight.device, network.dtype)
-        return "fused, uncompiled" if forward is neuron_forward else "fused"
-    return network.neuron_backend
+@functools.cache  # once
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    print(f"WARNING: {text}", file=sys.stderr)
 
 
-def time_chunks(x: torch.Tensor) -> list[slice]:
-    """Cut the steps of x [T, N] into calls of `STEPS_PER_CALL`, and single ones for the rest."""
-    if not x.numel():
-        return []
-    whole = len(x) - len(x) % STEPS_PER_CALL
+def time_chunks(T: int) -> list[slice]:
+    """Cut T steps into calls of `STEPS_PER_CALL`, and single ones for the rest."""
+    whole = T - T % STEPS_PER_CALL
     chunks = [slice(t, t + STEPS_PER_CALL) for t in range(0, whole, STEPS_PER_CALL)]
-    return chunks + [slice(t, t + 1) for t in range(whole, len(x))]
+    return chunks + [slice(t, t + 1) for t in range(whole, T)]
 
 
-def zeros(x: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """Return `count` tensors of zeros [N], in float32, for x [T, N]."""
-    return [torch.zeros(x.shape[1], device=x.device) for _ in range(count)]
+def zeros(x: torch.Tensor) -> torch.Tensor:
+    """Return zeros [N], in float32, for x [T, N]."""
+    return torch.zeros(x.shape[1], device=x.device)
 
 
 def plain(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -801,60 +853,82 @@ class ActivityMeter:
 
         with ActivityMeter(network) as meter:
             network(frames)
-        meter.outputs["lif1"]       # (spk, mem) of the last pass
+        meter.outputs["lif1"]       # (spk, mem) of the last pass, both [T, B, ...]
         meter.layers()              # means over all recordings that passed
 
-    A layer is named by its neurons, and includes the connections that lead to them. Synaptic
-    operations are its input spikes times their connections; an event counts as a spike of the
-    sensor's pixel. MACs are the multiply-accumulates of the same network without spikes, where
-    every connection is used at every step. Connections to the padding around an image are not
-    counted, nor are the neurons' own operations.
+    A layer is one of neurons, with the connections (`nn.Conv2d`, `ConvPool`, `nn.Linear`) that run
+    before it; layers stand in the order in which they run. The synaptic operations of a connection
+    are what enters it (events, spikes, sums of spikes) times the outputs that this reaches. MACs
+    are the multiply-accumulates of the same network without spikes, where every connection is used
+    at every step. Padding around an image, biases and the neurons' own operations are left out.
+    `not_counted` names what else has connections: neurons with layers of their own, other kinds of
+    layers, and layers that do not run on [T * B, ...] or run after the last neurons.
     """
 
     def __init__(self, network: SpikingNetwork):
         self.network = network
         self.outputs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.num_recordings = 0
-        self._inputs: list[tuple[nn.Module, torch.Tensor]] = []  # since the last neuron layer
-        self._fan_outs: dict[nn.Module, torch.Tensor] = {}  # of one channel: equal for all
+        self.not_counted: set[str] = set()
+        self._reached: dict[tuple, torch.Tensor] = {}  # by connection and shape of its input
+        self._waiting = []  # (name, operations [T * B], MACs) of connections since the last neurons
+        self._spikes: dict[str, torch.Tensor] = {}  # [T]: of all recordings
+        self._operations: dict[str, list[torch.Tensor]] = {}  # of each batch: [T, B]
         self._macs: dict[str, float] = {}  # per recording and time step
-        self._spikes = {name: 0.0 for name in network.neuron_layers()}  # [T]: of all recordings
-        self._operations = {name: [] for name in self._spikes}  # of each batch: [T, B]
 
     def __enter__(self):
-        self._hooks = [
-            layer.register_forward_hook(functools.partial(self._count, name))
-            for name, layer in self.network.neuron_layers().items()
-        ]
-        for module in self.network.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                self._hooks.append(module.register_forward_pre_hook(self._note_input))
+        self._hooks = [self.network.register_forward_hook(self._end_pass)]
+        inside_neurons = set()
+        for name, module in self.network.named_modules():
+            method = None
+            if module in inside_neurons:
+                continue
+            if isinstance(module, NeuronLayer | WithoutSpikes):
+                method = self._measure_neurons
+                inside_neurons.update(module.modules())
+                if isinstance(module, NeuronLayer) and list(module.neuron.children()):
+                    self.not_counted.add(name)
+            elif is_counted(module):
+                method = self._measure_connection
+            elif any(p.dim() > 1 for p in module.parameters(recurse=False)):
+                self.not_counted.add(name or "the network itself")
+            if method:
+                self._hooks.append(module.register_forward_hook(functools.partial(method, name)))
         return self
 
     def __exit__(self, *_):
         for hook in self._hooks:
             hook.remove()
 
-    def _note_input(self, module, inputs):
-        self._inputs.append((module, inputs[0].detach()))
+    def _measure_connection(self, name, module, inputs, output):
+        x = inputs[0].detach()
+        key = name, x.shape[1:]
+        if key not in self._reached:
+            self._reached[key] = outputs_reached(module, x.shape[1:], output.shape[1:])
+        reached = self._reached[key]
+        # Over the channels first, as all reach as many outputs: float32 counts exactly to 2^24.
+        sent = x.sum(1, dtype=torch.float32).cpu() * reached[0]
+        self._waiting.append((name, sent.view(len(x), -1).sum(1), float(reached.sum())))
 
-    def _count(self, name, _layer, _inputs, outputs):
-        spk, mem = (x.detach().float() for x in outputs)
+    def _measure_neurons(self, name, _layer, inputs, outputs):
+        _, T = inputs
+        spk, mem = (x.detach().float().unflatten(0, (T, -1)) for x in outputs)
         self.outputs[name] = spk, mem
-        if name == next(iter(self._spikes)):
-            self.num_recordings += spk.shape[1]
-        # Over the recordings first: float32 counts exactly to 2^24, and a layer may fire more.
-        self._spikes[name] += spk.sum(1).flatten(1).cpu().sum(1, dtype=torch.float64)
-        operations = torch.zeros(spk.shape[0] * spk.shape[1], dtype=torch.float64, device="cpu")
+        spikes = spk.sum(1).flatten(1).cpu().sum(1, dtype=torch.float64)
+        self._spikes[name] = self._spikes.get(name, 0) + spikes
+        total = torch.zeros(T * spk.shape[1], dtype=torch.float64, device="cpu")
         self._macs[name] = 0.0
-        for module, x in self._inputs:
-            if module not in self._fan_outs:
-                self._fan_outs[module] = fan_out(module, x.shape[1:])[0]
-            sent = x.sum(1, dtype=torch.float32).cpu() * self._fan_outs[module]
-            operations += sent.view(len(x), -1).sum(1)
-            self._macs[name] += x.shape[1] * float(self._fan_outs[module].sum())
-        self._inputs.clear()
-        self._operations[name].append(operations.view(spk.shape[:2]))
+        for connection, operations, macs in self._waiting:
+            if len(operations) == len(total):
+                total += operations
+                self._macs[name] += macs
+            else:
+                self.not_counted.add(connection)
+        self._operations.setdefault(name, []).append(total.view(T, -1))
+        self._waiting.clear()
+
+    def _end_pass(self, *_):
+        self.not_counted.update(name for name, _, _ in self._waiting)
+        self._waiting.clear()
 
     def operations(self, layer: str) -> torch.Tensor:
         """Return a layer's synaptic operations for each recording at each time step, [T, N]."""
@@ -863,7 +937,7 @@ class ActivityMeter:
     def firing_rate(self, layer: str) -> torch.Tensor:
         """Return a layer's spikes per neuron at each time step, [T]."""
         neurons = self.outputs[layer][0][0, 0].numel()
-        return self._spikes[layer] / (self.num_recordings * neurons)
+        return self._spikes[layer] / (neurons * self.operations(layer).shape[1])
 
     def layers(self) -> dict[str, dict[str, float]]:
         """Return by layer: neurons and firing rate; synaptic operations and MACs per recording.
@@ -871,9 +945,8 @@ class ActivityMeter:
         Without spikes, it is neurons and MACs alone.
         """
         result = {}
-        for name, macs in self._macs.items():
-            spk = self.outputs[name][0]
-            result[name] = {"neurons": spk[0, 0].numel(), "macs": len(spk) * macs}
+        for name, (spk, _) in self.outputs.items():
+            result[name] = {"neurons": spk[0, 0].numel(), "macs": len(spk) * self._macs[name]}
             if not self.network.config.no_spikes:
                 result[name]["firing_rate"] = self.firing_rate(name).mean().item()
                 operations = self.operations(name).sum(0).mean().item()
@@ -884,6 +957,32 @@ class ActivityMeter:
         """Return the mean synaptic operations of recordings that end at `step` [N], from 1."""
         total = sum(self.operations(name) for name in self._operations)
         return total.cumsum(0).gather(0, step[None] - 1).mean().item()
+
+
+def is_counted(module: nn.Module) -> bool:
+    """Return whether `outputs_reached` knows a kind of layer."""
+    if isinstance(module, nn.Conv2d):
+        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return isinstance(module, nn.Linear)
+
+
+def outputs_reached(module: nn.Module, in_shape: torch.Size, out_shape: torch.Size) -> torch.Tensor:
+    """Return how many outputs of a layer each element of its input reaches, of `in_shape`.
+
+    For a convolution this is the transposed convolution of ones, as in sinabs; of zeros where its
+    outputs are in no pooling window, as an odd last row.
+    """
+    options = {"dtype": torch.float64, "device": "cpu"}
+    if isinstance(module, nn.Linear):
+        return torch.full(in_shape, float(module.out_features), **options)
+    out = torch.ones(1, *out_shape, **options)
+    if isinstance(module, ConvPool):
+        channels, height, width = out_shape
+        out = torch.zeros(1, channels, *in_shape[1:], **options)
+        out[:, :, : 2 * height, : 2 * width] = 1
+    geometry = module.stride, module.padding, module.dilation, module.groups
+    weight = torch.ones(module.weight.shape, **options)
+    return torch.nn.grad.conv2d_input((1, *in_shape), weight, out, *geometry)[0]
 
 
 def energy_uj(layers: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -899,21 +998,3 @@ def energy_uj(layers: dict[str, dict[str, float]]) -> dict[str, float]:
         operations = sum(layer["synaptic_operations"] for layer in layers.values())
         energy = {"spiking": ADDITION_PJ * operations / 1e6} | energy
     return energy
-
-
-def fan_out(layer: nn.Conv2d | nn.Linear, shape: torch.Size) -> torch.Tensor:
-    """Return how many outputs of `layer` each element of an input of `shape` (no batch) reaches.
-
-    With all weights 1, this is the gradient of the sum of its outputs: in float64, a whole number.
-    """
-    options = {"dtype": torch.float64, "device": "cpu"}
-    x = torch.zeros(1, *shape, **options, requires_grad=True)
-    ones = torch.ones(layer.weight.shape, **options)
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        if isinstance(layer, nn.Linear):
-            out = F.linear(x, ones)
-        else:
-            out = F.conv2d(x, ones, None, layer.stride, layer.padding)
-        if isinstance(layer, ConvPool):  # an odd last row or column is in no window
-            out = out[..., : out.shape[2] // 2 * 2, : out.shape[3] // 2 * 2]
-        return torch.autograd.grad(out.sum(), x)[0][0]

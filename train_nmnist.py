@@ -28,6 +28,7 @@ import numpy as np
 import snntorch.functional as SF
 import torch
 from sklearn.metrics import confusion_matrix
+from snntorch import SpikingNeuron
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
@@ -39,15 +40,16 @@ from models import (
     READOUTS,
     ActivityMeter,
     NetworkConfig,
+    NetworkError,
     SpikingNetwork,
     build_model,
-    confidence,
     describe_backend,
+    digit_scores,
     energy_uj,
     fit_temperature,
-    leading_digits,
+    leaders,
+    load_weights,
     predict,
-    predict_over_time,
     restore_network,
 )
 from nmnist import Data, Frames
@@ -63,7 +65,7 @@ EXIT_THRESHOLD = 0.9
 # would soon saturate the softmax, whose gradient then vanishes.
 COUNT_RANGE = 5.0
 # Flags without effect under --no_spikes.
-NEED_SPIKES = ("beta", "threshold", "alpha", "readout", "learn_beta", "loss")
+NEED_SPIKES = ("beta", "threshold", "alpha", "readout", "learn_beta")
 
 # --- Flags ----------------------------------------------------------------------------------------
 
@@ -146,8 +148,8 @@ def check_flags(parser: argparse.ArgumentParser, flags: dict, given: dict) -> No
     for name in NEED_SPIKES:
         if flags["no_spikes"] and name in given:
             parser.error(f"argument --{name}: not allowed with argument --no_spikes")
-    if flags["model"] != "resnet" and "alpha" in given:
-        parser.error("argument --alpha: only --model resnet has such neurons")
+    if flags["model"] == "cnn" and "alpha" in given:
+        parser.error("argument --alpha: --model cnn has no neurons that use it")
     if flags["test_only"] and flags["resume"]:
         parser.error("argument --resume: not allowed with argument --test_only")
     if flags["batch_size"] // world_size() * flags["time_steps"] < 2:
@@ -181,6 +183,8 @@ def complete_flags(flags: dict, given: dict, checkpoint: dict, device: torch.dev
             if not flags["test_only"]:
                 raise UserError(f"{text}; omit the flag, or start a new run")
             print(f"ignored     {text}")
+    if flags["loss"] not in LOSSES:
+        raise UserError(f"--loss {flags['loss']}: this script does not add it to LOSSES")
     if checkpoint:
         where = flags["data_dir"], flags["dataset"]
         flags["dataset"] = nmnist.trained_dataset(*where, checkpoint["data"])
@@ -234,7 +238,7 @@ LOSSES = {
     "ce": membrane_cross_entropy,
     "mse": spike_count_error,
     "count": spike_count_cross_entropy,
-}
+}  # add your own: LOSSES["margin"] = margin_loss
 
 # --- Training -------------------------------------------------------------------------------------
 
@@ -327,7 +331,7 @@ def evaluate(
             bar.update(len(labels))
     spk, mem = torch.cat(spks, dim=1), torch.cat(mems, dim=1)
     labels = frames.labels.cpu()[indices].long()
-    predictions = predict_over_time(spk, mem, network.config.readout)
+    predictions = predict(spk, mem, network.config.readout, over_time=True)
     return {
         "loss": total_loss / len(labels),
         "accuracy": mean_of(predictions[-1] == labels),
@@ -388,12 +392,13 @@ def validate(args, data: Data, ema: SpikingNetwork, norm_indices, val_indices) -
     test_indices, loss_fn = torch.arange(len(data.test)), LOSSES[args.loss]
     val = evaluate(ema, data.train, val_indices, loss_fn, args.batch_size, "val")
     test = evaluate(ema, data.test, test_indices, loss_fn, args.batch_size, "test")
+    scores = digit_scores(val["spk"], val["mem"], args.readout)
     return {
         "val_loss": val["loss"],
         "val_accuracy": val["accuracy"],
         "test_loss": test["loss"],
         "test_accuracy": test["accuracy"],
-        "val_temperature": fit_temperature(val["spk"], val["mem"], args.readout, val["labels"]),
+        "val_temperature": fit_temperature(scores, val["labels"]),
     }
 
 
@@ -419,9 +424,14 @@ def training_batches(args, frames: Frames, order: torch.Tensor, dtype: torch.dty
 
 
 def make_optimizer(args: argparse.Namespace, network: SpikingNetwork) -> torch.optim.Optimizer:
-    """Return the optimizer of `--optimizer`; norms and beta do not decay."""
-    connections = [p for p in network.parameters() if p.dim() > 1]
-    others = [p for p in network.parameters() if p.dim() <= 1]
+    """Return the optimizer of `--optimizer`; norms, beta and the like do not decay."""
+    connections, others = [], []
+    for name, parameter in network.named_parameters():
+        owner = network.get_submodule(name.rpartition(".")[0])
+        if parameter.dim() > 1 and not isinstance(owner, SpikingNeuron):
+            connections.append(parameter)
+        else:
+            others.append(parameter)
     groups = [
         {"params": connections, "weight_decay": args.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -506,8 +516,8 @@ def resume(args, data: Data, checkpoint: dict, network, ema, optimizer) -> list[
     history, planned = checkpoint["history"], checkpoint["settings"]["epochs"]
     if args.epochs < len(history):
         raise UserError(f"--epochs {args.epochs}: the checkpoint has {len(history)} epochs already")
-    network.load_state_dict(checkpoint["training"]["network"])
-    ema.load_state_dict(checkpoint["network"])
+    load_weights(network, checkpoint["training"]["network"])
+    load_weights(ema, checkpoint["network"])
     optimizer.load_state_dict(checkpoint["training"]["optimizer"])
     if rank() == 0:
         logged = utils.read_json(log_path(args, "history.json")) or []
@@ -536,10 +546,14 @@ def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint:
         result = evaluate(network, data.test, indices, loss_fn, args.batch_size, "test")
     spk, mem, labels, predictions = (result[k] for k in ("spk", "mem", "labels", "predictions"))
     best = checkpoint["history"][-1]
-    confidences = confidence(spk, mem, args.readout, best["val_temperature"])
+    scores = digit_scores(spk, mem, args.readout) / best["val_temperature"]
+    confidences = torch.softmax(scores, -1).amax(-1)  # of the digit that is predicted, [T, N]
     readouts = (args.readout,) if args.no_spikes else READOUTS
     by_readout = {name: predict(spk, mem, name) for name in readouts}
-    spike_readouts = [name for name in readouts if name != "membrane"]
+    ties = {}
+    for name in readouts:
+        if name != "membrane":
+            ties[name] = mean_of(leaders(digit_scores(spk, mem, name)[-1]).sum(-1) > 1)
     layers = meter.layers()
     metrics = {
         "accuracy": result["accuracy"],
@@ -547,12 +561,13 @@ def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint:
         "num_recordings": len(labels),
         "num_blank": data.test.num_blank,
         "accuracy_by_readout": {k: mean_of(digits == labels) for k, digits in by_readout.items()},
-        "ties": {k: mean_of(leading_digits(spk, k)[-1].sum(-1) > 1) for k in spike_readouts},
+        "ties": ties,
         "confusion_matrix": confusion_matrix(labels, predictions[-1], labels=range(10)).tolist(),
         "accuracy_over_time": (predictions == labels).double().mean(1).tolist(),
         "early_exit": early_exits(confidences, predictions, labels, meter),
         "layers": layers,
         "energy_uj": energy_uj(layers),
+        "not_counted": sorted(meter.not_counted),
         "parameters": num_parameters(network),
         "tested_on": {k: v for k, v in data.describe().items() if k != "training part"},
         "trained_on": checkpoint["data"],
@@ -640,6 +655,9 @@ def print_metrics(metrics: dict) -> None:
     for name, layer in layers.items():
         values = (f"{v:.3f}" if k == "firing_rate" else f"{v:,.0f}" for k, v in layer.items())
         print(f"{name:20}" + "".join(f"{value:>21}" for value in values))
+    if metrics["not_counted"]:
+        names = ", ".join(metrics["not_counted"])
+        utils.warn(f"not in operations, MACs and energy: the connections of {names}")
     for name, layer in layers.items():
         if layer.get("firing_rate") in (0, 1):
             what = "never fire" if layer["firing_rate"] == 0 else "fire at every step"
@@ -736,18 +754,26 @@ def main(argv: list[str] | None = None) -> None:
     device = utils.prepare_device(flags["device"])
     utils.init_distributed(device)
     check_flags(parser, flags, given)
+    try:
+        run_each_seed(flags, given, device)
+    except NetworkError as error:
+        raise UserError(f"--model {flags['model']}: {error}") from None
+    utils.leave_distributed()
+
+
+def run_each_seed(flags: dict, given: dict, device: torch.device) -> None:
+    """Run the script for `--seed`, or for each of several."""
     seeds = list(dict.fromkeys(given.get("seed", [])))
     if len(seeds) > 1:
         with hold_folders(flags):
             run_seeds(flags, given, seeds, device)
-    else:
-        seed = {"seed": seeds[0]} if seeds else {}
-        metrics = run(flags | seed, given | seed, device)
-        if rank() == 0:
-            print_metrics(metrics)
-            if not flags["visualize"]:
-                print("next        " + shlex.join(draw_command(given)))
-    utils.leave_distributed()
+        return
+    seed = {"seed": seeds[0]} if seeds else {}
+    metrics = run(flags | seed, given | seed, device)
+    if rank() == 0:
+        print_metrics(metrics)
+        if not flags["visualize"]:
+            print("next        " + shlex.join(draw_command(given)))
 
 
 @contextlib.contextmanager

@@ -375,7 +375,7 @@ def check_folder(flag: str, folder: str | Path) -> None:
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
-CHECKPOINT_FORMAT = 7  # increased if older checkpoints can't be used
+CHECKPOINT_FORMAT = 8  # increased if older checkpoints can't be used
 
 
 def load_checkpoint(path: str | Path, *parts: str) -> dict:
@@ -385,8 +385,10 @@ def load_checkpoint(path: str | Path, *parts: str) -> dict:
     Raises `UserError` if the file is missing, can't be read, has no `parts` that are asked for, or
     its network is not finite.
     """
-    model, _, relu = Path(path).stem.rpartition("_")[0].partition("_")
-    flags = f"--model {model}{' --no_spikes' * bool(relu)} --save_dir {Path(path).parent}"
+    name = Path(path).stem.rpartition("_")[0]  # without 'best' or 'last'
+    flags = f"--model {name.removesuffix('_relu')} --save_dir {Path(path).parent}"
+    if name.endswith("_relu"):
+        flags += " --no_spikes"
     train = f"train a network with `python train_nmnist.py {flags}`"
     if not Path(path).exists():
         raise UserError(f"no checkpoint at {path}: {train}")

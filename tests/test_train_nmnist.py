@@ -21,16 +21,27 @@ import time
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import snntorch as snn
 import tonic
 import torch
-from conftest import ROOT, files_in, needs_cuda
+from conftest import ROOT, files_in
 from test_utils import Exploit
+from torch import nn
+from torch.profiler import ProfilerActivity
 from tqdm import tqdm
 
 import nmnist
 import train_nmnist
 import utils
-from models import ActivityMeter, NetworkConfig, build_model, restore_network
+import visualize_activations
+from models import (
+    NETWORKS,
+    ActivityMeter,
+    NetworkConfig,
+    SpikingNetwork,
+    build_model,
+    restore_network,
+)
 
 SHORT = ["--time_steps", 5, "--batch_size", 32, "--val_split", 0.2]
 BY_STEP = ["--neuron_backend", "step"]  # with nothing to compile
@@ -415,7 +426,7 @@ def test_real_recordings_are_learnt_in_two_epochs(tmp_path, real_data_dir):
 @pytest.mark.parametrize(
     "flags",
     [
-        *("--no_spikes --beta 0.5", "--no_spikes --loss ce", "--model cnn --alpha 0.5"),
+        *("--no_spikes --beta 0.5", "--no_spikes --learn_beta", "--model cnn --alpha 0.5"),
         *("--test_only --resume", "--time_steps 1 --batch_size 1", "--batch_size 0"),
     ],
 )
@@ -1106,6 +1117,121 @@ def test_samples_show_mistakes_first_in_the_first_saccade(tmp_path, mislabelled,
     assert set(shown[: len(wrong)]) == wrong
 
 
+# --- Networks, neurons and losses of one's own ----------------------------------------------------
+
+
+class MyNet(SpikingNetwork):
+    """Recurrent neurons, all to all, then some of which each has a beta of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.conv1 = nn.Conv2d(2, 4, 5, stride=4, bias=False)
+        recurrent = snn.RSynaptic(config.alpha, config.beta, conv2d_channels=4, kernel_size=3)
+        self.lif1 = self.make_layer([4, 8, 8], recurrent)
+        betas = torch.full([4, 8, 8], config.beta)
+        self.lif2 = self.make_layer([4, 8, 8], snn.Leaky(betas, learn_beta=True))
+        self.fc_out = nn.Linear(4 * 8 * 8, 10, bias=False)
+        self.norm_out = nn.BatchNorm1d(10)
+        self.lif3 = self.make_layer([10])
+
+    def forward_layers(self, x, T):
+        x, _ = self.lif1(self.conv1(x), T)
+        x, _ = self.lif2(4 * x, T)
+        return self.lif3(self.norm_out(self.fc_out(x.flatten(1))), T)
+
+
+def margin(spk, mem, labels):
+    """Return a loss that is none of the script's."""
+    return torch.nn.functional.multi_margin_loss(mem.mean(0), labels)
+
+
+@pytest.fixture
+def my_net(monkeypatch):
+    """The name of a network of one's own, beside a loss of one's own."""
+    monkeypatch.setitem(NETWORKS, "my_net", MyNet)
+    monkeypatch.setitem(train_nmnist.LOSSES, "margin", margin)
+    return "my_net"
+
+
+def test_a_network_of_ones_own_is_trained_resumed_tested_and_drawn(
+    tmp_path, made_data_dir, my_net, capsys
+):
+    flags = ["--model", my_net, "--loss", "margin", "--alpha", 0.4, "--epochs"]
+    train(tmp_path / "whole", made_data_dir, *flags, 2)
+    warning = "no kernel knows the neurons of lif1 (RSynaptic), lif2 (Leaky): they run step by step"
+    train(tmp_path, made_data_dir, *flags, 1)
+    train(tmp_path, made_data_dir, *flags, 2, "--resume")
+    entries = read_log(tmp_path, "my_net_history.json")
+    assert entries[1]["train_loss"] < entries[0]["train_loss"]
+    for name in ("loss", "accuracy"):
+        whole = read_log(tmp_path / "whole", "my_net_history.json")[1][f"train_{name}"]
+        assert entries[1][f"train_{name}"] == whole
+    backend = "fused, but step by step: lif1 (RSynaptic), lif2 (Leaky)"
+    assert {entry["neuron_backend"] for entry in entries} == {backend}
+    main(tmp_path, made_data_dir, "--model", my_net, "--test_only", "--visualize")
+    captured = capsys.readouterr()
+    assert captured.err.count(warning) <= 1  # once in a process, which other tests share
+    assert "not in operations, MACs and energy: the connections of lif1" in captured.err
+    metrics = read_log(tmp_path, "my_net_test_metrics.json")
+    assert metrics["not_counted"] == ["lif1"]
+    assert list(metrics["layers"]) == ["lif1", "lif2", "lif3"]
+    folders = [f"--save_dir={tmp_path}/checkpoints", f"--output_dir={tmp_path}/activations"]
+    folders += [f"--data_dir={made_data_dir}", "--device=cpu"]
+    visualize_activations.main(["--model", my_net, "--visualize_all", *folders])
+    drawn = {path.name for path in files_in(tmp_path / "activations")}
+    expected = {f"spike_pattern_lif{n}.png" for n in (1, 2, 3)}
+    expected |= {f"membrane_potential_lif{n}.png" for n in (1, 2, 3)}
+    assert drawn == expected | {"tsne_features.png", "firing_rates.png"}
+
+
+def test_without_spikes_a_network_of_ones_own_takes_any_loss(tmp_path, made_data_dir, my_net):
+    flags = ["--model", my_net, "--no_spikes", "--loss", "margin", "--epochs", 2]
+    train(tmp_path, made_data_dir, *flags)
+    entries = read_log(tmp_path, "my_net_relu_history.json")
+    assert entries[1]["train_loss"] < entries[0]["train_loss"]
+    assert read_log(tmp_path, "my_net_relu_test_metrics.json")["neuron_backend"] == "ReLU"
+
+
+def test_connections_inside_neurons_decay_and_betas_do_not(tmp_path, made_data_dir, my_net):
+    flags = ["--optimizer", "adamw", "--lr", 1e-3, "--weight_decay", 1000, "--epochs", 1]
+    train(tmp_path, made_data_dir, "--model", my_net, *flags)
+    network = checkpoint(tmp_path, model=my_net)["training"]["network"]
+    assert network["lif1.neuron.recurrent.weight"].abs().max() < 0.01
+    betas = network["lif2.neuron.beta"]
+    assert betas.shape == (4, 8, 8)
+    torch.testing.assert_close(betas, torch.full_like(betas, 0.5), rtol=0, atol=0.01)
+
+
+def test_what_a_script_does_not_know_is_told_in_one_line(
+    tmp_path, made_data_dir, my_net, monkeypatch, capsys
+):
+    flags = ["--model", my_net, "--epochs", 1]
+    with pytest.raises(utils.UserError, match=r"--model my_net --save_dir \S*checkpoints`"):
+        train(tmp_path, made_data_dir, "--model", my_net, "--test_only")
+    train(tmp_path, made_data_dir, *flags, "--loss", "margin")
+    monkeypatch.delitem(train_nmnist.LOSSES, "margin")
+    for action in ("--test_only", "--resume"):
+        with pytest.raises(utils.UserError, match="--loss margin: this script does not add it"):
+            main(tmp_path, made_data_dir, "--model", my_net, action)
+    train(tmp_path, made_data_dir, *flags)
+    # The network is changed meanwhile, then by a neuron that cannot be stepped.
+    changed = type("Changed", (MyNet,), {"make_lif": lambda *_: snn.Synaptic(0.5, 0.5)})
+    other = type("Other", (MyNet,), {"make_lif": lambda *_: snn.LeakyParallel(10, 10)})
+    messages = {changed: "the weights are not those of Changed", other: "LeakyParallel is not a"}
+    for network, message in messages.items():
+        monkeypatch.setitem(NETWORKS, "my_net", network)
+        for action in (["--test_only"], ["--resume", "--epochs", 2]):
+            with pytest.raises(utils.UserError, match=f"--model my_net: {message}"):
+                main(tmp_path, made_data_dir, "--model", my_net, *action)
+        folders = [f"--save_dir={tmp_path}/checkpoints", f"--data_dir={made_data_dir}"]
+        with pytest.raises(utils.UserError, match=f"--model my_net: {message}"):
+            visualize_activations.main(["--model", my_net, "--device=cpu", *folders])
+    monkeypatch.delitem(NETWORKS, "my_net")
+    with pytest.raises(SystemExit):
+        main(tmp_path, made_data_dir, "--model", my_net)
+    assert "--model: invalid choice: 'my_net'" in capsys.readouterr().err
+
+
 # --- Several processes and GPUs -------------------------------------------------------------------
 
 
@@ -1148,39 +1274,50 @@ def test_a_run_goes_on_on_another_device(tmp_path, made_data_dir, device, model)
     assert len(read_log(tmp_path, f"{model}_history.json")) == 4
 
 
-@needs_cuda
-def test_torchrun_on_cuda(tmp_path, made_data_dir):
-    """By nccl, one process a GPU."""
-    launcher = [*TORCHRUN[:2], f"--nproc_per_node={torch.cuda.device_count()}"]
-    flags = ["--epochs", 2, "--device", "cuda"]
+def test_torchrun_on_all_of_a_kind_of_device(tmp_path, made_data_dir, device):
+    """By nccl, one process a GPU; on the CPU by gloo, one process."""
+    launcher = [*TORCHRUN[:2], f"--nproc_per_node={torch.cuda.device_count() or 1}"]
+    flags = [*STEP, "--epochs", 2, "--device", device.type]
     finish(start(tmp_path, made_data_dir, *flags, launcher=launcher))
     assert len(read_log(tmp_path, "cnn_history.json")) == 2
 
 
-@needs_cuda
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("model", ["cnn", "resnet"])
-def test_a_training_step_on_cuda_waits_for_nothing(made_data_dir, model, precision):
-    device = torch.device("cuda")
+def test_a_training_step_waits_for_nothing(made_data_dir, device, model, precision):
+    """On CUDA, whatever waits is an error; on a CPU, reading a value back is."""
     flags = [*SHORT, "--model", model, "--lr", 0.005]
     args = train_nmnist.make_parser().parse_args([str(flag) for flag in flags])
     network = build_model(NetworkConfig(model, dropout=0.2), precision=precision).to(device)
-    optimizer = train_nmnist.make_optimizer(network, args)
+    optimizer = train_nmnist.make_optimizer(args, network)
     frames, loss = load(made_data_dir, "train").to(device), train_nmnist.LOSSES["ce"]
 
+    operators, readers = set(), set()
+
     def watched():
-        """Yield batches; from the second on, whatever waits for the GPU is an error."""
+        """Yield batches, of which the first one compiles; watch what is done with the others."""
         batches = train_nmnist.training_batches(args, frames, torch.arange(96), network.dtype)
-        yield next(batches)  # compiles
-        torch.cuda.set_sync_debug_mode("error")
-        yield from batches
-        torch.cuda.set_sync_debug_mode("default")
+        yield next(batches)
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+            yield from batches
+            torch.cuda.set_sync_debug_mode("default")
+        for batch in batches:
+            with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profile:
+                yield batch
+            for event in profile.events():
+                operators.add(event.name)
+                if event.name == "aten::item":  # reads a value
+                    readers.add(event.cpu_parent and event.cpu_parent.name)
 
     ema, bar = copy.deepcopy(network), tqdm(disable=True)
     try:
         train_nmnist.train_one_epoch(network, ema, optimizer, loss, watched(), 0, bar)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert ("aten::max_pool2d" in operators) == (device.type == "cpu")
+    assert readers <= {"aten::_fused_adam_"}  # its number of steps, on a CPU alone
 
 
 # --- What a new user is told ----------------------------------------------------------------------
