@@ -4,11 +4,10 @@
     spk, mem = network(frames)      # frames [T, B, 2, 34, 34]; spk and mem [T, B, 10]
     digits = predict(spk, mem)      # [B]
 
-T is the number of time steps, B that of recordings in a batch. The layers run one after the other,
-each over the whole sequence, so a convolution sees T * B frames at once. Read from the top: the
-networks, what they predict, how a neuron runs over time, our ALIF neuron, the other layers. The
-compiled kernels come next, and may be skipped: they change the speed, not the results. Measuring
-activity comes last.
+T is the number of time steps, B that of recordings. The layers run one after the other, each over
+the whole sequence: a convolution sees T * B frames at once. Read from the top: the networks, what
+they predict, how a neuron runs over time, the other layers. The compiled kernels may be skipped:
+they change the speed, not the results. Measuring activity comes last.
 """
 
 import functools
@@ -83,10 +82,7 @@ class SpikingNetwork(nn.Module):
         self.dtype = torch.float32  # of the tensors between layers; a neuron's state is float32
 
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map frames [T, B, 2, 34, 34] to (spk, mem) of the output neurons, both [T, B, 10].
-
-        Raises `ValueError` for frames of another shape.
-        """
+        """Map frames [T, B, 2, 34, 34] to (spk, mem) of the output neurons, both [T, B, 10]."""
         if frames.dim() != 5 or frames.shape[2:] != (2, 34, 34) or len(frames) == 0:
             raise ValueError(f"frames are {list(frames.shape)}; they must be [T, B, 2, 34, 34]")
         T = len(frames)
@@ -101,22 +97,16 @@ class SpikingNetwork(nn.Module):
         raise NotImplementedError
 
     def make_lif(self, shape: Sequence[int]) -> snn.SpikingNeuron:
-        """Return a new LIF neuron for a layer whose frames are of `shape`: [C, H, W] or [N].
+        """Return a LIF neuron for a layer whose frames are of `shape`: [C, H, W] or [N].
 
-        A subclass may return any other of snnTorch's neurons that `NeuronLayer` takes.
+        A subclass may return any other neuron that `NeuronLayer` takes.
         """
-        return snn.Leaky(
-            beta=self.config.beta,
-            threshold=self.config.threshold,
-            spike_grad=FastSigmoid(self.slope),
-            learn_beta=self.config.learn_beta,
-        )
+        config = self.config
+        spike_grad = FastSigmoid(self.slope)
+        return snn.Leaky(config.beta, config.threshold, spike_grad, learn_beta=config.learn_beta)
 
     def make_layer(self, shape: Sequence[int], neuron: snn.SpikingNeuron | None = None):
-        """Return a layer that runs a neuron over time, by default `make_lif(shape)`.
-
-        In a network without spikes, it is a ReLU.
-        """
+        """Return a layer of neurons, by default of `make_lif(shape)`; without spikes, a ReLU."""
         if self.config.no_spikes:
             return WithoutSpikes()
         return NeuronLayer(self.make_lif(shape) if neuron is None else neuron)
@@ -195,14 +185,15 @@ class SpikingResNet(SpikingNetwork):
     def __init__(self, config: NetworkConfig):
         super().__init__(config)
         w = config.width
+        spike_grad = FastSigmoid(self.slope)
         self.conv1 = ConvPool(2, 16 * w)
         self.norm1 = nn.BatchNorm2d(16 * w)
         alif = ALIF(
-            alpha=config.alpha,
-            beta=config.beta,
-            adapt_scale=self.adapt_scale * config.threshold,
-            threshold=config.threshold,
-            spike_grad=FastSigmoid(self.slope),
+            config.alpha,
+            config.beta,
+            self.adapt_scale * config.threshold,
+            config.threshold,
+            spike_grad,
             learn_beta=config.learn_beta,
         )
         self.lif1 = self.make_layer([16 * w, 17, 17], alif)
@@ -215,11 +206,7 @@ class SpikingResNet(SpikingNetwork):
         self.fc1 = nn.Linear(64 * w * 4 * 4, 128 * w, bias=False)
         self.norm2 = nn.BatchNorm1d(128 * w)
         synaptic = snn.Synaptic(
-            alpha=config.alpha,
-            beta=config.beta,
-            threshold=config.threshold,
-            spike_grad=FastSigmoid(self.slope),
-            learn_beta=config.learn_beta,
+            config.alpha, config.beta, config.threshold, spike_grad, learn_beta=config.learn_beta
         )
         self.fc_syn = self.make_layer([128 * w], synaptic)
         self.dropout = TimeSharedDropout(config.dropout)
@@ -250,9 +237,9 @@ class ResidualBlock(nn.Module):
         conv2, norm2 of spk1, + shortcut of the summed 2 x 2 inputs, lif2  -> spk2
         spk1 + spk2                                                     -> 0, 1 or 2 at each place
 
-    Spikes [T * B, in_channels, H, W] -> [T * B, out_channels, H // 2, W // 2]. The sum lets
-    gradients past the second neuron; the blocks of Fang et al. 2021, "Deep residual learning in
-    spiking neural networks" (SEW), add the spikes of the shortcut instead.
+    x [T * B, in_channels, H, W] -> [T * B, out_channels, H // 2, W // 2]. The sum lets gradients
+    past the second neuron; the blocks of Fang et al. 2021, "Deep residual learning in spiking
+    neural networks" (SEW), add the spikes of the shortcut instead.
     """
 
     def __init__(self, in_channels: int, out_channels: int, lif1: nn.Module, lif2: nn.Module):
@@ -287,21 +274,16 @@ def build_model(
         raise NetworkError(f"no network {config.model!r}: this script does not add it to NETWORKS")
     network = NETWORKS[config.model](config)
     network.dtype = DTYPES[precision]
-    stepped = stepped_layers(network)
     if neuron_backend == "step":
-        for module in network.modules():
-            if isinstance(module, NeuronLayer):
-                module.fused = False
-    elif stepped:
+        for layer in network.neuron_layers().values():
+            layer.fused = False
+    elif stepped := stepped_layers(network):
         warn(f"no kernel knows the neurons of {', '.join(stepped)}: they run step by step")
     return network
 
 
 def restore_network(checkpoint: dict, **options) -> SpikingNetwork:
-    """Return the network of a checkpoint that `utils.load_checkpoint` read, in evaluation mode.
-
-    `options` and errors are those of `build_model`, and of `load_weights`.
-    """
+    """Return the network of a checkpoint, in evaluation mode; `options` are `build_model`'s."""
     network = build_model(NetworkConfig.from_settings(checkpoint["settings"]), **options)
     load_weights(network, checkpoint["network"])
     return network.eval()
@@ -416,10 +398,8 @@ class NeuronLayer(nn.Module):
 
     def __init__(self, neuron: snn.SpikingNeuron):
         super().__init__()
-        keeps_state = hasattr(neuron, "mem") and hasattr(neuron, "reset_mem")
-        if not isinstance(neuron, snn.SpikingNeuron) or not keeps_state:
-            name = type(neuron).__name__
-            raise NetworkError(f"{name} is not a neuron of snnTorch with mem and reset_mem")
+        if not (hasattr(neuron, "mem") and hasattr(neuron, "reset_mem")):
+            raise NetworkError(f"{type(neuron).__name__} is not a neuron with mem and reset_mem")
         self.neuron = neuron
         self.fused = has_kernel(neuron)
 
@@ -448,7 +428,7 @@ def run_kernels(neuron: snn.SpikingNeuron, cur: torch.Tensor, T: int):
     if is_image:  # [T * B, C, H, W] in channels_last format, which is contiguous as [..., H, W, C]
         cur = cur.permute(0, 2, 3, 1)
     sequence = cur.contiguous().view(T, -1)
-    outputs = FusedNeuron.apply(sequence, neuron.spike_grad.slope, *kernel_parameters(neuron))
+    outputs = FusedNeuron.apply(sequence, *kernel_parameters(neuron))
     spk, mem = (x.view(cur.shape) for x in outputs)
     if is_image:
         return spk.permute(0, 3, 1, 2), mem.permute(0, 3, 1, 2)
@@ -461,28 +441,22 @@ def has_kernel(neuron: snn.SpikingNeuron) -> bool:
     They know `snn.Leaky`, `snn.Synaptic` and `ALIF` with scalar parameters, of which beta alone may
     be learned, reset by subtraction, `FastSigmoid` and no other option.
     """
-    parameters = ("alpha", "beta", "threshold", "adapt_scale", "graded_spikes_factor")
-    values = [getattr(neuron, name) for name in parameters if hasattr(neuron, name)]
-    options = ("inhibition", "state_quant", "init_hidden", "output")
     return (
         type(neuron) in (snn.Leaky, snn.Synaptic, ALIF)
         and type(neuron.spike_grad) is FastSigmoid
         and neuron.reset_mechanism == "subtract"
         and getattr(neuron, "reset_delay", True)
-        and not any(getattr(neuron, name) for name in options)
+        and not (neuron.inhibition or neuron.state_quant or neuron.init_hidden or neuron.output)
         and {name for name, _ in neuron.named_parameters()} <= {"beta"}
-        and all(value.dim() == 0 for value in values)
+        and all(value.dim() == 0 for value in neuron.state_dict().values())
         and float(neuron.graded_spikes_factor) == 1
     )
 
 
 def stepped_layers(network: SpikingNetwork) -> list[str]:
     """Return the layers that run step by step, with their kind of neuron: 'lif1 (Lapicque)'."""
-    stepped = []
-    for name, layer in network.neuron_layers().items():
-        if isinstance(layer, NeuronLayer) and not layer.fused:
-            stepped.append(f"{name} ({type(layer.neuron).__name__})")
-    return stepped
+    layers = network.neuron_layers().items()
+    return [f"{name} ({type(layer.neuron).__name__})" for name, layer in layers if not layer.fused]
 
 
 def describe_backend(network: SpikingNetwork) -> str:
@@ -492,12 +466,15 @@ def describe_backend(network: SpikingNetwork) -> str:
     """
     if network.config.no_spikes:
         return "ReLU"
-    layers, stepped = list(network.neuron_layers().values()), stepped_layers(network)
+    layers = list(network.neuron_layers().values())
+    stepped = stepped_layers(network)
     if len(stepped) == len(layers):
         return "step"
     forward, _ = compiled_kernels(layers[0].neuron.threshold.device, network.dtype)
     text = "fused, uncompiled" if forward is forward_kernel else "fused"
-    return f"{text}, but step by step: {', '.join(stepped)}" if stepped else text
+    if stepped:
+        text += f", but step by step: {', '.join(stepped)}"
+    return text
 
 
 @dataclass(frozen=True)
@@ -513,7 +490,7 @@ class FastSigmoid:
         return surrogate.FastSigmoid.apply(x, self.slope)
 
 
-class ALIF(snn.SpikingNeuron):
+class ALIF(snn.LIF):
     """Leaky integrate-and-fire with an adaptive threshold, one step per call, as in snnTorch.
 
         a[t] = alpha a[t-1] + (1 - alpha) S[t-1]
@@ -525,29 +502,16 @@ class ALIF(snn.SpikingNeuron):
         spk, adapt, mem = alif.reset_mem()
         spk, adapt, mem = alif(cur[0], spk, adapt, mem)    # without states, it goes on from its own
 
-    The reset's spikes carry no gradient, as in snnTorch; the adaptation's do. With adapt_scale = 0
-    it is `snn.Leaky`. Source: Bellec et al. 2018, "Long short-term memory and learning-to-learn in
+    `options` are those of snnTorch's LIF neurons: `learn_beta`, `learn_threshold`. The reset's
+    spikes carry no gradient, as in snnTorch; the adaptation's do. With adapt_scale = 0 it is
+    `snn.Leaky`. Source: Bellec et al. 2018, "Long short-term memory and learning-to-learn in
     networks of spiking neurons".
     """
 
-    def __init__(
-        self,
-        alpha: float,
-        beta: float,
-        adapt_scale: float,
-        threshold: float = 1.0,
-        spike_grad: Callable | None = None,
-        learn_beta: bool = False,
-        learn_threshold: bool = False,
-    ):
-        super().__init__(threshold, spike_grad, learn_threshold=learn_threshold)
+    def __init__(self, alpha, beta, adapt_scale, threshold=1.0, spike_grad=None, **options):
+        super().__init__(beta, threshold, spike_grad, **options)
         self.register_buffer("alpha", torch.as_tensor(alpha))
         self.register_buffer("adapt_scale", torch.as_tensor(adapt_scale))
-        beta = torch.as_tensor(beta)
-        if learn_beta:
-            self.beta = nn.Parameter(beta)
-        else:
-            self.register_buffer("beta", beta)
         for name in ("spk", "adapt", "mem"):
             self.register_buffer(name, torch.zeros(0), persistent=False)
 
@@ -588,6 +552,8 @@ class ALIF(snn.SpikingNeuron):
 
 class WithoutSpikes(nn.Module):
     """A ReLU in the place of neurons: returns (relu(cur), cur), as they return (spk, mem)."""
+
+    fused = True  # nothing to step
 
     def forward(self, cur, T):
         return torch.relu(cur), cur
@@ -636,7 +602,7 @@ STEPS_PER_CALL = 5
 
 
 class Parameters(NamedTuple):
-    """What the kernels know of a neuron, scalar tensors; of `snn.Leaky` it is the first two alone.
+    """What the kernels know of a neuron, scalar tensors; `snn.Leaky` has None for the last three.
 
     I_syn[t] = syn_alpha I_syn[t-1] + I[t]
     a[t] = adapt_alpha a[t-1] + (1 - adapt_alpha) S[t-1]
@@ -647,6 +613,7 @@ class Parameters(NamedTuple):
 
     beta: torch.Tensor
     threshold: torch.Tensor
+    slope: torch.Tensor  # of the surrogate gradient
     syn_alpha: torch.Tensor | None = None
     adapt_alpha: torch.Tensor | None = None
     adapt_scale: torch.Tensor | None = None
@@ -654,29 +621,30 @@ class Parameters(NamedTuple):
 
 def kernel_parameters(neuron: snn.SpikingNeuron) -> Parameters:
     """Return the parameters of a neuron that `has_kernel`."""
-    beta, threshold = neuron.beta.clamp(0, 1), neuron.threshold  # clamped as snnTorch does
+    beta = neuron.beta.clamp(0, 1)  # as snnTorch does
+    # torch.full, since torch.tensor would synchronize with a GPU.
+    slope = torch.full((), float(neuron.spike_grad.slope), device=beta.device)
     if isinstance(neuron, snn.Leaky):
-        return Parameters(beta, threshold)
+        return Parameters(beta, neuron.threshold, slope)
     zero = torch.zeros_like(beta)
     if isinstance(neuron, snn.Synaptic):
-        return Parameters(beta, threshold, neuron.alpha.clamp(0, 1), zero, zero)
-    return Parameters(beta, threshold, zero, neuron.alpha, neuron.adapt_scale)
+        return Parameters(beta, neuron.threshold, slope, neuron.alpha.clamp(0, 1), zero, zero)
+    return Parameters(beta, neuron.threshold, slope, zero, neuron.alpha, neuron.adapt_scale)
 
 
 class FusedNeuron(torch.autograd.Function):
-    """Neurons over a sequence: cur [T, N] -> (spk, mem), both [T, N].
+    """Neurons over a sequence: cur [T, N] and `Parameters` -> (spk, mem), both [T, N].
 
     Gradients reach `cur` and beta. The state between steps is always float32.
     """
 
     @staticmethod
-    def forward(ctx, cur, slope, *parameters):
+    def forward(ctx, cur, *parameters):
         p = Parameters(*[plain(x) for x in parameters])
         kernel, _ = compiled_kernels(cur.device, cur.dtype)
         spk, mem, adapt = run_forward(kernel, cur, p)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(spk, mem, adapt, *p)
-        ctx.slope = slope
         return spk, mem
 
     @staticmethod
@@ -685,34 +653,32 @@ class FusedNeuron(torch.autograd.Function):
             raise RuntimeError("kernels have no second derivative: use neuron_backend 'step'")
         spk, mem, adapt, *parameters = ctx.saved_tensors
         p = Parameters(*parameters)
+        _, kernel = compiled_kernels(spk.device, spk.dtype)
         # Without gradients of mem, those of spk stand in, times 0: no other variant is compiled.
-        # torch.full, since torch.tensor would synchronize with a GPU.
         mem_factor = torch.full((), 0.0 if grad_mem is None else 1.0, device=spk.device)
-        slope = torch.full((), ctx.slope, device=spk.device)
         grad_spk = torch.zeros_like(spk) if grad_spk is None else grad_spk.contiguous()
         grad_mem = grad_spk if grad_mem is None else grad_mem.contiguous()
         grad_cur = torch.empty_like(spk)
-        grad_syn = None if adapt is None else zeros(spk)
-        grad_adapt = None if adapt is None else zeros(spk)
-        grad_beta = prev_mem = None
-        if ctx.needs_input_grad[2]:
-            grad_beta = zeros(spk)
-            prev_mem = torch.cat([torch.zeros_like(mem[:1]), mem[:-1]])
-        state = zeros(spk), grad_syn, grad_adapt, grad_beta
-        _, kernel = compiled_kernels(spk.device, spk.dtype)
+        state = zeros(spk), None, None
+        if adapt is not None:
+            state = zeros(spk), zeros(spk), zeros(spk)
         for steps in reversed(time_chunks(len(spk))):
-            sequences = grad_spk, grad_mem, spk, mem, adapt, prev_mem
+            sequences = grad_spk, grad_mem, spk, mem, adapt
             inputs = [None if x is None else plain(x[steps]) for x in sequences]
-            state = kernel(unbind(grad_cur[steps]), *inputs, state, mem_factor, slope, p)
-        *_, grad_beta = state
-        return grad_cur, None, None if grad_beta is None else grad_beta.sum(), *[None] * 4
+            state = kernel(unbind(grad_cur[steps]), *inputs, mem_factor, state, p)
+        grad_beta = None
+        if ctx.needs_input_grad[1]:
+            grad_beta = (grad_cur[1:] * mem[:-1]).sum(dtype=torch.float32)
+            if p.syn_alpha is not None:
+                grad_beta -= p.syn_alpha * (grad_cur[2:] * mem[:-2]).sum(dtype=torch.float32)
+        return grad_cur, grad_beta, None, None, None, None, None
 
 
 def run_forward(kernel: Callable, cur: torch.Tensor, p: Parameters):
     """Run `forward_kernel`, compiled or not, over all steps: cur [T, N] -> (spk, mem, adapt)."""
     spk, mem, adapt = torch.empty_like(cur), torch.empty_like(cur), None
     state = zeros(cur), zeros(cur), None, None
-    if p.adapt_scale is not None:  # not for snn.Leaky
+    if p.adapt_scale is not None:
         adapt = torch.empty_like(cur)
         state = zeros(cur), zeros(cur), zeros(cur), zeros(cur)
     for steps in time_chunks(len(cur)):
@@ -752,20 +718,17 @@ def forward_kernel(cur, spks, mems, adapts, state, p: Parameters):
 #     dU[t]         = what comes from the loss + fire[t] dS[t] + beta dU[t+1]
 #     da[t]         = adapt_scale dthreshold[t] + adapt_alpha da[t+1]
 #     dI[t]         = dI_syn[t] = dU[t] + syn_alpha dI_syn[t+1]
-#     dbeta         = the sum of dU[t] U[t-1]
+#     dbeta         = the sum of dU[t] U[t-1] = that of (dI[t] - syn_alpha dI[t+1]) U[t-1]
 
 
-def backward_kernel(
-    grad_curs, grad_spks, grad_mems, spks, mems, adapts, prev_mems, state, mem_factor, slope, p
-):
+def backward_kernel(grad_curs, grad_spks, grad_mems, spks, mems, adapts, mem_factor, state, p):
     """Run the gradients back over a few steps; fill the list `grad_curs` of tensors [N].
 
-    `grad_spks` and `grad_mems`, which is multiplied by `mem_factor`, are those of the outputs
-    `spks` and `mems` of the forward pass, all [steps, N]. If beta is learned, `prev_mems` are the
-    potentials one step earlier. `state` is (grad_mem, grad_syn, grad_adapt, grad_beta), above dU,
-    dI_syn, da and dbeta, of the step after, float32 [N]. Returns the new state.
+    `grad_spks` and `grad_mems`, times `mem_factor`, are those of `spks` and `mems`, the outputs of
+    the forward pass, all [steps, N]. `state` is (grad_mem, grad_syn, grad_adapt), above dU, dI_syn
+    and da, of the step after, float32 [N]. Returns the new state.
     """
-    grad_mem, grad_syn, grad_adapt, grad_beta = state
+    grad_mem, grad_syn, grad_adapt = state
     leaky = p.adapt_scale is None
     threshold = p.threshold
     for t in reversed(range(len(grad_curs))):
@@ -773,19 +736,17 @@ def backward_kernel(
         if not leaky:
             grad_spk = grad_spk + (1 - p.adapt_alpha) * grad_adapt
             threshold = p.threshold + p.adapt_scale * adapts[t].float()
-        grad_fire = grad_spk / (1 + slope * (mems[t].float() - threshold).abs()) ** 2
+        grad_fire = grad_spk / (1 + p.slope * (mems[t].float() - threshold).abs()) ** 2
         grad_threshold = -grad_fire - spks[t].float() * grad_mem  # grad_mem is still dU[t+1]
         grad_mem = p.beta * grad_mem + grad_fire
         grad_mem = grad_mem + mem_factor * grad_mems[t].float()
-        if grad_beta is not None:
-            grad_beta = grad_beta + grad_mem * prev_mems[t].float()
         if leaky:
             grad_curs[t].copy_(grad_mem)
         else:
             grad_adapt = p.adapt_alpha * grad_adapt + p.adapt_scale * grad_threshold
             grad_syn = p.syn_alpha * grad_syn + grad_mem
             grad_curs[t].copy_(grad_syn)
-    return grad_mem, grad_syn, grad_adapt, grad_beta
+    return grad_mem, grad_syn, grad_adapt
 
 
 @functools.cache
@@ -802,7 +763,7 @@ def compiled_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Callable
     cur = torch.zeros(STEPS_PER_CALL, neurons, device=device, dtype=dtype)
     half, one = torch.tensor(0.5, device=device), torch.tensor(1.0, device=device)
     try:
-        run_forward(forward, cur, Parameters(beta=half, threshold=one))
+        run_forward(forward, cur, Parameters(beta=half, threshold=one, slope=one))
     except Exception as error:  # compilers fail in many ways
         warn(
             "neurons run uncompiled, with the same results but several times slower: compiling "
@@ -862,73 +823,70 @@ class ActivityMeter:
     are the multiply-accumulates of the same network without spikes, where every connection is used
     at every step. Padding around an image, biases and the neurons' own operations are left out.
     `not_counted` names what else has connections: neurons with layers of their own, other kinds of
-    layers, and layers that do not run on [T * B, ...] or run after the last neurons.
+    layers, and those that do not run on [T * B, ...] or run after the last neurons.
     """
 
     def __init__(self, network: SpikingNetwork):
         self.network = network
         self.outputs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.not_counted: set[str] = set()
+        self._ran = []  # (name, layer, inputs, output) in the pass under way
         self._reached: dict[tuple, torch.Tensor] = {}  # by connection and shape of its input
-        self._waiting = []  # (name, operations [T * B], MACs) of connections since the last neurons
         self._spikes: dict[str, torch.Tensor] = {}  # [T]: of all recordings
         self._operations: dict[str, list[torch.Tensor]] = {}  # of each batch: [T, B]
-        self._macs: dict[str, float] = {}  # per recording and time step
+        self._macs: dict[str, float] = {}  # per recording
 
     def __enter__(self):
-        self._hooks = [self.network.register_forward_hook(self._end_pass)]
+        self._hooks = []
         inside_neurons = set()
-        for name, module in self.network.named_modules():
-            method = None
-            if module in inside_neurons:
-                continue
-            if isinstance(module, NeuronLayer | WithoutSpikes):
-                method = self._measure_neurons
-                inside_neurons.update(module.modules())
-                if isinstance(module, NeuronLayer) and list(module.neuron.children()):
-                    self.not_counted.add(name)
-            elif is_counted(module):
-                method = self._measure_connection
-            elif any(p.dim() > 1 for p in module.parameters(recurse=False)):
-                self.not_counted.add(name or "the network itself")
-            if method:
-                self._hooks.append(module.register_forward_hook(functools.partial(method, name)))
+        for name, layer in self.network.named_modules():
+            if layer not in inside_neurons:
+                note = functools.partial(self._note, name or type(layer).__name__)
+                self._hooks.append(layer.register_forward_hook(note))
+            if isinstance(layer, NeuronLayer):
+                inside_neurons.update(layer.modules())
+        self._hooks.append(self.network.register_forward_hook(self._count))
         return self
 
     def __exit__(self, *_):
         for hook in self._hooks:
             hook.remove()
 
-    def _measure_connection(self, name, module, inputs, output):
-        x = inputs[0].detach()
-        key = name, x.shape[1:]
-        if key not in self._reached:
-            self._reached[key] = outputs_reached(module, x.shape[1:], output.shape[1:])
-        reached = self._reached[key]
-        # Over the channels first, as all reach as many outputs: float32 counts exactly to 2^24.
-        sent = x.sum(1, dtype=torch.float32).cpu() * reached[0]
-        self._waiting.append((name, sent.view(len(x), -1).sum(1), float(reached.sum())))
+    def _note(self, name, layer, inputs, output):
+        is_neuron = isinstance(layer, NeuronLayer | WithoutSpikes)
+        if is_neuron or any(p.dim() > 1 for p in layer.parameters(recurse=False)):
+            self._ran.append((name, layer, inputs, output))
 
-    def _measure_neurons(self, name, _layer, inputs, outputs):
-        _, T = inputs
-        spk, mem = (x.detach().float().unflatten(0, (T, -1)) for x in outputs)
-        self.outputs[name] = spk, mem
-        spikes = spk.sum(1).flatten(1).cpu().sum(1, dtype=torch.float64)
-        self._spikes[name] = self._spikes.get(name, 0) + spikes
-        total = torch.zeros(T * spk.shape[1], dtype=torch.float64, device="cpu")
-        self._macs[name] = 0.0
-        for connection, operations, macs in self._waiting:
-            if len(operations) == len(total):
-                total += operations
-                self._macs[name] += macs
+    def _count(self, _network, inputs, _output):
+        """Count what ran in a pass, in its order."""
+        T, B = inputs[0].shape[:2]
+        operations = torch.zeros(T * B, dtype=torch.float64, device="cpu")  # since the last neurons
+        macs, connections = 0.0, []
+        for name, layer, inputs, output in self._ran:
+            if is_counted(layer) and len(inputs[0]) == T * B:
+                key = layer, inputs[0].shape[1:]
+                if key not in self._reached:
+                    self._reached[key] = outputs_reached(*key, output.shape[1:])
+                reached = self._reached[key]
+                # Over the channels first, which reach alike: float32 counts exactly to 2^24.
+                sent = inputs[0].detach().sum(1, dtype=torch.float32).cpu() * reached[0]
+                operations += sent.view(T * B, -1).sum(1)
+                macs += T * float(reached.sum())
+                connections.append(name)
+            elif isinstance(layer, NeuronLayer | WithoutSpikes):
+                spk, mem = (x.detach().float().unflatten(0, (T, B)) for x in output)
+                self.outputs[name] = spk, mem
+                spikes = spk.sum(1).flatten(1).cpu().sum(1, dtype=torch.float64)
+                self._spikes[name] = self._spikes.get(name, 0) + spikes
+                self._operations.setdefault(name, []).append(operations.view(T, B))
+                self._macs[name] = macs
+                operations, macs, connections = torch.zeros_like(operations), 0.0, []
+                if isinstance(layer, NeuronLayer) and list(layer.neuron.children()):
+                    self.not_counted.add(name)
             else:
-                self.not_counted.add(connection)
-        self._operations.setdefault(name, []).append(total.view(T, -1))
-        self._waiting.clear()
-
-    def _end_pass(self, *_):
-        self.not_counted.update(name for name, _, _ in self._waiting)
-        self._waiting.clear()
+                self.not_counted.add(name)
+        self.not_counted.update(connections)
+        self._ran.clear()
 
     def operations(self, layer: str) -> torch.Tensor:
         """Return a layer's synaptic operations for each recording at each time step, [T, N]."""
@@ -946,7 +904,7 @@ class ActivityMeter:
         """
         result = {}
         for name, (spk, _) in self.outputs.items():
-            result[name] = {"neurons": spk[0, 0].numel(), "macs": len(spk) * self._macs[name]}
+            result[name] = {"neurons": spk[0, 0].numel(), "macs": self._macs[name]}
             if not self.network.config.no_spikes:
                 result[name]["firing_rate"] = self.firing_rate(name).mean().item()
                 operations = self.operations(name).sum(0).mean().item()

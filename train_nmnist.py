@@ -754,26 +754,21 @@ def main(argv: list[str] | None = None) -> None:
     device = utils.prepare_device(flags["device"])
     utils.init_distributed(device)
     check_flags(parser, flags, given)
+    seeds = list(dict.fromkeys(given.get("seed", [])))
     try:
-        run_each_seed(flags, given, device)
+        if len(seeds) > 1:
+            with hold_folders(flags):
+                run_seeds(flags, given, seeds, device)
+        else:
+            seed = {"seed": seeds[0]} if seeds else {}
+            metrics = run(flags | seed, given | seed, device)
+            if rank() == 0:
+                print_metrics(metrics)
+                if not flags["visualize"]:
+                    print("next        " + shlex.join(draw_command(given)))
     except NetworkError as error:
         raise UserError(f"--model {flags['model']}: {error}") from None
     utils.leave_distributed()
-
-
-def run_each_seed(flags: dict, given: dict, device: torch.device) -> None:
-    """Run the script for `--seed`, or for each of several."""
-    seeds = list(dict.fromkeys(given.get("seed", [])))
-    if len(seeds) > 1:
-        with hold_folders(flags):
-            run_seeds(flags, given, seeds, device)
-        return
-    seed = {"seed": seeds[0]} if seeds else {}
-    metrics = run(flags | seed, given | seed, device)
-    if rank() == 0:
-        print_metrics(metrics)
-        if not flags["visualize"]:
-            print("next        " + shlex.join(draw_command(given)))
 
 
 @contextlib.contextmanager
