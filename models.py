@@ -63,30 +63,28 @@ class NetworkError(Exception):
 
 
 class SpikingNetwork(nn.Module):
-    """Base of all networks. A network of your own defines two methods and is added to `NETWORKS`.
+    """Base of all networks. To add your own, define two methods, and register it in `NETWORKS`:
 
-    - `__init__(self, config)` calls `super().__init__(config)`, then makes the layers: neurons by
-      `make_layer(neuron)`, connections as `nn.Conv2d`, `ConvPool` or `nn.Linear`, whose synaptic
-      operations `ActivityMeter` counts. It may end with `init_norms()`.
-    - `forward_layers(self, x, T)` runs the layers on all frames at once, x [T * B, 2, 34, 34], and
+    - `__init__(self, config)` calls `super().__init__(config)`, then makes the layers: neurons as
+      `self.make_layer(self.make_lif(shape))`, connections as `nn.Conv2d`, `ConvPool` or
+      `nn.Linear`, which `ActivityMeter` counts. It may end with `self.init_norms()`.
+    - `forward_layers(self, x, T)` runs each layer once, on all frames x [T * B, 2, 34, 34], and
       returns what the last layer of neurons returns: (spk, mem), both [T * B, 10].
-
-    `build_model` says how the network runs: its precision, and whether kernels are used.
     """
 
-    slope = 5  # of the surrogate gradient; snnTorch's 25 lets little of it reach the first layer
+    slope = 5  # steepness of the surrogate gradient; at snnTorch's 25, little reaches early layers
 
     def __init__(self, config: NetworkConfig):
         super().__init__()
         self.config = config
-        self.dtype = torch.float32  # of the tensors between layers; a neuron's state is float32
+        self.dtype = torch.float32  # type of the layers; the neurons' state is always float32
 
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map frames [T, B, 2, 34, 34] to (spk, mem) of the output neurons, both [T, B, 10]."""
         if frames.dim() != 5 or frames.shape[2:] != (2, 34, 34) or len(frames) == 0:
             raise ValueError(f"frames are {list(frames.shape)}; they must be [T, B, 2, 34, 34]")
         T = len(frames)
-        # Several times faster on a CPU than in torch's default memory format.
+        # channels_last is several times faster than torch's default memory format on a CPU.
         x = frames.flatten(0, 1).to(self.dtype, memory_format=torch.channels_last)
         with torch.autocast(frames.device.type, self.dtype, enabled=self.dtype != torch.float32):
             spk, mem = self.forward_layers(x, T)
@@ -97,22 +95,20 @@ class SpikingNetwork(nn.Module):
         raise NotImplementedError
 
     def make_lif(self, shape: Sequence[int]) -> snn.SpikingNeuron:
-        """Return a LIF neuron for a layer whose frames are of `shape`: [C, H, W] or [N].
+        """Return a LIF neuron for a layer whose frames have `shape`, [C, H, W] or [N].
 
-        A subclass may return any other neuron that `NeuronLayer` takes.
+        A subclass may return any other neuron, also one that needs the shape, as recurrent ones do.
         """
         config = self.config
         spike_grad = FastSigmoid(self.slope)
         return snn.Leaky(config.beta, config.threshold, spike_grad, learn_beta=config.learn_beta)
 
-    def make_layer(self, shape: Sequence[int], neuron: snn.SpikingNeuron | None = None):
-        """Return a layer of neurons, by default of `make_lif(shape)`; without spikes, a ReLU."""
-        if self.config.no_spikes:
-            return WithoutSpikes()
-        return NeuronLayer(self.make_lif(shape) if neuron is None else neuron)
+    def make_layer(self, neuron: snn.SpikingNeuron) -> nn.Module:
+        """Return a layer that runs `neuron` over time; in a network without spikes, a ReLU."""
+        return WithoutSpikes() if self.config.no_spikes else NeuronLayer(neuron)
 
     def init_norms(self) -> None:
-        """Set the norms' weights, hence the spread of their outputs, to `initial_current`."""
+        """Set the norms' weights, and so the spread of their outputs, to `initial_current`."""
         for module in self.modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 nn.init.constant_(module.weight, initial_current(self.config))
@@ -144,20 +140,20 @@ class SpikingCNN(SpikingNetwork):
         w = config.width
         self.conv1 = ConvPool(2, 16 * w)
         self.norm1 = nn.BatchNorm2d(16 * w)
-        self.lif1 = self.make_layer([16 * w, 17, 17])
+        self.lif1 = self.make_layer(self.make_lif([16 * w, 17, 17]))
         self.conv2 = ConvPool(16 * w, 32 * w)
         self.norm2 = nn.BatchNorm2d(32 * w)
-        self.lif2 = self.make_layer([32 * w, 8, 8])
+        self.lif2 = self.make_layer(self.make_lif([32 * w, 8, 8]))
         self.conv3 = ConvPool(32 * w, 64 * w)
         self.norm3 = nn.BatchNorm2d(64 * w)
-        self.lif3 = self.make_layer([64 * w, 4, 4])
+        self.lif3 = self.make_layer(self.make_lif([64 * w, 4, 4]))
         self.fc1 = nn.Linear(64 * w * 4 * 4, 128 * w, bias=False)
         self.norm4 = nn.BatchNorm1d(128 * w)
-        self.lif4 = self.make_layer([128 * w])
+        self.lif4 = self.make_layer(self.make_lif([128 * w]))
         self.dropout = TimeSharedDropout(config.dropout)
         self.fc_out = nn.Linear(128 * w, NUM_DIGITS, bias=False)
         self.norm_out = nn.BatchNorm1d(NUM_DIGITS)
-        self.lif_out = self.make_layer([NUM_DIGITS])
+        self.lif_out = self.make_layer(self.make_lif([NUM_DIGITS]))
         self.init_norms()
 
     def forward_layers(self, x, T):
@@ -189,36 +185,42 @@ class SpikingResNet(SpikingNetwork):
         self.conv1 = ConvPool(2, 16 * w)
         self.norm1 = nn.BatchNorm2d(16 * w)
         alif = ALIF(
-            config.alpha,
-            config.beta,
-            self.adapt_scale * config.threshold,
-            config.threshold,
-            spike_grad,
+            alpha=config.alpha,
+            beta=config.beta,
+            adapt_scale=self.adapt_scale * config.threshold,
+            threshold=config.threshold,
+            spike_grad=spike_grad,
             learn_beta=config.learn_beta,
         )
-        self.lif1 = self.make_layer([16 * w, 17, 17], alif)
+        self.lif1 = self.make_layer(alif)
         self.res1 = ResidualBlock(
-            16 * w, 32 * w, self.make_layer([32 * w, 8, 8]), self.make_layer([32 * w, 8, 8])
+            16 * w,
+            32 * w,
+            self.make_layer(self.make_lif([32 * w, 8, 8])),
+            self.make_layer(self.make_lif([32 * w, 8, 8])),
         )
         self.res2 = ResidualBlock(
-            32 * w, 64 * w, self.make_layer([64 * w, 4, 4]), self.make_layer([64 * w, 4, 4])
+            32 * w,
+            64 * w,
+            self.make_layer(self.make_lif([64 * w, 4, 4])),
+            self.make_layer(self.make_lif([64 * w, 4, 4])),
         )
         self.fc1 = nn.Linear(64 * w * 4 * 4, 128 * w, bias=False)
         self.norm2 = nn.BatchNorm1d(128 * w)
         synaptic = snn.Synaptic(
             config.alpha, config.beta, config.threshold, spike_grad, learn_beta=config.learn_beta
         )
-        self.fc_syn = self.make_layer([128 * w], synaptic)
+        self.fc_syn = self.make_layer(synaptic)
         self.dropout = TimeSharedDropout(config.dropout)
         self.fc_out = nn.Linear(128 * w, NUM_DIGITS, bias=False)
         self.norm_out = nn.BatchNorm1d(NUM_DIGITS)
-        self.lif_out = self.make_layer([NUM_DIGITS])
+        self.lif_out = self.make_layer(self.make_lif([NUM_DIGITS]))
         self.init_norms()
         current = initial_current(config)
         with torch.no_grad():  # the shortcuts have no norm
             self.res1.shortcut.weight *= current
             self.res2.shortcut.weight *= current
-        if not config.no_spikes:  # fc_syn sums its input twice
+        if not config.no_spikes:  # fc_syn sums twice: to a synaptic current, then to a potential
             nn.init.constant_(self.norm2.weight, current * input_scale(config.alpha))
 
     def forward_layers(self, x, T):
@@ -234,7 +236,7 @@ class ResidualBlock(nn.Module):
     """Two layers of neurons, whose spikes are added; the second one also gets the block's input:
 
         conv1, max pool, norm1, lif1                                    -> spk1
-        conv2, norm2 of spk1, + shortcut of the summed 2 x 2 inputs, lif2  -> spk2
+        conv2, norm2 of spk1, + shortcut of the summed 2 x 2 inputs, lif2 -> spk2
         spk1 + spk2                                                     -> 0, 1 or 2 at each place
 
     x [T * B, in_channels, H, W] -> [T * B, out_channels, H // 2, W // 2]. The sum lets gradients
@@ -258,6 +260,27 @@ class ResidualBlock(nn.Module):
         return spk1 + spk2
 
 
+def initial_current(config: NetworkConfig) -> float:
+    """Return the standard deviation of a LIF layer's current at the start; 1 without spikes.
+
+    A layer whose currents spread by about a threshold is neither silent nor saturated (Zheng et al.
+    2021, threshold-dependent normalization). If beta is above 0.5, they sum to potentials far from
+    the threshold, where the surrogate gradient is small, so they start smaller.
+    """
+    if config.no_spikes:
+        return 1.0
+    return config.threshold * min(1.0, input_scale(config.beta) / input_scale(0.5))
+
+
+def input_scale(decay: float) -> float:
+    """Return the factor that keeps the leaky sum of an input about as large as the input.
+
+    (1 - decay)**0.5 lies between (1 - decay**2)**0.5, which keeps the variance of white noise, and
+    1 - decay, which keeps a constant. The floor keeps it above 0 if decay is 1.
+    """
+    return max(1 - decay, 0.01) ** 0.5
+
+
 NETWORKS = {"cnn": SpikingCNN, "resnet": SpikingResNet}  # add your own: NETWORKS["mlp"] = MLP
 
 
@@ -266,8 +289,8 @@ def build_model(
 ) -> SpikingNetwork:
     """Build the network that `config.model` names; torch's global generator draws its weights.
 
-    `neuron_backend` is 'fused' (kernels, for the neurons that they know) or 'step' (snnTorch's
-    neurons, step by step), `precision` the type of the layers, 'fp32' or 'bf16'. Raises
+    `neuron_backend` is 'fused' (by kernels, where these know a neuron) or 'step' (snnTorch's
+    neurons, step by step); `precision` is the type of the layers, 'fp32' or 'bf16'. Raises
     `NetworkError` if there is no such network, or if it has a neuron that cannot be stepped.
     """
     if config.model not in NETWORKS:
@@ -298,25 +321,28 @@ def load_weights(network: SpikingNetwork, weights: dict[str, torch.Tensor]) -> N
         raise NetworkError(f"the weights are not those of {name} as it is defined now") from error
 
 
-def initial_current(config: NetworkConfig) -> float:
-    """Return the standard deviation of a LIF layer's current at the start; 1 without spikes.
+def stepped_layers(network: SpikingNetwork) -> list[str]:
+    """Return the layers that run step by step, with their kind of neuron: 'lif1 (Lapicque)'."""
+    layers = network.neuron_layers().items()
+    return [f"{name} ({type(layer.neuron).__name__})" for name, layer in layers if not layer.fused]
 
-    With one threshold, a layer is neither silent nor saturated (threshold-dependent normalization,
-    Zheng et al. 2021). If beta is above 0.5, currents sum to membrane potentials far from the
-    threshold, where the surrogate gradient is small. The currents then start smaller.
+
+def describe_backend(network: SpikingNetwork) -> str:
+    """Return how neurons run: 'fused', 'fused, uncompiled', 'step', or 'ReLU' without spikes.
+
+    Where no kernel knows some of the neurons, it is 'fused, but step by step: lif1 (Lapicque)'.
     """
-    if config.no_spikes:
-        return 1.0
-    return config.threshold * min(1.0, input_scale(config.beta) / input_scale(0.5))
-
-
-def input_scale(decay: float) -> float:
-    """Return the factor that keeps the leaky sum of an input about as large as the input.
-
-    (1 - decay)**0.5 lies between (1 - decay**2)**0.5, which keeps the variance of white noise, and
-    1 - decay, which keeps a constant. The floor keeps it above 0 if decay is 1.
-    """
-    return max(1 - decay, 0.01) ** 0.5
+    if network.config.no_spikes:
+        return "ReLU"
+    layers = list(network.neuron_layers().values())
+    stepped = stepped_layers(network)
+    if len(stepped) == len(layers):
+        return "step"
+    forward, _ = compiled_kernels(layers[0].neuron.threshold.device, network.dtype)
+    text = "fused, uncompiled" if forward is forward_kernel else "fused"
+    if stepped:
+        text += f", but step by step: {', '.join(stepped)}"
+    return text
 
 
 # --- Predictions ----------------------------------------------------------------------------------
@@ -327,9 +353,9 @@ def digit_scores(spk: torch.Tensor, mem: torch.Tensor, readout: str = "membrane"
 
     `spk` and `mem` [T, B, 10] are those of the output neurons. By `readout`, the scores are:
 
-    - 'membrane': the mean membrane potential so far. In the mean over time,
-      U (1 - beta) = I - rate * threshold: of two neurons that fire at the same rate, the potentials
-      still tell which has the larger current.
+    - 'membrane': the mean membrane potential so far. In the long run its mean is
+      U = (I - rate * threshold) / (1 - beta): of two neurons that fire at the same rate, it tells
+      which has the larger current.
     - 'rate': the firing rate so far (rate code).
     - 'latency': minus the number of steps without a spike before the first (latency code).
     """
@@ -355,9 +381,8 @@ def predict(
     With `over_time`, it is the prediction after each time step, [T, B].
     """
     scores = digit_scores(spk, mem, "membrane")
-    if readout != "membrane":
-        tied = leaders(digit_scores(spk, mem, readout))
-        scores = scores.masked_fill(~tied, -torch.inf)
+    if readout != "membrane":  # the largest potential among those who lead by the readout
+        scores = scores.masked_fill(~leaders(digit_scores(spk, mem, readout)), -torch.inf)
     predictions = scores.argmax(-1)
     return predictions if over_time else predictions[-1]
 
@@ -392,8 +417,8 @@ class NeuronLayer(nn.Module):
         spk, mem = layer(cur, T)    # all three [T * B, ...]
 
     It takes any of snnTorch's neurons that are stepped and keep their state: they have `mem` and
-    `reset_mem`. Raises `NetworkError` for any other. Neurons that the compiled kernels know
-    (`has_kernel`) run by these, unless `fused` is set to False; all others run step by step.
+    `reset_mem`. Raises `NetworkError` for any other. It uses the compiled kernels for the neurons
+    that these know (`has_kernel`), unless `fused` is set to False; others run step by step.
     """
 
     def __init__(self, neuron: snn.SpikingNeuron):
@@ -404,7 +429,7 @@ class NeuronLayer(nn.Module):
         self.fused = has_kernel(neuron)
 
     def forward(self, cur, T):
-        if self.fused and not torch.compiler.is_compiling():  # which cannot see into the kernels
+        if self.fused and not torch.compiler.is_compiling():  # torch.compile can't trace kernels
             return run_kernels(self.neuron, cur, T)
         return run_steps(self.neuron, cur, T)
 
@@ -420,61 +445,6 @@ def run_steps(neuron: snn.SpikingNeuron, cur: torch.Tensor, T: int):
         mems.append(neuron.mem)
     neuron.reset_mem()  # which lets go of the gradients' graph
     return torch.cat(spks).to(cur.dtype), torch.cat(mems).to(cur.dtype)
-
-
-def run_kernels(neuron: snn.SpikingNeuron, cur: torch.Tensor, T: int):
-    """Do the same as `run_steps` by compiled kernels, several times as fast."""
-    is_image = cur.dim() == 4
-    if is_image:  # [T * B, C, H, W] in channels_last format, which is contiguous as [..., H, W, C]
-        cur = cur.permute(0, 2, 3, 1)
-    sequence = cur.contiguous().view(T, -1)
-    outputs = FusedNeuron.apply(sequence, *kernel_parameters(neuron))
-    spk, mem = (x.view(cur.shape) for x in outputs)
-    if is_image:
-        return spk.permute(0, 3, 1, 2), mem.permute(0, 3, 1, 2)
-    return spk, mem
-
-
-def has_kernel(neuron: snn.SpikingNeuron) -> bool:
-    """Return whether the kernels know all that a neuron does.
-
-    They know `snn.Leaky`, `snn.Synaptic` and `ALIF` with scalar parameters, of which beta alone may
-    be learned, reset by subtraction, `FastSigmoid` and no other option.
-    """
-    return (
-        type(neuron) in (snn.Leaky, snn.Synaptic, ALIF)
-        and type(neuron.spike_grad) is FastSigmoid
-        and neuron.reset_mechanism == "subtract"
-        and getattr(neuron, "reset_delay", True)
-        and not (neuron.inhibition or neuron.state_quant or neuron.init_hidden or neuron.output)
-        and {name for name, _ in neuron.named_parameters()} <= {"beta"}
-        and all(value.dim() == 0 for value in neuron.state_dict().values())
-        and float(neuron.graded_spikes_factor) == 1
-    )
-
-
-def stepped_layers(network: SpikingNetwork) -> list[str]:
-    """Return the layers that run step by step, with their kind of neuron: 'lif1 (Lapicque)'."""
-    layers = network.neuron_layers().items()
-    return [f"{name} ({type(layer.neuron).__name__})" for name, layer in layers if not layer.fused]
-
-
-def describe_backend(network: SpikingNetwork) -> str:
-    """Return how neurons run: 'fused', 'fused, uncompiled', 'step', or 'ReLU' without spikes.
-
-    Where no kernel knows some of the neurons, it is 'fused, but step by step: lif1 (Lapicque)'.
-    """
-    if network.config.no_spikes:
-        return "ReLU"
-    layers = list(network.neuron_layers().values())
-    stepped = stepped_layers(network)
-    if len(stepped) == len(layers):
-        return "step"
-    forward, _ = compiled_kernels(layers[0].neuron.threshold.device, network.dtype)
-    text = "fused, uncompiled" if forward is forward_kernel else "fused"
-    if stepped:
-        text += f", but step by step: {', '.join(stepped)}"
-    return text
 
 
 @dataclass(frozen=True)
@@ -500,7 +470,7 @@ class ALIF(snn.LIF):
 
         alif = ALIF(alpha=0.9, beta=0.5, adapt_scale=0.5)
         spk, adapt, mem = alif.reset_mem()
-        spk, adapt, mem = alif(cur[0], spk, adapt, mem)    # without states, it goes on from its own
+        spk, adapt, mem = alif(cur[0], spk, adapt, mem)    # without states, from those it has
 
     `options` are those of snnTorch's LIF neurons: `learn_beta`, `learn_threshold`. The reset's
     spikes carry no gradient, as in snnTorch; the adaptation's do. With adapt_scale = 0 it is
@@ -562,7 +532,8 @@ class WithoutSpikes(nn.Module):
 class ConvPool(nn.Conv2d):
     """Convolution (3 x 3, padded by 1), then max pooling (2 x 2).
 
-    x [F, C, H, W] -> [F, D, H // 2, W // 2]. Pooling before norm and neuron is 2.5 times as fast.
+    x [T * B, C, H, W] -> [T * B, D, H // 2, W // 2]. With the pooling before norm and neurons, a
+    network is 2.5 times as fast as with the pooling after them.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -587,7 +558,7 @@ class TimeSharedDropout(nn.Dropout):
 
 
 def sum_pool(x: torch.Tensor) -> torch.Tensor:
-    """Count the spikes in each window (2 x 2): x [F, C, H, W] -> [F, C, H // 2, W // 2]."""
+    """Sum each window (2 x 2): x [T * B, C, H, W] -> [T * B, C, H // 2, W // 2]."""
     return F.avg_pool2d(x, 2, divisor_override=1)
 
 
@@ -601,8 +572,39 @@ def sum_pool(x: torch.Tensor) -> torch.Tensor:
 STEPS_PER_CALL = 5
 
 
+def run_kernels(neuron: snn.SpikingNeuron, cur: torch.Tensor, T: int):
+    """Return the same as `run_steps`, several times as fast, of a neuron that `has_kernel`."""
+    is_image = cur.dim() == 4
+    if is_image:  # [T * B, C, H, W] in channels_last format, which is contiguous as [..., H, W, C]
+        cur = cur.permute(0, 2, 3, 1)
+    sequence = cur.contiguous().view(T, -1)
+    outputs = FusedNeuron.apply(sequence, *kernel_parameters(neuron))
+    spk, mem = (x.view(cur.shape) for x in outputs)
+    if is_image:
+        return spk.permute(0, 3, 1, 2), mem.permute(0, 3, 1, 2)
+    return spk, mem
+
+
+def has_kernel(neuron: snn.SpikingNeuron) -> bool:
+    """Return whether the kernels do all that a neuron does.
+
+    They know `snn.Leaky`, `snn.Synaptic` and `ALIF` with scalar parameters, of which beta alone may
+    be learned, reset by subtraction, `FastSigmoid` and no other option.
+    """
+    return (
+        type(neuron) in (snn.Leaky, snn.Synaptic, ALIF)
+        and type(neuron.spike_grad) is FastSigmoid
+        and neuron.reset_mechanism == "subtract"
+        and getattr(neuron, "reset_delay", True)
+        and not (neuron.inhibition or neuron.state_quant or neuron.init_hidden or neuron.output)
+        and {name for name, _ in neuron.named_parameters()} <= {"beta"}
+        and all(value.dim() == 0 for value in neuron.state_dict().values())
+        and float(neuron.graded_spikes_factor) == 1
+    )
+
+
 class Parameters(NamedTuple):
-    """What the kernels know of a neuron, scalar tensors; `snn.Leaky` has None for the last three.
+    """A neuron's parameters as scalar tensors; the last three are None for `snn.Leaky`.
 
     I_syn[t] = syn_alpha I_syn[t-1] + I[t]
     a[t] = adapt_alpha a[t-1] + (1 - adapt_alpha) S[t-1]
@@ -640,7 +642,7 @@ class FusedNeuron(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, cur, *parameters):
-        p = Parameters(*[plain(x) for x in parameters])
+        p = Parameters(*[alias(x) for x in parameters])
         kernel, _ = compiled_kernels(cur.device, cur.dtype)
         spk, mem, adapt = run_forward(kernel, cur, p)
         ctx.set_materialize_grads(False)
@@ -654,20 +656,21 @@ class FusedNeuron(torch.autograd.Function):
         spk, mem, adapt, *parameters = ctx.saved_tensors
         p = Parameters(*parameters)
         _, kernel = compiled_kernels(spk.device, spk.dtype)
-        # Without gradients of mem, those of spk stand in, times 0: no other variant is compiled.
+        # Most layers get no gradient of mem. A kernel without it would be one more to compile, and
+        # zeros one more sequence to read: the kernel reads grad_spk instead, and takes it times 0.
         mem_factor = torch.full((), 0.0 if grad_mem is None else 1.0, device=spk.device)
         grad_spk = torch.zeros_like(spk) if grad_spk is None else grad_spk.contiguous()
         grad_mem = grad_spk if grad_mem is None else grad_mem.contiguous()
         grad_cur = torch.empty_like(spk)
-        state = zeros(spk), None, None
+        state = zero_state(spk), None, None
         if adapt is not None:
-            state = zeros(spk), zeros(spk), zeros(spk)
+            state = zero_state(spk), zero_state(spk), zero_state(spk)
         for steps in reversed(time_chunks(len(spk))):
             sequences = grad_spk, grad_mem, spk, mem, adapt
-            inputs = [None if x is None else plain(x[steps]) for x in sequences]
-            state = kernel(unbind(grad_cur[steps]), *inputs, mem_factor, state, p)
+            inputs = [None if x is None else alias(x[steps]) for x in sequences]
+            state = kernel(step_aliases(grad_cur[steps]), *inputs, mem_factor, state, p)
         grad_beta = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1]:  # as derived below
             grad_beta = (grad_cur[1:] * mem[:-1]).sum(dtype=torch.float32)
             if p.syn_alpha is not None:
                 grad_beta -= p.syn_alpha * (grad_cur[2:] * mem[:-2]).sum(dtype=torch.float32)
@@ -677,23 +680,23 @@ class FusedNeuron(torch.autograd.Function):
 def run_forward(kernel: Callable, cur: torch.Tensor, p: Parameters):
     """Run `forward_kernel`, compiled or not, over all steps: cur [T, N] -> (spk, mem, adapt)."""
     spk, mem, adapt = torch.empty_like(cur), torch.empty_like(cur), None
-    state = zeros(cur), zeros(cur), None, None
+    state = zero_state(cur), zero_state(cur), None, None
     if p.adapt_scale is not None:
         adapt = torch.empty_like(cur)
-        state = zeros(cur), zeros(cur), zeros(cur), zeros(cur)
+        state = zero_state(cur), zero_state(cur), zero_state(cur), zero_state(cur)
     for steps in time_chunks(len(cur)):
-        adapts = None if adapt is None else unbind(adapt[steps])
-        state = kernel(plain(cur[steps]), unbind(spk[steps]), unbind(mem[steps]), adapts, state, p)
+        outputs = [None if x is None else step_aliases(x[steps]) for x in (spk, mem, adapt)]
+        state = kernel(alias(cur[steps]), *outputs, state, p)
     return spk, mem, adapt
 
 
 def forward_kernel(cur, spks, mems, adapts, state, p: Parameters):
     """Run neurons over the steps of cur [steps, N]; fill the lists of tensors [N] with the outputs.
 
-    `state` is (mem, spk, syn, adapt) after the step before, float32 [N]. Returns the new state.
+    `state` is (spk, mem, adapt, syn) after the step before, float32 [N]. Returns the new state.
     """
-    mem, spk, syn, adapt = state
-    leaky = p.adapt_scale is None  # neither synaptic current nor adaptation
+    spk, mem, adapt, syn = state
+    leaky = p.adapt_scale is None  # snn.Leaky: neither synaptic current nor adaptation
     threshold = p.threshold if leaky else p.threshold + p.adapt_scale * adapt
     for t in range(len(spks)):
         current = cur[t].float()
@@ -707,7 +710,7 @@ def forward_kernel(cur, spks, mems, adapts, state, p: Parameters):
         spk = (mem > threshold).float()
         spks[t].copy_(spk)
         mems[t].copy_(mem)
-    return mem, spk, syn, adapt
+    return spk, mem, adapt, syn
 
 
 # The backward pass. dX is the derivative of the loss by X; the reset's S[t-1] is a constant;
@@ -721,32 +724,32 @@ def forward_kernel(cur, spks, mems, adapts, state, p: Parameters):
 #     dbeta         = the sum of dU[t] U[t-1] = that of (dI[t] - syn_alpha dI[t+1]) U[t-1]
 
 
-def backward_kernel(grad_curs, grad_spks, grad_mems, spks, mems, adapts, mem_factor, state, p):
+def backward_kernel(grad_curs, grad_spk, grad_mem, spk, mem, adapt, mem_factor, state, p):
     """Run the gradients back over a few steps; fill the list `grad_curs` of tensors [N].
 
-    `grad_spks` and `grad_mems`, times `mem_factor`, are those of `spks` and `mems`, the outputs of
-    the forward pass, all [steps, N]. `state` is (grad_mem, grad_syn, grad_adapt), above dU, dI_syn
-    and da, of the step after, float32 [N]. Returns the new state.
+    All else is [steps, N]: `spk`, `mem` and `adapt` of the forward pass, and the gradients that
+    reach `spk` and, times `mem_factor`, `mem`. `state` is (dU, da, dI_syn) of the step after,
+    float32 [N]. Returns the new state.
     """
-    grad_mem, grad_syn, grad_adapt = state
+    d_mem, d_adapt, d_syn = state
     leaky = p.adapt_scale is None
     threshold = p.threshold
     for t in reversed(range(len(grad_curs))):
-        grad_spk = grad_spks[t].float()
+        d_spk = grad_spk[t].float()
         if not leaky:
-            grad_spk = grad_spk + (1 - p.adapt_alpha) * grad_adapt
-            threshold = p.threshold + p.adapt_scale * adapts[t].float()
-        grad_fire = grad_spk / (1 + p.slope * (mems[t].float() - threshold).abs()) ** 2
-        grad_threshold = -grad_fire - spks[t].float() * grad_mem  # grad_mem is still dU[t+1]
-        grad_mem = p.beta * grad_mem + grad_fire
-        grad_mem = grad_mem + mem_factor * grad_mems[t].float()
+            d_spk = d_spk + (1 - p.adapt_alpha) * d_adapt
+            threshold = p.threshold + p.adapt_scale * adapt[t].float()
+        fire_d_spk = d_spk / (1 + p.slope * (mem[t].float() - threshold).abs()) ** 2
+        d_threshold = -fire_d_spk - spk[t].float() * d_mem  # d_mem is still dU[t+1]
+        d_mem = p.beta * d_mem + fire_d_spk
+        d_mem = d_mem + mem_factor * grad_mem[t].float()
         if leaky:
-            grad_curs[t].copy_(grad_mem)
+            grad_curs[t].copy_(d_mem)
         else:
-            grad_adapt = p.adapt_alpha * grad_adapt + p.adapt_scale * grad_threshold
-            grad_syn = p.syn_alpha * grad_syn + grad_mem
-            grad_curs[t].copy_(grad_syn)
-    return grad_mem, grad_syn, grad_adapt
+            d_adapt = p.adapt_alpha * d_adapt + p.adapt_scale * d_threshold
+            d_syn = p.syn_alpha * d_syn + d_mem
+            grad_curs[t].copy_(d_syn)
+    return d_mem, d_adapt, d_syn
 
 
 @functools.cache
@@ -787,20 +790,20 @@ def time_chunks(T: int) -> list[slice]:
     return chunks + [slice(t, t + 1) for t in range(whole, T)]
 
 
-def zeros(x: torch.Tensor) -> torch.Tensor:
+def zero_state(x: torch.Tensor) -> torch.Tensor:
     """Return zeros [N], in float32, for x [T, N]."""
     return torch.zeros(x.shape[1], device=x.device)
 
 
-def plain(x: torch.Tensor | None) -> torch.Tensor | None:
+def alias(x: torch.Tensor | None) -> torch.Tensor | None:
     """Return x on the same memory, but no view and no gradient, which trigger recompilation."""
     # By to_dlpack it is four times as fast as by from_dlpack(x).
     return None if x is None else torch.from_dlpack(to_dlpack(x.detach()))
 
 
-def unbind(x: torch.Tensor) -> list[torch.Tensor]:
+def step_aliases(x: torch.Tensor) -> list[torch.Tensor]:
     """Return the steps of x [T, N] as a list of tensors [N], into which kernels write directly."""
-    return [plain(step) for step in x]
+    return [alias(step) for step in x]
 
 
 # --- Activity -------------------------------------------------------------------------------------
@@ -817,20 +820,20 @@ class ActivityMeter:
         meter.outputs["lif1"]       # (spk, mem) of the last pass, both [T, B, ...]
         meter.layers()              # means over all recordings that passed
 
-    A layer is one of neurons, with the connections (`nn.Conv2d`, `ConvPool`, `nn.Linear`) that run
-    before it; layers stand in the order in which they run. The synaptic operations of a connection
-    are what enters it (events, spikes, sums of spikes) times the outputs that this reaches. MACs
-    are the multiply-accumulates of the same network without spikes, where every connection is used
-    at every step. Padding around an image, biases and the neurons' own operations are left out.
-    `not_counted` names what else has connections: neurons with layers of their own, other kinds of
-    layers, and those that do not run on [T * B, ...] or run after the last neurons.
+    A layer of neurons includes the connections (`nn.Conv2d`, `ConvPool`, `nn.Linear`) that run
+    before it; layers are listed in the order in which they run. The synaptic operations of a
+    connection are what enters it (events, spikes, sums of spikes) times the number of outputs that
+    it reaches. MACs are the multiply-accumulates of the same network without spikes, where every
+    connection is used at every step. Padding around an image, biases and the neurons' own
+    operations are left out. `not_counted` names what else has connections: neurons with layers of
+    their own, other kinds of layers, layers that do not run on [T * B, ...], or after all neurons.
     """
 
     def __init__(self, network: SpikingNetwork):
         self.network = network
         self.outputs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.not_counted: set[str] = set()
-        self._ran = []  # (name, layer, inputs, output) in the pass under way
+        self._ran = []  # (name, layer, inputs, output) of the pass under way
         self._reached: dict[tuple, torch.Tensor] = {}  # by connection and shape of its input
         self._spikes: dict[str, torch.Tensor] = {}  # [T]: of all recordings
         self._operations: dict[str, list[torch.Tensor]] = {}  # of each batch: [T, B]
@@ -853,40 +856,47 @@ class ActivityMeter:
             hook.remove()
 
     def _note(self, name, layer, inputs, output):
-        is_neuron = isinstance(layer, NeuronLayer | WithoutSpikes)
-        if is_neuron or any(p.dim() > 1 for p in layer.parameters(recurse=False)):
+        is_neurons = isinstance(layer, NeuronLayer | WithoutSpikes)
+        if is_neurons or any(p.dim() > 1 for p in layer.parameters(recurse=False)):
             self._ran.append((name, layer, inputs, output))
 
     def _count(self, _network, inputs, _output):
         """Count what ran in a pass, in its order."""
         T, B = inputs[0].shape[:2]
-        operations = torch.zeros(T * B, dtype=torch.float64, device="cpu")  # since the last neurons
-        macs, connections = 0.0, []
+        connections = []  # (name, operations [T * B], MACs per frame) since the last neurons
         for name, layer, inputs, output in self._ran:
-            if is_counted(layer) and len(inputs[0]) == T * B:
-                key = layer, inputs[0].shape[1:]
-                if key not in self._reached:
-                    self._reached[key] = outputs_reached(*key, output.shape[1:])
-                reached = self._reached[key]
-                # Over the channels first, which reach alike: float32 counts exactly to 2^24.
-                sent = inputs[0].detach().sum(1, dtype=torch.float32).cpu() * reached[0]
-                operations += sent.view(T * B, -1).sum(1)
-                macs += T * float(reached.sum())
-                connections.append(name)
-            elif isinstance(layer, NeuronLayer | WithoutSpikes):
+            if isinstance(layer, NeuronLayer | WithoutSpikes):
                 spk, mem = (x.detach().float().unflatten(0, (T, B)) for x in output)
-                self.outputs[name] = spk, mem
-                spikes = spk.sum(1).flatten(1).cpu().sum(1, dtype=torch.float64)
-                self._spikes[name] = self._spikes.get(name, 0) + spikes
-                self._operations.setdefault(name, []).append(operations.view(T, B))
-                self._macs[name] = macs
-                operations, macs, connections = torch.zeros_like(operations), 0.0, []
+                self._count_neurons(name, spk, mem, connections)
+                connections = []
                 if isinstance(layer, NeuronLayer) and list(layer.neuron.children()):
                     self.not_counted.add(name)
+            elif is_counted(layer) and len(inputs[0]) == T * B:
+                counts = self._count_connection(layer, inputs[0].detach(), output.shape)
+                connections.append((name, *counts))
             else:
                 self.not_counted.add(name)
-        self.not_counted.update(connections)
+        self.not_counted.update(name for name, _, _ in connections)
         self._ran.clear()
+
+    def _count_neurons(self, name, spk, mem, connections):
+        T, B = spk.shape[:2]
+        self.outputs[name] = spk, mem
+        spikes = spk.sum(1).flatten(1).cpu().sum(1, dtype=torch.float64)
+        self._spikes[name] = self._spikes.get(name, 0) + spikes
+        operations = torch.zeros(T * B, dtype=torch.float64, device="cpu")
+        operations += sum(operations for _, operations, _ in connections)
+        self._operations.setdefault(name, []).append(operations.view(T, B))
+        self._macs[name] = T * sum(macs for _, _, macs in connections)
+
+    def _count_connection(self, layer, x, out_shape) -> tuple[torch.Tensor, float]:
+        key = layer, x.shape[1:]
+        if key not in self._reached:
+            self._reached[key] = outputs_reached(layer, x.shape[1:], out_shape[1:])
+        reached = self._reached[key]
+        # Channels are summed first, as all reach alike: float32 counts exactly to 2^24.
+        operations = (x.sum(1, dtype=torch.float32).cpu() * reached).view(len(x), -1).sum(1)
+        return operations, float(reached.expand(x.shape[1:]).sum())
 
     def operations(self, layer: str) -> torch.Tensor:
         """Return a layer's synaptic operations for each recording at each time step, [T, N]."""
@@ -925,31 +935,30 @@ def is_counted(module: nn.Module) -> bool:
 
 
 def outputs_reached(module: nn.Module, in_shape: torch.Size, out_shape: torch.Size) -> torch.Tensor:
-    """Return how many outputs of a layer each element of its input reaches, of `in_shape`.
+    """Return how many outputs of a layer each element of its input reaches, in float64.
 
-    For a convolution this is the transposed convolution of ones, as in sinabs; of zeros where its
-    outputs are in no pooling window, as an odd last row.
+    For `nn.Linear` it is a scalar. For a convolution, [H, W], the same for all channels: the
+    transposed convolution of ones, as in sinabs, with zeros for outputs in no pooling window.
     """
     options = {"dtype": torch.float64, "device": "cpu"}
     if isinstance(module, nn.Linear):
-        return torch.full(in_shape, float(module.out_features), **options)
+        return torch.tensor(module.out_features, **options)
     out = torch.ones(1, *out_shape, **options)
-    if isinstance(module, ConvPool):
+    if isinstance(module, ConvPool):  # an odd last row or column is in no window
         channels, height, width = out_shape
         out = torch.zeros(1, channels, *in_shape[1:], **options)
         out[:, :, : 2 * height, : 2 * width] = 1
     geometry = module.stride, module.padding, module.dilation, module.groups
     weight = torch.ones(module.weight.shape, **options)
-    return torch.nn.grad.conv2d_input((1, *in_shape), weight, out, *geometry)[0]
+    return torch.nn.grad.conv2d_input((1, *in_shape), weight, out, *geometry)[0, 0]
 
 
 def energy_uj(layers: dict[str, dict[str, float]]) -> dict[str, float]:
     """Estimate the energy per recording in uJ, from `ActivityMeter.layers`.
 
-    'spiking': an addition (`ADDITION_PJ`) for each synaptic operation, in the first layer for each
-    event and connection. 'without_spikes': a `MAC_PJ` for each MAC of the same network. Memory
-    traffic, which may cost more, pooling and the neurons' own operations are left out, as in most
-    papers.
+    'spiking', of a network with spikes: `ADDITION_PJ` for each synaptic operation.
+    'without_spikes': `MAC_PJ` for each MAC of the same network. Memory traffic, which may cost
+    more, pooling and the neurons' own operations are left out, as in most papers.
     """
     energy = {"without_spikes": MAC_PJ * sum(layer["macs"] for layer in layers.values()) / 1e6}
     if all("synaptic_operations" in layer for layer in layers.values()):

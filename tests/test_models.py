@@ -673,9 +673,9 @@ class Parts(SpikingNetwork):
 
     def __init__(self, config, *layers):
         super().__init__(config)
-        self.lif_out = self.make_layer([10])
+        self.lif_out = self.make_layer(self.make_lif([10]))
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(10, bias=False))
-        self.lif1 = self.make_layer([10])
+        self.lif1 = self.make_layer(self.make_lif([10]))
 
     def forward_layers(self, x, T):
         x, _ = self.lif1(self.layers(x), T)
@@ -816,7 +816,7 @@ def test_a_network_of_ones_own(backend, monkeypatch):
         def __init__(self, config):
             super().__init__(config)
             self.fc = nn.Linear(2 * 34 * 34, 10, bias=False)
-            self.lif = self.make_layer([10])
+            self.lif = self.make_layer(self.make_lif([10]))
 
         def forward_layers(self, x, T):
             return self.lif(self.fc(x.flatten(1)), T)

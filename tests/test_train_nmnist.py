@@ -1127,12 +1127,12 @@ class MyNet(SpikingNetwork):
         super().__init__(config)
         self.conv1 = nn.Conv2d(2, 4, 5, stride=4, bias=False)
         recurrent = snn.RSynaptic(config.alpha, config.beta, conv2d_channels=4, kernel_size=3)
-        self.lif1 = self.make_layer([4, 8, 8], recurrent)
+        self.lif1 = self.make_layer(recurrent)
         betas = torch.full([4, 8, 8], config.beta)
-        self.lif2 = self.make_layer([4, 8, 8], snn.Leaky(betas, learn_beta=True))
+        self.lif2 = self.make_layer(snn.Leaky(betas, learn_beta=True))
         self.fc_out = nn.Linear(4 * 8 * 8, 10, bias=False)
         self.norm_out = nn.BatchNorm1d(10)
-        self.lif3 = self.make_layer([10])
+        self.lif3 = self.make_layer(self.make_lif([10]))
 
     def forward_layers(self, x, T):
         x, _ = self.lif1(self.conv1(x), T)
