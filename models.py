@@ -35,7 +35,7 @@ READOUTS = ("membrane", "rate", "latency")
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """What a network is: the settings that flags, constructors and checkpoints share."""
+    """The settings that define a network: set by flags, passed to constructors, saved with it."""
 
     model: str = "cnn"  # a key of NETWORKS
     beta: float = 0.5  # decay of the membrane potential per step
@@ -77,7 +77,7 @@ class SpikingNetwork(nn.Module):
     def __init__(self, config: NetworkConfig):
         super().__init__()
         self.config = config
-        self.dtype = torch.float32  # type of the layers; the neurons' state is always float32
+        self.dtype = torch.float32  # of the layers, set by `build_model`; neurons run in float32
 
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map frames [T, B, 2, 34, 34] to (spk, mem) of the output neurons, both [T, B, 10]."""
@@ -216,12 +216,15 @@ class SpikingResNet(SpikingNetwork):
         self.norm_out = nn.BatchNorm1d(NUM_DIGITS)
         self.lif_out = self.make_layer(self.make_lif([NUM_DIGITS]))
         self.init_norms()
-        current = initial_current(config)
+
+    def init_norms(self):
+        super().init_norms()
+        current = initial_current(self.config)
         with torch.no_grad():  # the shortcuts have no norm
             self.res1.shortcut.weight *= current
             self.res2.shortcut.weight *= current
-        if not config.no_spikes:  # fc_syn sums twice: to a synaptic current, then to a potential
-            nn.init.constant_(self.norm2.weight, current * input_scale(config.alpha))
+        if not self.config.no_spikes:  # fc_syn sums twice: to a synaptic current, to a potential
+            nn.init.constant_(self.norm2.weight, current * input_scale(self.config.alpha))
 
     def forward_layers(self, x, T):
         x, _ = self.lif1(self.norm1(self.conv1(x)), T)
@@ -235,9 +238,9 @@ class SpikingResNet(SpikingNetwork):
 class ResidualBlock(nn.Module):
     """Two layers of neurons, whose spikes are added; the second one also gets the block's input:
 
-        conv1, max pool, norm1, lif1                                    -> spk1
-        conv2, norm2 of spk1, + shortcut of the summed 2 x 2 inputs, lif2 -> spk2
-        spk1 + spk2                                                     -> 0, 1 or 2 at each place
+        spk1 = lif1(norm1(max_pool(conv1(x))))
+        spk2 = lif2(norm2(conv2(spk1)) + shortcut(sum_pool(x)))
+        output = spk1 + spk2    # 0, 1 or 2 at each place
 
     x [T * B, in_channels, H, W] -> [T * B, out_channels, H // 2, W // 2]. The sum lets gradients
     past the second neuron; the blocks of Fang et al. 2021, "Deep residual learning in spiking
@@ -264,8 +267,8 @@ def initial_current(config: NetworkConfig) -> float:
     """Return the standard deviation of a LIF layer's current at the start; 1 without spikes.
 
     A layer whose currents spread by about a threshold is neither silent nor saturated (Zheng et al.
-    2021, threshold-dependent normalization). If beta is above 0.5, they sum to potentials far from
-    the threshold, where the surrogate gradient is small, so they start smaller.
+    2021, threshold-dependent normalization). With beta above 0.5, currents sum to potentials far
+    from the threshold, where the surrogate gradient is small, so they start smaller.
     """
     if config.no_spikes:
         return 1.0
@@ -281,27 +284,180 @@ def input_scale(decay: float) -> float:
     return max(1 - decay, 0.01) ** 0.5
 
 
+# --- Neurons over time ----------------------------------------------------------------------------
+
+
+class NeuronLayer(nn.Module):
+    """Runs a neuron over a whole sequence, from rest: currents I to spikes S and potentials U.
+
+        layer = NeuronLayer(snn.Leaky(beta=0.5, spike_grad=FastSigmoid(5)))
+        spk, mem = layer(cur, T)    # all three [T * B, ...]
+
+        U[t] = beta U[t-1] + I[t] - S[t-1] threshold    # snn.Leaky
+        S[t] = (U[t] > threshold)
+
+    It takes any of snnTorch's neurons that are called once per time step and store their state,
+    with `mem` and `reset_mem`; `NetworkError` for any other. Neurons that the compiled kernels
+    support (`has_kernel`) run by them, unless `fused` is set to False; others, step by step.
+    """
+
+    def __init__(self, neuron: snn.SpikingNeuron):
+        super().__init__()
+        if not (hasattr(neuron, "mem") and hasattr(neuron, "reset_mem")):
+            raise NetworkError(f"{type(neuron).__name__} is not a neuron with mem and reset_mem")
+        self.neuron = neuron
+        self.fused = has_kernel(neuron)
+
+    def forward(self, cur, T):
+        if self.fused and not torch.compiler.is_compiling():  # torch.compile can't trace kernels
+            return run_kernels(self.neuron, cur, T)
+        return run_steps(self.neuron, cur, T)
+
+
+def run_steps(neuron: snn.SpikingNeuron, cur: torch.Tensor, T: int):
+    """Step a neuron through cur [T * B, ...]; return (spk, mem), both [T * B, ...]."""
+    neuron.reset_mem()  # snntorch.utils.reset misses neurons of a deep copy
+    spks, mems = [], []
+    # In float32: potentials in bfloat16 stand still at small currents.
+    for step_cur in cur.float().unflatten(0, (T, -1)):
+        out = neuron(step_cur)
+        spks.append(out[0] if isinstance(out, tuple) else out)
+        mems.append(neuron.mem)
+    neuron.reset_mem()  # releases the autograd graph
+    return torch.cat(spks).to(cur.dtype), torch.cat(mems).to(cur.dtype)
+
+
+@dataclass(frozen=True)
+class FastSigmoid:
+    """`snntorch.surrogate.fast_sigmoid(slope)` that can be pickled, and asked for its slope.
+
+    Spikes where x > 0; the gradient is 1 / (1 + slope |x|)^2 (Zenke and Ganguli 2018).
+    """
+
+    slope: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return surrogate.FastSigmoid.apply(x, self.slope)
+
+
+class ALIF(snn.LIF):
+    """Leaky integrate-and-fire with an adaptive threshold, one step per call, as in snnTorch.
+
+        a[t] = alpha a[t-1] + (1 - alpha) S[t-1]
+        threshold[t] = threshold + adapt_scale a[t]
+        U[t] = beta U[t-1] + I[t] - S[t-1] threshold[t-1]
+        S[t] = (U[t] > threshold[t])
+
+        alif = ALIF(alpha=0.9, beta=0.5, adapt_scale=0.5)
+        spk, adapt, mem = alif.reset_mem()
+        spk, adapt, mem = alif(cur[0], spk, adapt, mem)    # without states, from its own
+
+    The reset's spikes carry no gradient, as in snnTorch; the adaptation's do. With adapt_scale = 0
+    it is `snn.Leaky`. Source: Bellec et al. 2018, "Long short-term memory and learning-to-learn in
+    networks of spiking neurons".
+    """
+
+    def __init__(self, alpha, beta, adapt_scale, threshold=1.0, spike_grad=None, learn_beta=False):
+        super().__init__(beta, threshold, spike_grad, learn_beta=learn_beta)
+        self.register_buffer("alpha", torch.as_tensor(alpha))
+        self.register_buffer("adapt_scale", torch.as_tensor(adapt_scale))
+        for name in ("spk", "adapt", "mem"):
+            self.register_buffer(name, torch.zeros(0), persistent=False)
+
+    def reset_mem(self):
+        """Set the state to zero, and return it."""
+        self.spk = torch.zeros_like(self.spk)
+        self.adapt = torch.zeros_like(self.adapt)
+        self.mem = torch.zeros_like(self.mem)
+        return self.spk, self.adapt, self.mem
+
+    def forward(self, input_, spk=None, adapt=None, mem=None):
+        """Advance by one step: input_ and states [B, ...] -> (spk, adapt, mem), each [B, ...]."""
+        spk = self.spk if spk is None else spk
+        adapt = self.adapt if adapt is None else adapt
+        mem = self.mem if mem is None else mem
+        if mem.shape != input_.shape:  # as after reset_mem of a new neuron
+            spk = adapt = mem = torch.zeros_like(input_)
+        reset = spk.detach() * self.threshold_at(adapt)
+        self.mem = self.beta.clamp(0, 1) * mem + input_ - reset
+        self.adapt = self.alpha * adapt + (1 - self.alpha) * spk
+        self.spk = self.spike_grad(self.mem - self.threshold_at(self.adapt))
+        return self.spk, self.adapt, self.mem
+
+    def threshold_at(self, adapt: torch.Tensor) -> torch.Tensor:
+        """Return the threshold of neurons with this adaptation."""
+        return self.threshold + self.adapt_scale * adapt
+
+
+# --- Other layers ---------------------------------------------------------------------------------
+
+
+class WithoutSpikes(nn.Module):
+    """A ReLU in the place of neurons: returns (relu(cur), cur), as they return (spk, mem)."""
+
+    def forward(self, cur, T):
+        return torch.relu(cur), cur
+
+
+class ConvPool(nn.Conv2d):
+    """Convolution (3 x 3, padded by 1), then max pooling (2 x 2).
+
+    x [T * B, C, H, W] -> [T * B, D, H // 2, W // 2]. Pooling here makes a network 2.5 times as fast
+    as pooling after the norm and the neurons.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        return F.max_pool2d(super().forward(x), 2)
+
+
+class TimeSharedDropout(nn.Dropout):
+    """Dropout with one mask for all steps of a recording: spk [T * B, N] -> [T * B, N].
+
+    A neuron is dropped for a whole recording, as in SpikingJelly's multi-step `Dropout`.
+    """
+
+    def forward(self, spk, T):
+        if not self.training:
+            return spk
+        spk = spk.unflatten(0, (T, -1))
+        mask = super().forward(torch.ones_like(spk[0]))
+        return (spk * mask).flatten(0, 1)
+
+
+def sum_pool(x: torch.Tensor) -> torch.Tensor:
+    """Sum each window (2 x 2): x [T * B, C, H, W] -> [T * B, C, H // 2, W // 2]."""
+    return F.avg_pool2d(x, 2, divisor_override=1)
+
+
+# --- Building and restoring -----------------------------------------------------------------------
+
 NETWORKS = {"cnn": SpikingCNN, "resnet": SpikingResNet}  # add your own: NETWORKS["mlp"] = MLP
 
 
 def build_model(
     config: NetworkConfig, neuron_backend: str = "fused", precision: str = "fp32"
 ) -> SpikingNetwork:
-    """Build the network that `config.model` names; torch's global generator draws its weights.
+    """Build the network that `config.model` names; its weights are drawn from torch's generator.
 
-    `neuron_backend` is 'fused' (by kernels, where these know a neuron) or 'step' (snnTorch's
-    neurons, step by step); `precision` is the type of the layers, 'fp32' or 'bf16'. Raises
-    `NetworkError` if there is no such network, or if it has a neuron that cannot be stepped.
+    `neuron_backend` is 'fused' (compiled kernels, for the neurons that they support) or 'step'
+    (snnTorch's neurons, step by step); `precision` of the layers is 'fp32' or 'bf16'. Raises
+    `NetworkError` if there is no such network, or if its neurons cannot be run over time.
     """
     if config.model not in NETWORKS:
         raise NetworkError(f"no network {config.model!r}: this script does not add it to NETWORKS")
     network = NETWORKS[config.model](config)
     network.dtype = DTYPES[precision]
-    if neuron_backend == "step":
-        for layer in network.neuron_layers().values():
+    if not network.neuron_layers():
+        raise NetworkError(f"{type(network).__name__} makes no layer of neurons by make_layer")
+    for layer in network.modules():
+        if isinstance(layer, NeuronLayer) and neuron_backend == "step":
             layer.fused = False
-    elif stepped := stepped_layers(network):
-        warn(f"no kernel knows the neurons of {', '.join(stepped)}: they run step by step")
+    if neuron_backend == "fused" and stepped_layers(network):
+        names = ", ".join(stepped_layers(network))
+        warn(f"neurons run step by step where no kernel supports them: {names}")
     return network
 
 
@@ -323,26 +479,34 @@ def load_weights(network: SpikingNetwork, weights: dict[str, torch.Tensor]) -> N
 
 def stepped_layers(network: SpikingNetwork) -> list[str]:
     """Return the layers that run step by step, with their kind of neuron: 'lif1 (Lapicque)'."""
-    layers = network.neuron_layers().items()
-    return [f"{name} ({type(layer.neuron).__name__})" for name, layer in layers if not layer.fused]
+    stepped = []
+    for name, layer in network.neuron_layers().items():
+        if isinstance(layer, NeuronLayer) and not layer.fused:
+            stepped.append(f"{name} ({type(layer.neuron).__name__})")
+    return stepped
 
 
 def describe_backend(network: SpikingNetwork) -> str:
     """Return how neurons run: 'fused', 'fused, uncompiled', 'step', or 'ReLU' without spikes.
 
-    Where no kernel knows some of the neurons, it is 'fused, but step by step: lif1 (Lapicque)'.
+    If no kernel supports some of them, it is 'fused, but step by step: lif1 (Lapicque)'.
     """
     if network.config.no_spikes:
         return "ReLU"
-    layers = list(network.neuron_layers().values())
     stepped = stepped_layers(network)
-    if len(stepped) == len(layers):
+    if len(stepped) == len(network.neuron_layers()):
         return "step"
-    forward, _ = compiled_kernels(layers[0].neuron.threshold.device, network.dtype)
-    text = "fused, uncompiled" if forward is forward_kernel else "fused"
+    kernel, _ = compiled_kernels(next(network.parameters()).device, network.dtype)
+    text = "fused, uncompiled" if kernel is forward_kernel else "fused"
     if stepped:
         text += f", but step by step: {', '.join(stepped)}"
     return text
+
+
+@functools.cache  # once
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    print(f"WARNING: {text}", file=sys.stderr)
 
 
 # --- Predictions ----------------------------------------------------------------------------------
@@ -363,7 +527,7 @@ def digit_scores(spk: torch.Tensor, mem: torch.Tensor, readout: str = "membrane"
         not_yet_fired = spk.cumsum(0) == 0
         return -not_yet_fired.float().cumsum(0)
     values = {"membrane": mem, "rate": spk}[readout]
-    # Means, since sums grow with the number of steps, and one temperature could not fit them all.
+    # Means, not sums, so that scores after few steps and after many compare.
     steps = torch.arange(1, len(values) + 1, device=values.device)
     return values.cumsum(0) / steps.view(-1, 1, 1)
 
@@ -396,7 +560,7 @@ def fit_temperature(scores: torch.Tensor, labels: torch.Tensor) -> float:
     """
     labels = labels.expand(len(scores), -1).flatten()
     scores = scores.flatten(0, 1)
-    scale = scores.std().item() or 1.0  # 0 if the output neurons are silent
+    scale = scores.std().item() or 1.0  # 0 if all scores are equal
     if not math.isfinite(scale):  # of a network that diverged
         return math.nan
 
@@ -405,161 +569,6 @@ def fit_temperature(scores: torch.Tensor, labels: torch.Tensor) -> float:
 
     bounds = math.log(scale / 64), math.log(scale * 16)
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
-
-
-# --- Neurons over time ----------------------------------------------------------------------------
-
-
-class NeuronLayer(nn.Module):
-    """Runs a neuron over a whole sequence, from rest.
-
-        layer = NeuronLayer(snn.Leaky(beta=0.5, spike_grad=FastSigmoid(5)))
-        spk, mem = layer(cur, T)    # all three [T * B, ...]
-
-    It takes any of snnTorch's neurons that are stepped and keep their state: they have `mem` and
-    `reset_mem`. Raises `NetworkError` for any other. It uses the compiled kernels for the neurons
-    that these know (`has_kernel`), unless `fused` is set to False; others run step by step.
-    """
-
-    def __init__(self, neuron: snn.SpikingNeuron):
-        super().__init__()
-        if not (hasattr(neuron, "mem") and hasattr(neuron, "reset_mem")):
-            raise NetworkError(f"{type(neuron).__name__} is not a neuron with mem and reset_mem")
-        self.neuron = neuron
-        self.fused = has_kernel(neuron)
-
-    def forward(self, cur, T):
-        if self.fused and not torch.compiler.is_compiling():  # torch.compile can't trace kernels
-            return run_kernels(self.neuron, cur, T)
-        return run_steps(self.neuron, cur, T)
-
-
-def run_steps(neuron: snn.SpikingNeuron, cur: torch.Tensor, T: int):
-    """Step a neuron through cur [T * B, ...]; return (spk, mem), both [T * B, ...]."""
-    neuron.reset_mem()  # snntorch.utils.reset would miss neurons of a deep copy
-    spks, mems = [], []
-    # In float32: potentials in bfloat16 stand still at small currents.
-    for step_cur in cur.float().unflatten(0, (T, -1)):
-        out = neuron(step_cur)
-        spks.append(out[0] if isinstance(out, tuple) else out)
-        mems.append(neuron.mem)
-    neuron.reset_mem()  # which lets go of the gradients' graph
-    return torch.cat(spks).to(cur.dtype), torch.cat(mems).to(cur.dtype)
-
-
-@dataclass(frozen=True)
-class FastSigmoid:
-    """`snntorch.surrogate.fast_sigmoid(slope)` that can be pickled, and asked for its slope.
-
-    Spikes where x > 0; the gradient is 1 / (1 + slope |x|)^2 (Zenke and Ganguli 2018).
-    """
-
-    slope: float
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return surrogate.FastSigmoid.apply(x, self.slope)
-
-
-class ALIF(snn.LIF):
-    """Leaky integrate-and-fire with an adaptive threshold, one step per call, as in snnTorch.
-
-        a[t] = alpha a[t-1] + (1 - alpha) S[t-1]
-        threshold[t] = threshold + adapt_scale a[t]
-        U[t] = beta U[t-1] + I[t] - S[t-1] threshold[t-1]
-        S[t] = (U[t] > threshold[t])
-
-        alif = ALIF(alpha=0.9, beta=0.5, adapt_scale=0.5)
-        spk, adapt, mem = alif.reset_mem()
-        spk, adapt, mem = alif(cur[0], spk, adapt, mem)    # without states, from those it has
-
-    `options` are those of snnTorch's LIF neurons: `learn_beta`, `learn_threshold`. The reset's
-    spikes carry no gradient, as in snnTorch; the adaptation's do. With adapt_scale = 0 it is
-    `snn.Leaky`. Source: Bellec et al. 2018, "Long short-term memory and learning-to-learn in
-    networks of spiking neurons".
-    """
-
-    def __init__(self, alpha, beta, adapt_scale, threshold=1.0, spike_grad=None, **options):
-        super().__init__(beta, threshold, spike_grad, **options)
-        self.register_buffer("alpha", torch.as_tensor(alpha))
-        self.register_buffer("adapt_scale", torch.as_tensor(adapt_scale))
-        for name in ("spk", "adapt", "mem"):
-            self.register_buffer(name, torch.zeros(0), persistent=False)
-
-    def reset_mem(self):
-        """Set the state to zero, and return it."""
-        self.spk = torch.zeros_like(self.spk)
-        self.adapt = torch.zeros_like(self.adapt)
-        self.mem = torch.zeros_like(self.mem)
-        return self.spk, self.adapt, self.mem
-
-    def forward(self, input_, spk=None, adapt=None, mem=None):
-        """Advance by one step: input_ and states [B, ...] -> (spk, adapt, mem), each [B, ...]."""
-        spk = self.spk if spk is None else spk
-        adapt = self.adapt if adapt is None else adapt
-        mem = self.mem if mem is None else mem
-        if mem.shape != input_.shape:  # as after reset_mem of a new neuron
-            spk = adapt = mem = torch.zeros_like(input_)
-        reset = spk.detach() * self.threshold_at(adapt)
-        self.mem = self.beta.clamp(0, 1) * mem + input_ - reset
-        self.adapt = self.alpha * adapt + (1 - self.alpha) * spk
-        self.spk = self.spike_grad(self.mem - self.threshold_at(self.adapt))
-        return self.spk, self.adapt, self.mem
-
-    def threshold_at(self, adapt: torch.Tensor) -> torch.Tensor:
-        """Return the threshold of neurons with this adaptation."""
-        return self.threshold + self.adapt_scale * adapt
-
-    def thresholds(self, spk: torch.Tensor) -> torch.Tensor:
-        """Return the threshold at each step, [T, ...], of neurons that fire spk [T, ...]."""
-        adapt = [torch.zeros_like(spk[0])]
-        for step_spk in spk[:-1]:
-            adapt.append(self.alpha * adapt[-1] + (1 - self.alpha) * step_spk)
-        return self.threshold_at(torch.stack(adapt))
-
-
-# --- Other layers ---------------------------------------------------------------------------------
-
-
-class WithoutSpikes(nn.Module):
-    """A ReLU in the place of neurons: returns (relu(cur), cur), as they return (spk, mem)."""
-
-    fused = True  # nothing to step
-
-    def forward(self, cur, T):
-        return torch.relu(cur), cur
-
-
-class ConvPool(nn.Conv2d):
-    """Convolution (3 x 3, padded by 1), then max pooling (2 x 2).
-
-    x [T * B, C, H, W] -> [T * B, D, H // 2, W // 2]. With the pooling before norm and neurons, a
-    network is 2.5 times as fast as with the pooling after them.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
-
-    def forward(self, x):
-        return F.max_pool2d(super().forward(x), 2)
-
-
-class TimeSharedDropout(nn.Dropout):
-    """Dropout with one mask for all steps of a recording: spk [T * B, N] -> [T * B, N].
-
-    A neuron is dropped for a whole recording, as in SpikingJelly's multi-step `Dropout`.
-    """
-
-    def forward(self, spk, T):
-        if not self.training:
-            return spk
-        spk = spk.unflatten(0, (T, -1))
-        mask = super().forward(torch.ones_like(spk[0]))
-        return (spk * mask).flatten(0, 1)
-
-
-def sum_pool(x: torch.Tensor) -> torch.Tensor:
-    """Sum each window (2 x 2): x [T * B, C, H, W] -> [T * B, C, H // 2, W // 2]."""
-    return F.avg_pool2d(x, 2, divisor_override=1)
 
 
 # --- Compiled kernels: may be skipped -------------------------------------------------------------
@@ -586,10 +595,10 @@ def run_kernels(neuron: snn.SpikingNeuron, cur: torch.Tensor, T: int):
 
 
 def has_kernel(neuron: snn.SpikingNeuron) -> bool:
-    """Return whether the kernels do all that a neuron does.
+    """Return whether the kernels support a neuron.
 
-    They know `snn.Leaky`, `snn.Synaptic` and `ALIF` with scalar parameters, of which beta alone may
-    be learned, reset by subtraction, `FastSigmoid` and no other option.
+    They support `snn.Leaky`, `snn.Synaptic` and `ALIF` with scalar parameters, of which beta alone
+    may be learned, reset by subtraction, `FastSigmoid` and no other option.
     """
     return (
         type(neuron) in (snn.Leaky, snn.Synaptic, ALIF)
@@ -620,6 +629,11 @@ class Parameters(NamedTuple):
     adapt_alpha: torch.Tensor | None = None
     adapt_scale: torch.Tensor | None = None
 
+    @property
+    def leaky(self) -> bool:
+        """Whether the neuron is `snn.Leaky`: no synaptic current, no adaptation."""
+        return self.adapt_scale is None
+
 
 def kernel_parameters(neuron: snn.SpikingNeuron) -> Parameters:
     """Return the parameters of a neuron that `has_kernel`."""
@@ -641,8 +655,8 @@ class FusedNeuron(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, cur, *parameters):
-        p = Parameters(*[alias(x) for x in parameters])
+    def forward(ctx, cur, *values):
+        p = Parameters(*[alias(x) for x in values])
         kernel, _ = compiled_kernels(cur.device, cur.dtype)
         spk, mem, adapt = run_forward(kernel, cur, p)
         ctx.set_materialize_grads(False)
@@ -653,27 +667,11 @@ class FusedNeuron(torch.autograd.Function):
     def backward(ctx, grad_spk, grad_mem):
         if torch.is_grad_enabled():  # once_differentiable lets torch.autograd.grad pass in silence
             raise RuntimeError("kernels have no second derivative: use neuron_backend 'step'")
-        spk, mem, adapt, *parameters = ctx.saved_tensors
-        p = Parameters(*parameters)
+        spk, mem, adapt, *values = ctx.saved_tensors
+        p = Parameters(*values)
         _, kernel = compiled_kernels(spk.device, spk.dtype)
-        # Most layers get no gradient of mem. A kernel without it would be one more to compile, and
-        # zeros one more sequence to read: the kernel reads grad_spk instead, and takes it times 0.
-        mem_factor = torch.full((), 0.0 if grad_mem is None else 1.0, device=spk.device)
-        grad_spk = torch.zeros_like(spk) if grad_spk is None else grad_spk.contiguous()
-        grad_mem = grad_spk if grad_mem is None else grad_mem.contiguous()
-        grad_cur = torch.empty_like(spk)
-        state = zero_state(spk), None, None
-        if adapt is not None:
-            state = zero_state(spk), zero_state(spk), zero_state(spk)
-        for steps in reversed(time_chunks(len(spk))):
-            sequences = grad_spk, grad_mem, spk, mem, adapt
-            inputs = [None if x is None else alias(x[steps]) for x in sequences]
-            state = kernel(step_aliases(grad_cur[steps]), *inputs, mem_factor, state, p)
-        grad_beta = None
-        if ctx.needs_input_grad[1]:  # as derived below
-            grad_beta = (grad_cur[1:] * mem[:-1]).sum(dtype=torch.float32)
-            if p.syn_alpha is not None:
-                grad_beta -= p.syn_alpha * (grad_cur[2:] * mem[:-2]).sum(dtype=torch.float32)
+        grad_cur = run_backward(kernel, grad_spk, grad_mem, spk, mem, adapt, p)
+        grad_beta = beta_gradient(grad_cur, mem, p) if ctx.needs_input_grad[1] else None
         return grad_cur, grad_beta, None, None, None, None, None
 
 
@@ -681,7 +679,7 @@ def run_forward(kernel: Callable, cur: torch.Tensor, p: Parameters):
     """Run `forward_kernel`, compiled or not, over all steps: cur [T, N] -> (spk, mem, adapt)."""
     spk, mem, adapt = torch.empty_like(cur), torch.empty_like(cur), None
     state = zero_state(cur), zero_state(cur), None, None
-    if p.adapt_scale is not None:
+    if not p.leaky:
         adapt = torch.empty_like(cur)
         state = zero_state(cur), zero_state(cur), zero_state(cur), zero_state(cur)
     for steps in time_chunks(len(cur)):
@@ -696,21 +694,39 @@ def forward_kernel(cur, spks, mems, adapts, state, p: Parameters):
     `state` is (spk, mem, adapt, syn) after the step before, float32 [N]. Returns the new state.
     """
     spk, mem, adapt, syn = state
-    leaky = p.adapt_scale is None  # snn.Leaky: neither synaptic current nor adaptation
-    threshold = p.threshold if leaky else p.threshold + p.adapt_scale * adapt
+    threshold = p.threshold if p.leaky else p.threshold + p.adapt_scale * adapt
     for t in range(len(spks)):
         current = cur[t].float()
-        if not leaky:
-            syn = current = p.syn_alpha * syn + current
-        mem = p.beta * mem + current - spk * threshold
-        if not leaky:
+        reset = spk * threshold
+        if not p.leaky:
+            current = p.syn_alpha * syn + current
+            syn = current
             adapt = p.adapt_alpha * adapt + (1 - p.adapt_alpha) * spk
             threshold = p.threshold + p.adapt_scale * adapt
             adapts[t].copy_(adapt)
+        mem = p.beta * mem + current - reset
         spk = (mem > threshold).float()
         spks[t].copy_(spk)
         mems[t].copy_(mem)
     return spk, mem, adapt, syn
+
+
+def run_backward(kernel: Callable, grad_spk, grad_mem, spk, mem, adapt, p: Parameters):
+    """Run `backward_kernel`, compiled or not, back over all steps; return the gradient of cur."""
+    # Most layers get no gradient of mem. A kernel without it would be one more to compile, and
+    # zeros one more sequence to read: the kernel reads grad_spk in its place, times 0.
+    mem_factor = torch.full((), 0.0 if grad_mem is None else 1.0, device=spk.device)
+    grad_spk = torch.zeros_like(spk) if grad_spk is None else grad_spk.contiguous()
+    grad_mem = grad_spk if grad_mem is None else grad_mem.contiguous()
+    grad_cur = torch.empty_like(spk)
+    state = zero_state(spk), None, None
+    if not p.leaky:
+        state = zero_state(spk), zero_state(spk), zero_state(spk)
+    for steps in reversed(time_chunks(len(spk))):
+        sequences = grad_spk, grad_mem, spk, mem, adapt
+        inputs = [None if x is None else alias(x[steps]) for x in sequences]
+        state = kernel(step_aliases(grad_cur[steps]), *inputs, mem_factor, state, p)
+    return grad_cur
 
 
 # The backward pass. dX is the derivative of the loss by X; the reset's S[t-1] is a constant;
@@ -732,29 +748,37 @@ def backward_kernel(grad_curs, grad_spk, grad_mem, spk, mem, adapt, mem_factor, 
     float32 [N]. Returns the new state.
     """
     d_mem, d_adapt, d_syn = state
-    leaky = p.adapt_scale is None
     threshold = p.threshold
     for t in reversed(range(len(grad_curs))):
         d_spk = grad_spk[t].float()
-        if not leaky:
+        if not p.leaky:
             d_spk = d_spk + (1 - p.adapt_alpha) * d_adapt
             threshold = p.threshold + p.adapt_scale * adapt[t].float()
         fire_d_spk = d_spk / (1 + p.slope * (mem[t].float() - threshold).abs()) ** 2
-        d_threshold = -fire_d_spk - spk[t].float() * d_mem  # d_mem is still dU[t+1]
+        if not p.leaky:
+            d_threshold = -fire_d_spk - spk[t].float() * d_mem  # d_mem is still dU[t+1]
+            d_adapt = p.adapt_alpha * d_adapt + p.adapt_scale * d_threshold
         d_mem = p.beta * d_mem + fire_d_spk
         d_mem = d_mem + mem_factor * grad_mem[t].float()
-        if leaky:
-            grad_curs[t].copy_(d_mem)
-        else:
-            d_adapt = p.adapt_alpha * d_adapt + p.adapt_scale * d_threshold
+        d_cur = d_mem
+        if not p.leaky:
             d_syn = p.syn_alpha * d_syn + d_mem
-            grad_curs[t].copy_(d_syn)
+            d_cur = d_syn
+        grad_curs[t].copy_(d_cur)
     return d_mem, d_adapt, d_syn
+
+
+def beta_gradient(grad_cur: torch.Tensor, mem: torch.Tensor, p: Parameters) -> torch.Tensor:
+    """Return the gradient of beta, dbeta above, from dI and U, both [T, N]."""
+    gradient = (grad_cur[1:] * mem[:-1]).sum(dtype=torch.float32)
+    if not p.leaky:
+        gradient -= p.syn_alpha * (grad_cur[2:] * mem[:-2]).sum(dtype=torch.float32)
+    return gradient
 
 
 @functools.cache
 def compiled_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Callable, Callable]:
-    """Return the forward and the backward kernel, compiled for all shapes at their first call.
+    """Return the forward and the backward kernel, compiled at their first calls, for any N.
 
     The forward one is tried on zeros; where that fails, both are returned as they are, and a
     warning says so.
@@ -762,8 +786,9 @@ def compiled_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Callable
     options = {"dynamic": True, "fullgraph": True, "recompile_limit": 256}
     forward = torch.compile(forward_kernel, **options)
     backward = torch.compile(backward_kernel, **options)
-    neurons = 16 if device.type == "cpu" else 2**18  # Triton chooses its blocks at the first call
-    cur = torch.zeros(STEPS_PER_CALL, neurons, device=device, dtype=dtype)
+    # Triton chooses its blocks at the first call, by the size that it sees.
+    num_neurons = 16 if device.type == "cpu" else 2**18
+    cur = torch.zeros(STEPS_PER_CALL, num_neurons, device=device, dtype=dtype)
     half, one = torch.tensor(0.5, device=device), torch.tensor(1.0, device=device)
     try:
         run_forward(forward, cur, Parameters(beta=half, threshold=one, slope=one))
@@ -775,12 +800,6 @@ def compiled_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Callable
         )
         return forward_kernel, backward_kernel
     return forward, backward
-
-
-@functools.cache  # once
-def warn(text: str) -> None:
-    """Print a warning to stderr."""
-    print(f"WARNING: {text}", file=sys.stderr)
 
 
 def time_chunks(T: int) -> list[slice]:
@@ -796,7 +815,7 @@ def zero_state(x: torch.Tensor) -> torch.Tensor:
 
 
 def alias(x: torch.Tensor | None) -> torch.Tensor | None:
-    """Return x on the same memory, but no view and no gradient, which trigger recompilation."""
+    """Return a tensor on x's memory that is no view and has no graph, as either recompiles."""
     # By to_dlpack it is four times as fast as by from_dlpack(x).
     return None if x is None else torch.from_dlpack(to_dlpack(x.detach()))
 
@@ -813,7 +832,7 @@ ADDITION_PJ, MAC_PJ = 0.9, 4.6
 
 
 class ActivityMeter:
-    """Measures a network's activity by layer while open as a context manager, by forward hooks.
+    """Context manager that measures a network's activity by layer, with forward hooks.
 
         with ActivityMeter(network) as meter:
             network(frames)
@@ -825,8 +844,8 @@ class ActivityMeter:
     connection are what enters it (events, spikes, sums of spikes) times the number of outputs that
     it reaches. MACs are the multiply-accumulates of the same network without spikes, where every
     connection is used at every step. Padding around an image, biases and the neurons' own
-    operations are left out. `not_counted` names what else has connections: neurons with layers of
-    their own, other kinds of layers, layers that do not run on [T * B, ...], or after all neurons.
+    operations are left out. `not_counted` lists what else has weights: neurons with layers inside,
+    other kinds of layers, layers that do not run on [T * B, ...] or run after all neurons.
     """
 
     def __init__(self, network: SpikingNetwork):
@@ -834,35 +853,34 @@ class ActivityMeter:
         self.outputs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.not_counted: set[str] = set()
         self._ran = []  # (name, layer, inputs, output) of the pass under way
-        self._reached: dict[tuple, torch.Tensor] = {}  # by connection and shape of its input
+        self._reached: dict[tuple, torch.Tensor] = {}  # by convolution and shape of its input
         self._spikes: dict[str, torch.Tensor] = {}  # [T]: of all recordings
         self._operations: dict[str, list[torch.Tensor]] = {}  # of each batch: [T, B]
         self._macs: dict[str, float] = {}  # per recording
 
     def __enter__(self):
-        self._hooks = []
+        self._hooks = [self.network.register_forward_hook(self._count_pass)]
         inside_neurons = set()
         for name, layer in self.network.named_modules():
-            if layer not in inside_neurons:
-                note = functools.partial(self._note, name or type(layer).__name__)
-                self._hooks.append(layer.register_forward_hook(note))
+            is_neurons = isinstance(layer, NeuronLayer | WithoutSpikes)
+            has_weights = any(p.dim() > 1 for p in layer.parameters(recurse=False))
+            if is_neurons or (has_weights and layer not in inside_neurons):
+                hook = functools.partial(self._remember, name)
+                self._hooks.append(layer.register_forward_hook(hook))
             if isinstance(layer, NeuronLayer):
                 inside_neurons.update(layer.modules())
-        self._hooks.append(self.network.register_forward_hook(self._count))
         return self
 
     def __exit__(self, *_):
         for hook in self._hooks:
             hook.remove()
 
-    def _note(self, name, layer, inputs, output):
-        is_neurons = isinstance(layer, NeuronLayer | WithoutSpikes)
-        if is_neurons or any(p.dim() > 1 for p in layer.parameters(recurse=False)):
-            self._ran.append((name, layer, inputs, output))
+    def _remember(self, *what_ran):
+        self._ran.append(what_ran)
 
-    def _count(self, _network, inputs, _output):
-        """Count what ran in a pass, in its order."""
-        T, B = inputs[0].shape[:2]
+    def _count_pass(self, _network, frames, _output):
+        """Count what ran, in its order: connections belong to the neurons that ran after them."""
+        T, B = frames[0].shape[:2]
         connections = []  # (name, operations [T * B], MACs per frame) since the last neurons
         for name, layer, inputs, output in self._ran:
             if isinstance(layer, NeuronLayer | WithoutSpikes):
@@ -880,23 +898,29 @@ class ActivityMeter:
         self._ran.clear()
 
     def _count_neurons(self, name, spk, mem, connections):
-        T, B = spk.shape[:2]
         self.outputs[name] = spk, mem
         spikes = spk.sum(1).flatten(1).cpu().sum(1, dtype=torch.float64)
         self._spikes[name] = self._spikes.get(name, 0) + spikes
-        operations = torch.zeros(T * B, dtype=torch.float64, device="cpu")
-        operations += sum(operations for _, operations, _ in connections)
-        self._operations.setdefault(name, []).append(operations.view(T, B))
-        self._macs[name] = T * sum(macs for _, _, macs in connections)
+        total = torch.zeros(spk.shape[:2], dtype=torch.float64, device="cpu")
+        macs = 0.0
+        for _, operations, macs_per_frame in connections:
+            total += operations.view(total.shape)
+            macs += len(spk) * macs_per_frame
+        self._operations.setdefault(name, []).append(total)
+        self._macs[name] = macs
 
     def _count_connection(self, layer, x, out_shape) -> tuple[torch.Tensor, float]:
+        """Return the operations of each frame of x [T * B, ...], and the MACs of a frame."""
+        if isinstance(layer, nn.Linear):
+            operations = layer.out_features * x.flatten(1).sum(1, dtype=torch.float64).cpu()
+            return operations, layer.out_features * x[0].numel()
         key = layer, x.shape[1:]
         if key not in self._reached:
             self._reached[key] = outputs_reached(layer, x.shape[1:], out_shape[1:])
         reached = self._reached[key]
-        # Channels are summed first, as all reach alike: float32 counts exactly to 2^24.
-        operations = (x.sum(1, dtype=torch.float32).cpu() * reached).view(len(x), -1).sum(1)
-        return operations, float(reached.expand(x.shape[1:]).sum())
+        # Over the channels first, all of which reach as many outputs. float32 is exact to 2^24.
+        operations = (x.sum(1, dtype=torch.float32).cpu() * reached).sum((1, 2))
+        return operations, x.shape[1] * float(reached.sum())
 
     def operations(self, layer: str) -> torch.Tensor:
         """Return a layer's synaptic operations for each recording at each time step, [T, N]."""
@@ -922,43 +946,41 @@ class ActivityMeter:
         return result
 
     def operations_until(self, step: torch.Tensor) -> float:
-        """Return the mean synaptic operations of recordings that end at `step` [N], from 1."""
+        """Return the mean synaptic operations if recordings stop after `step` [N] steps, from 1."""
         total = sum(self.operations(name) for name in self._operations)
         return total.cumsum(0).gather(0, step[None] - 1).mean().item()
 
 
 def is_counted(module: nn.Module) -> bool:
-    """Return whether `outputs_reached` knows a kind of layer."""
+    """Return whether a layer's operations are counted."""
     if isinstance(module, nn.Conv2d):
         return module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return isinstance(module, nn.Linear)
 
 
-def outputs_reached(module: nn.Module, in_shape: torch.Size, out_shape: torch.Size) -> torch.Tensor:
-    """Return how many outputs of a layer each element of its input reaches, in float64.
+def outputs_reached(conv: nn.Conv2d, in_shape: torch.Size, out_shape: torch.Size) -> torch.Tensor:
+    """Return how many outputs of a convolution each pixel of its input reaches, [H, W] in float64.
 
-    For `nn.Linear` it is a scalar. For a convolution, [H, W], the same for all channels: the
-    transposed convolution of ones, as in sinabs, with zeros for outputs in no pooling window.
+    It is the transposed convolution of ones, as in sinabs, of zeros for outputs that are in no
+    pooling window. All channels reach as many outputs.
     """
     options = {"dtype": torch.float64, "device": "cpu"}
-    if isinstance(module, nn.Linear):
-        return torch.tensor(module.out_features, **options)
     out = torch.ones(1, *out_shape, **options)
-    if isinstance(module, ConvPool):  # an odd last row or column is in no window
+    if isinstance(conv, ConvPool):  # an odd last row or column is in no window
         channels, height, width = out_shape
         out = torch.zeros(1, channels, *in_shape[1:], **options)
         out[:, :, : 2 * height, : 2 * width] = 1
-    geometry = module.stride, module.padding, module.dilation, module.groups
-    weight = torch.ones(module.weight.shape, **options)
+    weight = torch.ones(conv.weight.shape, **options)
+    geometry = conv.stride, conv.padding, conv.dilation, conv.groups
     return torch.nn.grad.conv2d_input((1, *in_shape), weight, out, *geometry)[0, 0]
 
 
 def energy_uj(layers: dict[str, dict[str, float]]) -> dict[str, float]:
     """Estimate the energy per recording in uJ, from `ActivityMeter.layers`.
 
-    'spiking', of a network with spikes: `ADDITION_PJ` for each synaptic operation.
-    'without_spikes': `MAC_PJ` for each MAC of the same network. Memory traffic, which may cost
-    more, pooling and the neurons' own operations are left out, as in most papers.
+    'spiking', if it has spikes: `ADDITION_PJ` for each synaptic operation. 'without_spikes':
+    `MAC_PJ` for each MAC of the same network. Memory traffic, which may cost more, pooling and the
+    neurons' own operations are left out, as in most papers.
     """
     energy = {"without_spikes": MAC_PJ * sum(layer["macs"] for layer in layers.values()) / 1e6}
     if all("synaptic_operations" in layer for layer in layers.values()):

@@ -41,6 +41,7 @@ from models import (
     ActivityMeter,
     NetworkConfig,
     NetworkError,
+    SpikingCNN,
     SpikingNetwork,
     build_model,
     describe_backend,
@@ -148,7 +149,7 @@ def check_flags(parser: argparse.ArgumentParser, flags: dict, given: dict) -> No
     for name in NEED_SPIKES:
         if flags["no_spikes"] and name in given:
             parser.error(f"argument --{name}: not allowed with argument --no_spikes")
-    if flags["model"] == "cnn" and "alpha" in given:
+    if NETWORKS[flags["model"]] is SpikingCNN and "alpha" in given:
         parser.error("argument --alpha: --model cnn has no neurons that use it")
     if flags["test_only"] and flags["resume"]:
         parser.error("argument --resume: not allowed with argument --test_only")
@@ -220,20 +221,21 @@ def log_path(args: argparse.Namespace, name: str) -> Path:
 def membrane_cross_entropy(spk, mem, labels):
     """Return the cross entropy of the membrane potentials at every time step, averaged."""
     # A potential tells how far from firing a neuron is, a spike only 0 or 1.
-    return SF.ce_rate_loss()(mem, labels).squeeze()
+    return SF.ce_rate_loss()(mem, labels)
 
 
 def spike_count_error(spk, mem, labels):
     """Return the squared error of spike counts, T for the correct digit, 0 for others, by T."""
-    return SF.mse_count_loss()(spk, labels).squeeze()
+    return SF.mse_count_loss()(spk, labels)
 
 
 def spike_count_cross_entropy(spk, mem, labels):
     """Return the cross entropy of the spike counts, where T spikes count COUNT_RANGE."""
-    return SF.ce_count_loss()(spk * (COUNT_RANGE / len(spk)), labels).squeeze()
+    return SF.ce_count_loss()(spk * (COUNT_RANGE / len(spk)), labels)
 
 
-# By --loss: functions of the output neurons' spk and mem [T, B, 10] and the labels [B].
+# By --loss: functions of the output neurons' spk and mem [T, B, 10] and the labels [B]. They return
+# the mean over a batch, or a value for each recording.
 LOSSES = {
     "ce": membrane_cross_entropy,
     "mse": spike_count_error,
@@ -261,7 +263,7 @@ def train_one_epoch(
     results, sizes = [], []  # of each batch; reading results synchronizes with a GPU
     for frames, labels in batches:
         spk, mem = network(frames)
-        loss = loss_fn(spk, mem, labels)
+        loss = loss_fn(spk, mem, labels).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -325,7 +327,7 @@ def evaluate(
     with progress(name, len(indices)) as bar:
         for x, labels in frames.batches(indices, batch_size, network.dtype):
             spk, mem = network(x)
-            total_loss += float(loss_fn(spk, mem, labels)) * len(labels)
+            total_loss += float(loss_fn(spk, mem, labels).mean()) * len(labels)
             spks.append(spk.cpu())
             mems.append(mem.cpu())
             bar.update(len(labels))

@@ -69,6 +69,14 @@ def spread(spk: torch.Tensor, count: int) -> torch.Tensor:
     return firing[torch.linspace(0, len(firing) - 1, count).round().long()]
 
 
+def alif_thresholds(neuron: ALIF, spk: torch.Tensor) -> torch.Tensor:
+    """Return the threshold at each step, [T, ...], of neurons that fire spk [T, ...]."""
+    adapt = [torch.zeros_like(spk[0])]
+    for step_spk in spk[:-1]:
+        adapt.append(neuron.alpha * adapt[-1] + (1 - neuron.alpha) * step_spk)
+    return neuron.threshold_at(torch.stack(adapt))
+
+
 def plot_raster(
     spk: torch.Tensor, label: int | None, layer: str, num_neurons: int, heading: str, path: Path
 ) -> None:
@@ -254,7 +262,7 @@ def draw_recording(args, network: SpikingNetwork, frames: nmnist.Frames, name: s
         neuron = network.neuron_layers()[layer].neuron
         thresholds = neuron.threshold.expand_as(mem)
         if isinstance(neuron, ALIF):
-            thresholds = neuron.thresholds(spk)
+            thresholds = alif_thresholds(neuron, spk)
         mem, thresholds = mem / neuron.threshold, thresholds / neuron.threshold
         spk, mem, thresholds = spk.cpu(), mem.cpu(), thresholds.cpu()
         raster_path = Path(args.output_dir) / "spikes" / f"spike_pattern_{layer}.png"

@@ -127,19 +127,18 @@ class ByHand(nn.Module):
 class ALIFByEquation(nn.Module):
     """A loop over the equations of ALIF, written without its class."""
 
-    def __init__(self, learn_beta=False, learn_threshold=False):
+    def __init__(self, learn_beta=False):
         super().__init__()
         beta = nn.Parameter(torch.tensor(0.6), requires_grad=learn_beta)
-        threshold = nn.Parameter(torch.tensor(0.4), requires_grad=learn_threshold)
-        self.neuron = nn.ParameterDict({"beta": beta, "threshold": threshold})
+        self.neuron = nn.ParameterDict({"beta": beta})
 
     def forward(self, cur):
         mem = spk = adapt = torch.zeros_like(cur[0])
-        outputs, threshold = [], self.neuron["threshold"]
+        outputs, threshold = [], 0.4
         for step_cur in cur:
             mem = self.neuron["beta"] * mem + step_cur - spk.detach() * threshold
             adapt = 0.9 * adapt + (1 - 0.9) * spk
-            threshold = self.neuron["threshold"] + 0.7 * adapt
+            threshold = 0.4 + 0.7 * adapt
             spk = surrogate.fast_sigmoid(5)(mem - threshold)
             outputs.append((spk, mem))
         return tuple(torch.stack(x) for x in zip(*outputs, strict=True))
@@ -211,8 +210,7 @@ VALUES = [  # of beta, threshold and slope; of alpha and beta
 @pytest.mark.parametrize("learn", [False, True])
 @pytest.mark.parametrize(("make", "values"), VALUES)
 def test_neurons_equal_snntorch_and_their_equations(backend, time_steps, learn, make, values):
-    learn_threshold = learn and backend == "step"  # which passes gradients to all parameters
-    neuron, reference = make(*values, learn_beta=learn, learn_threshold=learn_threshold)
+    neuron, reference = make(*values, learn_beta=learn)
     layer = Layer(neuron, backend)
     assert layer.fused == (backend == "fused")
     assert_equal(layer, reference, make_current(time_steps))
@@ -674,7 +672,8 @@ class Parts(SpikingNetwork):
     def __init__(self, config, *layers):
         super().__init__(config)
         self.lif_out = self.make_layer(self.make_lif([10]))
-        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(10, bias=False))
+        size = nn.Sequential(*layers)(torch.zeros(2, 2, 34, 34))[0].numel()
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(size, 10, bias=False))
         self.lif1 = self.make_layer(self.make_lif([10]))
 
     def forward_layers(self, x, T):
@@ -805,7 +804,7 @@ def test_a_subclass_may_have_other_neurons(base, monkeypatch, capsys):
     assert all(parameter.grad is not None for parameter in network.parameters())
     (warning,) = capsys.readouterr().err.splitlines()
     stepped = [f"{x} (Lapicque)" for x, layer in network.neuron_layers().items() if not layer.fused]
-    assert f"no kernel knows the neurons of {', '.join(stepped)}: they run step by" in warning
+    assert f"step by step where no kernel supports them: {', '.join(stepped)}" in warning
     expected = "step" if base is models.SpikingCNN else f"fused, but step by step: {stepped[0]}"
     assert describe_backend(network).startswith(expected)
 
@@ -841,6 +840,12 @@ def test_networks_that_are_unknown_or_were_changed_are_refused():
     checkpoint["settings"] = vars(NetworkConfig(model="mlp"))
     with pytest.raises(NetworkError, match="no network 'mlp': this script does not add it"):
         models.restore_network(checkpoint)
+
+
+def test_a_network_without_layers_of_neurons_is_refused(monkeypatch):
+    monkeypatch.setitem(models.NETWORKS, "own", type("Own", (SpikingNetwork,), {}))
+    with pytest.raises(NetworkError, match="Own makes no layer of neurons"):
+        make_network("own")
 
 
 @each_model
