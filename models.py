@@ -5,9 +5,9 @@
     digits = predict(spk, mem)      # [B]
 
 T is the number of time steps, B that of recordings. The layers run one after the other, each over
-the whole sequence: a convolution sees T * B frames at once. Read from the top: the networks, what
-they predict, how a neuron runs over time, the other layers. The compiled kernels may be skipped:
-they change the speed, not the results. Measuring activity comes last.
+the whole sequence: a convolution sees T * B frames at once. Read from the top: the networks, how a
+neuron runs over time, building a network, its predictions. The compiled kernels may be skipped:
+they change the speed, and results by no more than rounding. Measuring activity comes last.
 """
 
 import functools
@@ -54,7 +54,7 @@ class NetworkConfig:
 
     @property
     def name(self) -> str:
-        """The network's name in files: 'cnn', 'resnet', 'cnn_relu' or 'resnet_relu'."""
+        """The network's name in files, such as 'cnn' or, without spikes, 'cnn_relu'."""
         return f"{self.model}_relu" if self.no_spikes else self.model
 
 
@@ -67,7 +67,7 @@ class SpikingNetwork(nn.Module):
 
     - `__init__(self, config)` calls `super().__init__(config)`, then makes the layers: neurons as
       `self.make_layer(self.make_lif(shape))`, connections as `nn.Conv2d`, `ConvPool` or
-      `nn.Linear`, which `ActivityMeter` counts. It may end with `self.init_norms()`.
+      `nn.Linear`, which `ActivityMeter` counts. It may end with `self.init_currents()`.
     - `forward_layers(self, x, T)` runs each layer once, on all frames x [T * B, 2, 34, 34], and
       returns what the last layer of neurons returns: (spk, mem), both [T * B, 10].
     """
@@ -77,7 +77,7 @@ class SpikingNetwork(nn.Module):
     def __init__(self, config: NetworkConfig):
         super().__init__()
         self.config = config
-        self.dtype = torch.float32  # of the layers, set by `build_model`; neurons run in float32
+        self.dtype = torch.float32  # of the layers, set by `build_model`; neurons' state is float32
 
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map frames [T, B, 2, 34, 34] to (spk, mem) of the output neurons, both [T, B, 10]."""
@@ -89,10 +89,6 @@ class SpikingNetwork(nn.Module):
         with torch.autocast(frames.device.type, self.dtype, enabled=self.dtype != torch.float32):
             spk, mem = self.forward_layers(x, T)
         return spk.float().unflatten(0, (T, -1)), mem.float().unflatten(0, (T, -1))
-
-    def forward_layers(self, x: torch.Tensor, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map frames x [T * B, 2, 34, 34] to (spk, mem) of the output neurons, [T * B, 10]."""
-        raise NotImplementedError
 
     def make_lif(self, shape: Sequence[int]) -> snn.SpikingNeuron:
         """Return a LIF neuron for a layer whose frames have `shape`, [C, H, W] or [N].
@@ -107,8 +103,8 @@ class SpikingNetwork(nn.Module):
         """Return a layer that runs `neuron` over time; in a network without spikes, a ReLU."""
         return WithoutSpikes() if self.config.no_spikes else NeuronLayer(neuron)
 
-    def init_norms(self) -> None:
-        """Set the norms' weights, and so the spread of their outputs, to `initial_current`."""
+    def init_currents(self) -> None:
+        """Set the norms' weights, so that currents spread by `initial_current` at the start."""
         for module in self.modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 nn.init.constant_(module.weight, initial_current(self.config))
@@ -154,7 +150,7 @@ class SpikingCNN(SpikingNetwork):
         self.fc_out = nn.Linear(128 * w, NUM_DIGITS, bias=False)
         self.norm_out = nn.BatchNorm1d(NUM_DIGITS)
         self.lif_out = self.make_layer(self.make_lif([NUM_DIGITS]))
-        self.init_norms()
+        self.init_currents()
 
     def forward_layers(self, x, T):
         x, _ = self.lif1(self.norm1(self.conv1(x)), T)
@@ -215,10 +211,10 @@ class SpikingResNet(SpikingNetwork):
         self.fc_out = nn.Linear(128 * w, NUM_DIGITS, bias=False)
         self.norm_out = nn.BatchNorm1d(NUM_DIGITS)
         self.lif_out = self.make_layer(self.make_lif([NUM_DIGITS]))
-        self.init_norms()
+        self.init_currents()
 
-    def init_norms(self):
-        super().init_norms()
+    def init_currents(self):
+        super().init_currents()
         current = initial_current(self.config)
         with torch.no_grad():  # the shortcuts have no norm
             self.res1.shortcut.weight *= current
@@ -263,6 +259,39 @@ class ResidualBlock(nn.Module):
         return spk1 + spk2
 
 
+class ConvPool(nn.Conv2d):
+    """Convolution (3 x 3, padded by 1), then max pooling (2 x 2).
+
+    x [T * B, C, H, W] -> [T * B, D, H // 2, W // 2]. Pooling here makes a network 2.5 times as fast
+    as pooling after the norm and the neurons.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        return F.max_pool2d(super().forward(x), 2)
+
+
+class TimeSharedDropout(nn.Dropout):
+    """Dropout with one mask for all steps of a recording: spk [T * B, N] -> [T * B, N].
+
+    A neuron is dropped for a whole recording, as in SpikingJelly's multi-step `Dropout`.
+    """
+
+    def forward(self, spk, T):
+        if not self.training:
+            return spk
+        spk = spk.unflatten(0, (T, -1))
+        mask = super().forward(torch.ones_like(spk[0]))
+        return (spk * mask).flatten(0, 1)
+
+
+def sum_pool(x: torch.Tensor) -> torch.Tensor:
+    """Sum each window (2 x 2): x [T * B, C, H, W] -> [T * B, C, H // 2, W // 2]."""
+    return F.avg_pool2d(x, 2, divisor_override=1)
+
+
 def initial_current(config: NetworkConfig) -> float:
     """Return the standard deviation of a LIF layer's current at the start; 1 without spikes.
 
@@ -297,8 +326,8 @@ class NeuronLayer(nn.Module):
         S[t] = (U[t] > threshold)
 
     It takes any of snnTorch's neurons that are called once per time step and store their state,
-    with `mem` and `reset_mem`; `NetworkError` for any other. Neurons that the compiled kernels
-    support (`has_kernel`) run by them, unless `fused` is set to False; others, step by step.
+    with `mem` and `reset_mem`, and raises `NetworkError` for any other. Neurons that the compiled
+    kernels support (`has_kernel`) run by these unless `fused` is set to False, others step by step.
     """
 
     def __init__(self, neuron: snn.SpikingNeuron):
@@ -325,6 +354,13 @@ def run_steps(neuron: snn.SpikingNeuron, cur: torch.Tensor, T: int):
         mems.append(neuron.mem)
     neuron.reset_mem()  # releases the autograd graph
     return torch.cat(spks).to(cur.dtype), torch.cat(mems).to(cur.dtype)
+
+
+class WithoutSpikes(nn.Module):
+    """A ReLU in the place of neurons: returns (relu(cur), cur), as they return (spk, mem)."""
+
+    def forward(self, cur, T):
+        return torch.relu(cur), cur
 
 
 @dataclass(frozen=True)
@@ -366,9 +402,7 @@ class ALIF(snn.LIF):
 
     def reset_mem(self):
         """Set the state to zero, and return it."""
-        self.spk = torch.zeros_like(self.spk)
-        self.adapt = torch.zeros_like(self.adapt)
-        self.mem = torch.zeros_like(self.mem)
+        self.spk = self.adapt = self.mem = torch.zeros_like(self.mem)
         return self.spk, self.adapt, self.mem
 
     def forward(self, input_, spk=None, adapt=None, mem=None):
@@ -387,49 +421,6 @@ class ALIF(snn.LIF):
     def threshold_at(self, adapt: torch.Tensor) -> torch.Tensor:
         """Return the threshold of neurons with this adaptation."""
         return self.threshold + self.adapt_scale * adapt
-
-
-# --- Other layers ---------------------------------------------------------------------------------
-
-
-class WithoutSpikes(nn.Module):
-    """A ReLU in the place of neurons: returns (relu(cur), cur), as they return (spk, mem)."""
-
-    def forward(self, cur, T):
-        return torch.relu(cur), cur
-
-
-class ConvPool(nn.Conv2d):
-    """Convolution (3 x 3, padded by 1), then max pooling (2 x 2).
-
-    x [T * B, C, H, W] -> [T * B, D, H // 2, W // 2]. Pooling here makes a network 2.5 times as fast
-    as pooling after the norm and the neurons.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
-
-    def forward(self, x):
-        return F.max_pool2d(super().forward(x), 2)
-
-
-class TimeSharedDropout(nn.Dropout):
-    """Dropout with one mask for all steps of a recording: spk [T * B, N] -> [T * B, N].
-
-    A neuron is dropped for a whole recording, as in SpikingJelly's multi-step `Dropout`.
-    """
-
-    def forward(self, spk, T):
-        if not self.training:
-            return spk
-        spk = spk.unflatten(0, (T, -1))
-        mask = super().forward(torch.ones_like(spk[0]))
-        return (spk * mask).flatten(0, 1)
-
-
-def sum_pool(x: torch.Tensor) -> torch.Tensor:
-    """Sum each window (2 x 2): x [T * B, C, H, W] -> [T * B, C, H // 2, W // 2]."""
-    return F.avg_pool2d(x, 2, divisor_override=1)
 
 
 # --- Building and restoring -----------------------------------------------------------------------
@@ -452,12 +443,11 @@ def build_model(
     network.dtype = DTYPES[precision]
     if not network.neuron_layers():
         raise NetworkError(f"{type(network).__name__} makes no layer of neurons by make_layer")
-    for layer in network.modules():
-        if isinstance(layer, NeuronLayer) and neuron_backend == "step":
+    if neuron_backend == "step":
+        for layer in network.neuron_layers().values():
             layer.fused = False
-    if neuron_backend == "fused" and stepped_layers(network):
-        names = ", ".join(stepped_layers(network))
-        warn(f"neurons run step by step where no kernel supports them: {names}")
+    elif stepped := stepped_layers(network):
+        warn(f"no kernel supports the neurons of {', '.join(stepped)}: they run step by step")
     return network
 
 
@@ -489,14 +479,14 @@ def stepped_layers(network: SpikingNetwork) -> list[str]:
 def describe_backend(network: SpikingNetwork) -> str:
     """Return how neurons run: 'fused', 'fused, uncompiled', 'step', or 'ReLU' without spikes.
 
-    If no kernel supports some of them, it is 'fused, but step by step: lif1 (Lapicque)'.
+    If kernels support only some of them, it is 'fused, but step by step: lif1 (Lapicque)'.
     """
     if network.config.no_spikes:
         return "ReLU"
     stepped = stepped_layers(network)
     if len(stepped) == len(network.neuron_layers()):
         return "step"
-    kernel, _ = compiled_kernels(next(network.parameters()).device, network.dtype)
+    kernel, _ = get_kernels(next(network.parameters()).device, network.dtype)
     text = "fused, uncompiled" if kernel is forward_kernel else "fused"
     if stepped:
         text += f", but step by step: {', '.join(stepped)}"
@@ -583,15 +573,10 @@ STEPS_PER_CALL = 5
 
 def run_kernels(neuron: snn.SpikingNeuron, cur: torch.Tensor, T: int):
     """Return the same as `run_steps`, several times as fast, of a neuron that `has_kernel`."""
-    is_image = cur.dim() == 4
-    if is_image:  # [T * B, C, H, W] in channels_last format, which is contiguous as [..., H, W, C]
-        cur = cur.permute(0, 2, 3, 1)
+    cur = cur.movedim(1, -1)  # images in channels_last format are contiguous as [..., H, W, C]
     sequence = cur.contiguous().view(T, -1)
-    outputs = FusedNeuron.apply(sequence, *kernel_parameters(neuron))
-    spk, mem = (x.view(cur.shape) for x in outputs)
-    if is_image:
-        return spk.permute(0, 3, 1, 2), mem.permute(0, 3, 1, 2)
-    return spk, mem
+    spk, mem = FusedNeuron.apply(sequence, *kernel_parameters(neuron))
+    return spk.view(cur.shape).movedim(-1, 1), mem.view(cur.shape).movedim(-1, 1)
 
 
 def has_kernel(neuron: snn.SpikingNeuron) -> bool:
@@ -615,11 +600,8 @@ def has_kernel(neuron: snn.SpikingNeuron) -> bool:
 class Parameters(NamedTuple):
     """A neuron's parameters as scalar tensors; the last three are None for `snn.Leaky`.
 
-    I_syn[t] = syn_alpha I_syn[t-1] + I[t]
-    a[t] = adapt_alpha a[t-1] + (1 - adapt_alpha) S[t-1]
-    threshold[t] = threshold + adapt_scale a[t]
-    U[t] = beta U[t-1] + I_syn[t] - S[t-1] threshold[t-1]
-    S[t] = (U[t] > threshold[t])
+    The equations are those of `ALIF`, with a synaptic current in place of I[t]:
+    I_syn[t] = syn_alpha I_syn[t-1] + I[t].
     """
 
     beta: torch.Tensor
@@ -657,7 +639,7 @@ class FusedNeuron(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cur, *values):
         p = Parameters(*[alias(x) for x in values])
-        kernel, _ = compiled_kernels(cur.device, cur.dtype)
+        kernel, _ = get_kernels(cur.device, cur.dtype)
         spk, mem, adapt = run_forward(kernel, cur, p)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(spk, mem, adapt, *p)
@@ -669,7 +651,7 @@ class FusedNeuron(torch.autograd.Function):
             raise RuntimeError("kernels have no second derivative: use neuron_backend 'step'")
         spk, mem, adapt, *values = ctx.saved_tensors
         p = Parameters(*values)
-        _, kernel = compiled_kernels(spk.device, spk.dtype)
+        _, kernel = get_kernels(spk.device, spk.dtype)
         grad_cur = run_backward(kernel, grad_spk, grad_mem, spk, mem, adapt, p)
         grad_beta = beta_gradient(grad_cur, mem, p) if ctx.needs_input_grad[1] else None
         return grad_cur, grad_beta, None, None, None, None, None
@@ -677,13 +659,11 @@ class FusedNeuron(torch.autograd.Function):
 
 def run_forward(kernel: Callable, cur: torch.Tensor, p: Parameters):
     """Run `forward_kernel`, compiled or not, over all steps: cur [T, N] -> (spk, mem, adapt)."""
-    spk, mem, adapt = torch.empty_like(cur), torch.empty_like(cur), None
-    state = zero_state(cur), zero_state(cur), None, None
-    if not p.leaky:
-        adapt = torch.empty_like(cur)
-        state = zero_state(cur), zero_state(cur), zero_state(cur), zero_state(cur)
+    spk, mem = torch.empty_like(cur), torch.empty_like(cur)
+    adapt = None if p.leaky else torch.empty_like(cur)
+    state = zeros(cur, 2) + ([None, None] if p.leaky else zeros(cur, 2))
     for steps in time_chunks(len(cur)):
-        outputs = [None if x is None else step_aliases(x[steps]) for x in (spk, mem, adapt)]
+        outputs = [x if x is None else step_aliases(x[steps]) for x in (spk, mem, adapt)]
         state = kernel(alias(cur[steps]), *outputs, state, p)
     return spk, mem, adapt
 
@@ -699,8 +679,7 @@ def forward_kernel(cur, spks, mems, adapts, state, p: Parameters):
         current = cur[t].float()
         reset = spk * threshold
         if not p.leaky:
-            current = p.syn_alpha * syn + current
-            syn = current
+            syn = current = p.syn_alpha * syn + current
             adapt = p.adapt_alpha * adapt + (1 - p.adapt_alpha) * spk
             threshold = p.threshold + p.adapt_scale * adapt
             adapts[t].copy_(adapt)
@@ -719,9 +698,7 @@ def run_backward(kernel: Callable, grad_spk, grad_mem, spk, mem, adapt, p: Param
     grad_spk = torch.zeros_like(spk) if grad_spk is None else grad_spk.contiguous()
     grad_mem = grad_spk if grad_mem is None else grad_mem.contiguous()
     grad_cur = torch.empty_like(spk)
-    state = zero_state(spk), None, None
-    if not p.leaky:
-        state = zero_state(spk), zero_state(spk), zero_state(spk)
+    state = zeros(spk, 1) + ([None, None] if p.leaky else zeros(spk, 2))
     for steps in reversed(time_chunks(len(spk))):
         sequences = grad_spk, grad_mem, spk, mem, adapt
         inputs = [None if x is None else alias(x[steps]) for x in sequences]
@@ -758,13 +735,10 @@ def backward_kernel(grad_curs, grad_spk, grad_mem, spk, mem, adapt, mem_factor, 
         if not p.leaky:
             d_threshold = -fire_d_spk - spk[t].float() * d_mem  # d_mem is still dU[t+1]
             d_adapt = p.adapt_alpha * d_adapt + p.adapt_scale * d_threshold
-        d_mem = p.beta * d_mem + fire_d_spk
-        d_mem = d_mem + mem_factor * grad_mem[t].float()
-        d_cur = d_mem
+        d_mem = p.beta * d_mem + fire_d_spk + mem_factor * grad_mem[t].float()
         if not p.leaky:
             d_syn = p.syn_alpha * d_syn + d_mem
-            d_cur = d_syn
-        grad_curs[t].copy_(d_cur)
+        grad_curs[t].copy_(d_mem if p.leaky else d_syn)
     return d_mem, d_adapt, d_syn
 
 
@@ -777,7 +751,7 @@ def beta_gradient(grad_cur: torch.Tensor, mem: torch.Tensor, p: Parameters) -> t
 
 
 @functools.cache
-def compiled_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Callable, Callable]:
+def get_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Callable, Callable]:
     """Return the forward and the backward kernel, compiled at their first calls, for any N.
 
     The forward one is tried on zeros; where that fails, both are returned as they are, and a
@@ -809,9 +783,9 @@ def time_chunks(T: int) -> list[slice]:
     return chunks + [slice(t, t + 1) for t in range(whole, T)]
 
 
-def zero_state(x: torch.Tensor) -> torch.Tensor:
-    """Return zeros [N], in float32, for x [T, N]."""
-    return torch.zeros(x.shape[1], device=x.device)
+def zeros(x: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """Return `count` tensors of zeros [N], in float32, for x [T, N]."""
+    return [torch.zeros(x.shape[1], device=x.device) for _ in range(count)]
 
 
 def alias(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -860,15 +834,13 @@ class ActivityMeter:
 
     def __enter__(self):
         self._hooks = [self.network.register_forward_hook(self._count_pass)]
-        inside_neurons = set()
+        neurons = self.network.neuron_layers()
         for name, layer in self.network.named_modules():
-            is_neurons = isinstance(layer, NeuronLayer | WithoutSpikes)
             has_weights = any(p.dim() > 1 for p in layer.parameters(recurse=False))
-            if is_neurons or (has_weights and layer not in inside_neurons):
+            inside_neurons = any(name.startswith(f"{neuron}.") for neuron in neurons)
+            if name in neurons or (has_weights and not inside_neurons):
                 hook = functools.partial(self._remember, name)
                 self._hooks.append(layer.register_forward_hook(hook))
-            if isinstance(layer, NeuronLayer):
-                inside_neurons.update(layer.modules())
         return self
 
     def __exit__(self, *_):
@@ -902,25 +874,23 @@ class ActivityMeter:
         spikes = spk.sum(1).flatten(1).cpu().sum(1, dtype=torch.float64)
         self._spikes[name] = self._spikes.get(name, 0) + spikes
         total = torch.zeros(spk.shape[:2], dtype=torch.float64, device="cpu")
-        macs = 0.0
-        for _, operations, macs_per_frame in connections:
+        for _, operations, _ in connections:
             total += operations.view(total.shape)
-            macs += len(spk) * macs_per_frame
         self._operations.setdefault(name, []).append(total)
-        self._macs[name] = macs
+        self._macs[name] = len(spk) * sum(macs for _, _, macs in connections)
 
     def _count_connection(self, layer, x, out_shape) -> tuple[torch.Tensor, float]:
         """Return the operations of each frame of x [T * B, ...], and the MACs of a frame."""
         if isinstance(layer, nn.Linear):
-            operations = layer.out_features * x.flatten(1).sum(1, dtype=torch.float64).cpu()
-            return operations, layer.out_features * x[0].numel()
+            sums = x.flatten(1).sum(1, dtype=torch.float32).cpu().double()
+            return layer.out_features * sums, layer.out_features * x[0].numel()
         key = layer, x.shape[1:]
         if key not in self._reached:
             self._reached[key] = outputs_reached(layer, x.shape[1:], out_shape[1:])
         reached = self._reached[key]
         # Over the channels first, all of which reach as many outputs. float32 is exact to 2^24.
-        operations = (x.sum(1, dtype=torch.float32).cpu() * reached).sum((1, 2))
-        return operations, x.shape[1] * float(reached.sum())
+        sums = x.sum(1, dtype=torch.float32).cpu()
+        return (sums * reached).sum((1, 2)), x.shape[1] * float(reached.sum())
 
     def operations(self, layer: str) -> torch.Tensor:
         """Return a layer's synaptic operations for each recording at each time step, [T, N]."""

@@ -804,7 +804,7 @@ def test_a_subclass_may_have_other_neurons(base, monkeypatch, capsys):
     assert all(parameter.grad is not None for parameter in network.parameters())
     (warning,) = capsys.readouterr().err.splitlines()
     stepped = [f"{x} (Lapicque)" for x, layer in network.neuron_layers().items() if not layer.fused]
-    assert f"step by step where no kernel supports them: {', '.join(stepped)}" in warning
+    assert f"no kernel supports the neurons of {', '.join(stepped)}: they run step" in warning
     expected = "step" if base is models.SpikingCNN else f"fused, but step by step: {stepped[0]}"
     assert describe_backend(network).startswith(expected)
 

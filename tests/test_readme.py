@@ -195,7 +195,7 @@ def test_the_network_of_ones_own_runs_by_the_commands_below_it(tmp_path, made_da
         outputs.append(result)
     trained, resumed, *_ = outputs
     layers = "lif1 (RSynaptic)"
-    warning = f"neurons run step by step where no kernel supports them: {layers}"
+    warning = f"no kernel supports the neurons of {layers}: they run step by step"
     assert all(output.stderr.count(warning) == 1 for output in outputs)
     accuracies = [re.search("^test accuracy.*", x.stdout, re.M)[0] for x in (trained, resumed)]
     assert accuracies[0] == accuracies[1]

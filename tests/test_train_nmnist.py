@@ -1158,7 +1158,7 @@ def test_a_network_of_ones_own_is_trained_resumed_tested_and_drawn(
 ):
     flags = ["--model", my_net, "--loss", "margin", "--alpha", 0.4, "--epochs"]
     train(tmp_path / "whole", made_data_dir, *flags, 2)
-    warning = "where no kernel supports them: lif1 (RSynaptic), lif2 (Leaky)"
+    warning = "no kernel supports the neurons of lif1 (RSynaptic), lif2 (Leaky)"
     train(tmp_path, made_data_dir, *flags, 1)
     train(tmp_path, made_data_dir, *flags, 2, "--resume")
     entries = read_log(tmp_path, "my_net_history.json")
