@@ -661,7 +661,7 @@ def run_forward(kernel: Callable, cur: torch.Tensor, p: Parameters):
     """Run `forward_kernel`, compiled or not, over all steps: cur [T, N] -> (spk, mem, adapt)."""
     spk, mem = torch.empty_like(cur), torch.empty_like(cur)
     adapt = None if p.leaky else torch.empty_like(cur)
-    state = zeros(cur, 2) + ([None, None] if p.leaky else zeros(cur, 2))
+    state = zeros(cur, 2) + ((None, None) if p.leaky else zeros(cur, 2))
     for steps in time_chunks(len(cur)):
         outputs = [x if x is None else step_aliases(x[steps]) for x in (spk, mem, adapt)]
         state = kernel(alias(cur[steps]), *outputs, state, p)
@@ -698,7 +698,7 @@ def run_backward(kernel: Callable, grad_spk, grad_mem, spk, mem, adapt, p: Param
     grad_spk = torch.zeros_like(spk) if grad_spk is None else grad_spk.contiguous()
     grad_mem = grad_spk if grad_mem is None else grad_mem.contiguous()
     grad_cur = torch.empty_like(spk)
-    state = zeros(spk, 1) + ([None, None] if p.leaky else zeros(spk, 2))
+    state = zeros(spk, 1) + ((None, None) if p.leaky else zeros(spk, 2))
     for steps in reversed(time_chunks(len(spk))):
         sequences = grad_spk, grad_mem, spk, mem, adapt
         inputs = [None if x is None else alias(x[steps]) for x in sequences]
@@ -783,9 +783,10 @@ def time_chunks(T: int) -> list[slice]:
     return chunks + [slice(t, t + 1) for t in range(whole, T)]
 
 
-def zeros(x: torch.Tensor, count: int) -> list[torch.Tensor]:
+def zeros(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     """Return `count` tensors of zeros [N], in float32, for x [T, N]."""
-    return [torch.zeros(x.shape[1], device=x.device) for _ in range(count)]
+    # A tuple, as kernels return their state: for a list, they would be compiled again.
+    return tuple(torch.zeros(x.shape[1], device=x.device) for _ in range(count))
 
 
 def alias(x: torch.Tensor | None) -> torch.Tensor | None:
