@@ -20,6 +20,7 @@ import copy
 import functools
 import math
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -659,7 +660,7 @@ def print_metrics(metrics: dict) -> None:
         print(f"{name:20}" + "".join(f"{value:>21}" for value in values))
     if metrics["not_counted"]:
         names = ", ".join(metrics["not_counted"])
-        utils.warn(f"not in operations, MACs and energy: the connections of {names}")
+        utils.warn(f"operations, MACs and energy leave out the connections of {names}")
     for name, layer in layers.items():
         if layer.get("firing_rate") in (0, 1):
             what = "never fire" if layer["firing_rate"] == 0 else "fire at every step"
@@ -818,7 +819,7 @@ def draw_command(given: dict) -> list[str]:
     names = ("model", "no_spikes", "data_dir", "dataset", "save_dir", "log_dir")
     typed = {name: given[name] for name in names if name in given}
     flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in typed.items()]
-    return ["python", "train_nmnist.py", *flags, "--test_only", "--visualize"]
+    return ["python", sys.argv[0], *flags, "--test_only", "--visualize"]
 
 
 def run_seeds(flags: dict, given: dict, seeds: list[int], device: torch.device) -> None:
