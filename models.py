@@ -580,11 +580,7 @@ def run_kernels(neuron: snn.SpikingNeuron, cur: torch.Tensor, T: int):
 
 
 def has_kernel(neuron: snn.SpikingNeuron) -> bool:
-    """Return whether the kernels support a neuron.
-
-    They support `snn.Leaky`, `snn.Synaptic` and `ALIF` with scalar parameters, of which beta alone
-    may be learned, reset by subtraction, `FastSigmoid` and no other option.
-    """
+    """Return whether the kernels support a neuron: its kind and all of its options."""
     return (
         type(neuron) in (snn.Leaky, snn.Synaptic, ALIF)
         and type(neuron.spike_grad) is FastSigmoid
@@ -663,7 +659,7 @@ def run_forward(kernel: Callable, cur: torch.Tensor, p: Parameters):
     adapt = None if p.leaky else torch.empty_like(cur)
     state = zeros(cur, 2) + ((None, None) if p.leaky else zeros(cur, 2))
     for steps in time_chunks(len(cur)):
-        outputs = [x if x is None else step_aliases(x[steps]) for x in (spk, mem, adapt)]
+        outputs = [None if x is None else step_aliases(x[steps]) for x in (spk, mem, adapt)]
         state = kernel(alias(cur[steps]), *outputs, state, p)
     return spk, mem, adapt
 
@@ -732,13 +728,13 @@ def backward_kernel(grad_curs, grad_spk, grad_mem, spk, mem, adapt, mem_factor, 
             d_spk = d_spk + (1 - p.adapt_alpha) * d_adapt
             threshold = p.threshold + p.adapt_scale * adapt[t].float()
         fire_d_spk = d_spk / (1 + p.slope * (mem[t].float() - threshold).abs()) ** 2
+        d_mem_next = d_mem
+        d_cur = d_mem = p.beta * d_mem_next + fire_d_spk + mem_factor * grad_mem[t].float()
         if not p.leaky:
-            d_threshold = -fire_d_spk - spk[t].float() * d_mem  # d_mem is still dU[t+1]
+            d_threshold = -fire_d_spk - spk[t].float() * d_mem_next
             d_adapt = p.adapt_alpha * d_adapt + p.adapt_scale * d_threshold
-        d_mem = p.beta * d_mem + fire_d_spk + mem_factor * grad_mem[t].float()
-        if not p.leaky:
-            d_syn = p.syn_alpha * d_syn + d_mem
-        grad_curs[t].copy_(d_mem if p.leaky else d_syn)
+            d_cur = d_syn = p.syn_alpha * d_syn + d_mem
+        grad_curs[t].copy_(d_cur)
     return d_mem, d_adapt, d_syn
 
 
@@ -770,7 +766,7 @@ def get_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Callable, Cal
         warn(
             "neurons run uncompiled, with the same results but several times slower: compiling "
             "needs a C++ compiler (g++) or Triton, and a folder for its cache "
-            f"({str(error).partition(chr(10))[0]})"
+            f"({str(error).splitlines()[0]})"
         )
         return forward_kernel, backward_kernel
     return forward, backward
@@ -820,7 +816,8 @@ class ActivityMeter:
     it reaches. MACs are the multiply-accumulates of the same network without spikes, where every
     connection is used at every step. Padding around an image, biases and the neurons' own
     operations are left out. `not_counted` lists what else has weights: neurons with layers inside,
-    other kinds of layers, layers that do not run on [T * B, ...] or run after all neurons.
+    other kinds of layers (also `padding="same"`), layers that do not run on [T * B, ...], or that
+    run after all neurons.
     """
 
     def __init__(self, network: SpikingNetwork):
@@ -834,14 +831,15 @@ class ActivityMeter:
         self._macs: dict[str, float] = {}  # per recording
 
     def __enter__(self):
-        self._hooks = [self.network.register_forward_hook(self._count_pass)]
+        self._hooks = []
         neurons = self.network.neuron_layers()
         for name, layer in self.network.named_modules():
             has_weights = any(p.dim() > 1 for p in layer.parameters(recurse=False))
             inside_neurons = any(name.startswith(f"{neuron}.") for neuron in neurons)
             if name in neurons or (has_weights and not inside_neurons):
-                hook = functools.partial(self._remember, name)
+                hook = functools.partial(self._remember, name or "the network itself")
                 self._hooks.append(layer.register_forward_hook(hook))
+        self._hooks.append(self.network.register_forward_hook(self._count_pass))
         return self
 
     def __exit__(self, *_):
@@ -851,34 +849,29 @@ class ActivityMeter:
     def _remember(self, *what_ran):
         self._ran.append(what_ran)
 
-    def _count_pass(self, _network, frames, _output):
+    def _count_pass(self, _network, args, _output):
         """Count what ran, in its order: connections belong to the neurons that ran after them."""
-        T, B = frames[0].shape[:2]
-        connections = []  # (name, operations [T * B], MACs per frame) since the last neurons
+        T, B = args[0].shape[:2]
+        operations, macs, waiting = 0.0, 0.0, []  # of connections since the last neurons
         for name, layer, inputs, output in self._ran:
             if isinstance(layer, NeuronLayer | WithoutSpikes):
-                spk, mem = (x.detach().float().unflatten(0, (T, B)) for x in output)
-                self._count_neurons(name, spk, mem, connections)
-                connections = []
+                self.outputs[name] = tuple(x.detach().float().unflatten(0, (T, B)) for x in output)
+                spikes = self.outputs[name][0].sum(1).flatten(1).cpu().sum(1, dtype=torch.float64)
+                self._spikes[name] = self._spikes.get(name, 0) + spikes
+                total = torch.zeros(T * B, dtype=torch.float64, device="cpu") + operations
+                self._operations.setdefault(name, []).append(total.view(T, B))
+                self._macs[name] = T * macs
+                operations, macs, waiting = 0.0, 0.0, []
                 if isinstance(layer, NeuronLayer) and list(layer.neuron.children()):
                     self.not_counted.add(name)
             elif is_counted(layer) and len(inputs[0]) == T * B:
-                counts = self._count_connection(layer, inputs[0].detach(), output.shape)
-                connections.append((name, *counts))
+                sent, reached = self._count_connection(layer, inputs[0].detach(), output.shape)
+                operations, macs = operations + sent, macs + reached
+                waiting.append(name)
             else:
                 self.not_counted.add(name)
-        self.not_counted.update(name for name, _, _ in connections)
+        self.not_counted.update(waiting)
         self._ran.clear()
-
-    def _count_neurons(self, name, spk, mem, connections):
-        self.outputs[name] = spk, mem
-        spikes = spk.sum(1).flatten(1).cpu().sum(1, dtype=torch.float64)
-        self._spikes[name] = self._spikes.get(name, 0) + spikes
-        total = torch.zeros(spk.shape[:2], dtype=torch.float64, device="cpu")
-        for _, operations, _ in connections:
-            total += operations.view(total.shape)
-        self._operations.setdefault(name, []).append(total)
-        self._macs[name] = len(spk) * sum(macs for _, _, macs in connections)
 
     def _count_connection(self, layer, x, out_shape) -> tuple[torch.Tensor, float]:
         """Return the operations of each frame of x [T * B, ...], and the MACs of a frame."""

@@ -717,10 +717,12 @@ def test_connections_that_are_not_counted_are_named():
     transposed = nn.ConvTranspose2d(2, 1, 3, padding=1)
     reflected = nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")
     network = OwnNeurons(NetworkConfig(), transposed, nn.BatchNorm2d(1), reflected)
+    network.own = nn.Parameter(torch.ones(2, 2))
     with torch.no_grad(), ActivityMeter(network) as meter:
         network(make_frames(3, 2))
         network(make_frames(3, 2))
-    assert meter.not_counted == {"layers.0", "layers.2", "layers.4", "lif1", "lif_out"}
+    layers = {"layers.0", "layers.2", "layers.4", "lif1", "lif_out"}
+    assert meter.not_counted == layers | {"the network itself"}
     # Only the last linear layer is counted before the neurons, and not again after them.
     assert meter.layers()["lif1"]["macs"] == 3 * 1156 * 10
     assert meter.layers()["lif_out"]["macs"] == 0
