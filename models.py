@@ -332,8 +332,10 @@ class NeuronLayer(nn.Module):
 
     def __init__(self, neuron: snn.SpikingNeuron):
         super().__init__()
-        if not (hasattr(neuron, "mem") and hasattr(neuron, "reset_mem")):
-            raise NetworkError(f"{type(neuron).__name__} is not a neuron with mem and reset_mem")
+        stores_state = hasattr(neuron, "mem") and hasattr(neuron, "reset_mem")
+        if not (isinstance(neuron, snn.SpikingNeuron) and stores_state):
+            name = type(neuron).__name__
+            raise NetworkError(f"{name} is not a neuron of snnTorch with mem and reset_mem")
         self.neuron = neuron
         self.fused = has_kernel(neuron)
 
@@ -393,8 +395,19 @@ class ALIF(snn.LIF):
     networks of spiking neurons".
     """
 
-    def __init__(self, alpha, beta, adapt_scale, threshold=1.0, spike_grad=None, learn_beta=False):
-        super().__init__(beta, threshold, spike_grad, learn_beta=learn_beta)
+    def __init__(
+        self,
+        alpha: float,
+        beta: float,
+        adapt_scale: float,
+        threshold: float = 1.0,
+        spike_grad: Callable | None = None,
+        learn_beta: bool = False,
+        learn_threshold: bool = False,
+    ):
+        super().__init__(
+            beta, threshold, spike_grad, learn_beta=learn_beta, learn_threshold=learn_threshold
+        )
         self.register_buffer("alpha", torch.as_tensor(alpha))
         self.register_buffer("adapt_scale", torch.as_tensor(adapt_scale))
         for name in ("spk", "adapt", "mem"):
@@ -763,10 +776,11 @@ def get_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Callable, Cal
     try:
         run_forward(forward, cur, Parameters(beta=half, threshold=one, slope=one))
     except Exception as error:  # compilers fail in many ways
+        reason, _, _ = str(error).partition("\n")
         warn(
             "neurons run uncompiled, with the same results but several times slower: compiling "
             "needs a C++ compiler (g++) or Triton, and a folder for its cache "
-            f"({str(error).splitlines()[0]})"
+            f"({reason})"
         )
         return forward_kernel, backward_kernel
     return forward, backward
@@ -822,6 +836,7 @@ class ActivityMeter:
 
     def __init__(self, network: SpikingNetwork):
         self.network = network
+        self.num_recordings = 0
         self.outputs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.not_counted: set[str] = set()
         self._ran = []  # (name, layer, inputs, output) of the pass under way
@@ -849,24 +864,29 @@ class ActivityMeter:
     def _remember(self, *what_ran):
         self._ran.append(what_ran)
 
-    def _count_pass(self, _network, args, _output):
+    def _count_pass(self, _network, network_inputs, _output):
         """Count what ran, in its order: connections belong to the neurons that ran after them."""
-        T, B = args[0].shape[:2]
-        operations, macs, waiting = 0.0, 0.0, []  # of connections since the last neurons
+        T, B = network_inputs[0].shape[:2]
+        self.num_recordings += B
+        operations = torch.zeros(T * B, dtype=torch.float64, device="cpu")  # since the last neurons
+        macs = 0.0
+        waiting = []
         for name, layer, inputs, output in self._ran:
             if isinstance(layer, NeuronLayer | WithoutSpikes):
                 self.outputs[name] = tuple(x.detach().float().unflatten(0, (T, B)) for x in output)
                 spikes = self.outputs[name][0].sum(1).flatten(1).cpu().sum(1, dtype=torch.float64)
                 self._spikes[name] = self._spikes.get(name, 0) + spikes
-                total = torch.zeros(T * B, dtype=torch.float64, device="cpu") + operations
-                self._operations.setdefault(name, []).append(total.view(T, B))
+                self._operations.setdefault(name, []).append(operations.view(T, B))
                 self._macs[name] = T * macs
-                operations, macs, waiting = 0.0, 0.0, []
+                operations = torch.zeros_like(operations)
+                macs = 0.0
+                waiting = []
                 if isinstance(layer, NeuronLayer) and list(layer.neuron.children()):
                     self.not_counted.add(name)
             elif is_counted(layer) and len(inputs[0]) == T * B:
                 sent, reached = self._count_connection(layer, inputs[0].detach(), output.shape)
-                operations, macs = operations + sent, macs + reached
+                operations += sent
+                macs += reached
                 waiting.append(name)
             else:
                 self.not_counted.add(name)
@@ -893,7 +913,7 @@ class ActivityMeter:
     def firing_rate(self, layer: str) -> torch.Tensor:
         """Return a layer's spikes per neuron at each time step, [T]."""
         neurons = self.outputs[layer][0][0, 0].numel()
-        return self._spikes[layer] / (neurons * self.operations(layer).shape[1])
+        return self._spikes[layer] / (neurons * self.num_recordings)
 
     def layers(self) -> dict[str, dict[str, float]]:
         """Return by layer: neurons and firing rate; synaptic operations and MACs per recording.

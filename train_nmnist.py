@@ -553,10 +553,7 @@ def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint:
     confidences = torch.softmax(scores, -1).amax(-1)  # of the digit that is predicted, [T, N]
     readouts = (args.readout,) if args.no_spikes else READOUTS
     by_readout = {name: predict(spk, mem, name) for name in readouts}
-    ties = {}
-    for name in readouts:
-        if name != "membrane":
-            ties[name] = mean_of(leaders(digit_scores(spk, mem, name)[-1]).sum(-1) > 1)
+    ties = {name: share_of_ties(spk, mem, name) for name in readouts if name != "membrane"}
     layers = meter.layers()
     metrics = {
         "accuracy": result["accuracy"],
@@ -596,6 +593,12 @@ def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint:
         title = f"{network.title} on {data.name}, test recordings"
         draw_samples(args, data.test, predictions[-1], confidences[-1], title)
     return metrics
+
+
+def share_of_ties(spk, mem, readout: str) -> float:
+    """Return the share of recordings of which several digits lead by `readout` in the end."""
+    scores = digit_scores(spk, mem, readout)[-1]
+    return mean_of(leaders(scores).sum(-1) > 1)
 
 
 def early_exits(confidences, predictions, labels, meter: ActivityMeter) -> list[dict]:

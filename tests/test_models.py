@@ -127,18 +127,19 @@ class ByHand(nn.Module):
 class ALIFByEquation(nn.Module):
     """A loop over the equations of ALIF, written without its class."""
 
-    def __init__(self, learn_beta=False):
+    def __init__(self, learn_beta=False, learn_threshold=False):
         super().__init__()
         beta = nn.Parameter(torch.tensor(0.6), requires_grad=learn_beta)
-        self.neuron = nn.ParameterDict({"beta": beta})
+        threshold = nn.Parameter(torch.tensor(0.4), requires_grad=learn_threshold)
+        self.neuron = nn.ParameterDict({"beta": beta, "threshold": threshold})
 
     def forward(self, cur):
         mem = spk = adapt = torch.zeros_like(cur[0])
-        outputs, threshold = [], 0.4
+        outputs, threshold = [], self.neuron["threshold"]
         for step_cur in cur:
             mem = self.neuron["beta"] * mem + step_cur - spk.detach() * threshold
             adapt = 0.9 * adapt + (1 - 0.9) * spk
-            threshold = 0.4 + 0.7 * adapt
+            threshold = self.neuron["threshold"] + 0.7 * adapt
             spk = surrogate.fast_sigmoid(5)(mem - threshold)
             outputs.append((spk, mem))
         return tuple(torch.stack(x) for x in zip(*outputs, strict=True))
@@ -210,7 +211,8 @@ VALUES = [  # of beta, threshold and slope; of alpha and beta
 @pytest.mark.parametrize("learn", [False, True])
 @pytest.mark.parametrize(("make", "values"), VALUES)
 def test_neurons_equal_snntorch_and_their_equations(backend, time_steps, learn, make, values):
-    neuron, reference = make(*values, learn_beta=learn)
+    learn_threshold = learn and backend == "step"  # which passes gradients to all parameters
+    neuron, reference = make(*values, learn_beta=learn, learn_threshold=learn_threshold)
     layer = Layer(neuron, backend)
     assert layer.fused == (backend == "fused")
     assert_equal(layer, reference, make_current(time_steps))
@@ -343,8 +345,21 @@ def test_gradient_of_beta_in_bfloat16(make):
     assert float(neuron.beta.grad) == pytest.approx(float(expected), rel=0.01)
 
 
+class OwnNeuron(nn.Module):
+    """What has the state of a neuron, but is none of snnTorch's: it has no threshold."""
+
+    mem = torch.zeros(0)
+
+    def reset_mem(self):
+        """Do nothing."""
+
+
 @pytest.mark.parametrize(
-    "neuron", [nn.ReLU(), snn.SpikingNeuron(), snn.LeakyParallel(3, 3), NeuronLayer(snn.Leaky(0.5))]
+    "neuron",
+    [
+        *(nn.ReLU(), nn.Linear(3, 3), snn.SpikingNeuron(), snn.LeakyParallel(3, 3)),
+        *(NeuronLayer(snn.Leaky(0.5)), OwnNeuron()),
+    ],
 )
 def test_what_cannot_be_stepped_is_refused(neuron):
     with pytest.raises(NetworkError, match=type(neuron).__name__):
@@ -944,6 +959,22 @@ print(describe_backend(network))
     assert describe_backend(network) == "fused"
     for expected, got in zip((mem, network.conv1.weight.grad), torch.load(path), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiler_that_fails_without_a_word_is_told(monkeypatch, capsys):
+    def fail(*_):
+        raise AssertionError
+
+    network, frames = make_network("cnn"), make_frames(6, 3)
+    expected = network(frames)[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda kernel, **_: fail)
+        models.get_kernels.cache_clear()
+        models.warn.cache_clear()
+        torch.testing.assert_close(network(frames)[1], expected, rtol=1e-4, atol=1e-4)
+        assert describe_backend(network) == "fused, uncompiled"
+    assert "WARNING: neurons run uncompiled" in capsys.readouterr().err
+    models.get_kernels.cache_clear()
 
 
 def test_importing_models_changes_no_environment_variable():
