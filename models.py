@@ -13,7 +13,7 @@ they change the speed, and results by no more than rounding. Measuring activity 
 import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -50,7 +50,10 @@ class NetworkConfig:
     @classmethod
     def from_settings(cls, settings: dict) -> "NetworkConfig":
         """Return the network's part of a checkpoint's settings or of a script's flags."""
-        return cls(**{field.name: settings[field.name] for field in fields(cls)})
+        names = [field.name for field in fields(cls)]
+        if missing := set(names) - settings.keys():
+            raise NetworkError(f"no setting {', '.join(sorted(missing))}")
+        return cls(**{name: settings[name] for name in names})
 
     @property
     def name(self) -> str:
@@ -77,7 +80,8 @@ class SpikingNetwork(nn.Module):
     def __init__(self, config: NetworkConfig):
         super().__init__()
         self.config = config
-        self.dtype = torch.float32  # of the layers, set by `build_model`; neurons' state is float32
+        self.precision = "fp32"  # of the layers, set by `build_model`; neurons' state is float32
+        self.note = ""  # on how it runs, for its title
 
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map frames [T, B, 2, 34, 34] to (spk, mem) of the output neurons, both [T, B, 10]."""
@@ -114,11 +118,37 @@ class SpikingNetwork(nn.Module):
         kinds = NeuronLayer, WithoutSpikes
         return {name: layer for name, layer in self.named_modules() if isinstance(layer, kinds)}
 
+    def learned_decays(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Return by layer the decays that are learned: beta, and alpha where snnTorch learns it."""
+        decays = {}
+        for name, layer in self.neuron_layers().items():
+            learned = dict(layer.named_parameters())
+            neuron = {"beta": learned.get("neuron.beta"), "alpha": learned.get("neuron.alpha")}
+            decays[name] = {decay: value for decay, value in neuron.items() if value is not None}
+        return decays
+
+    @torch.no_grad()
+    def clamp_decays(self) -> None:
+        """Put learned decays that left 0 to 1 back; to be called after each training step.
+
+        snnTorch clamps them where they are used alone: outside, they have no gradient, and stay.
+        """
+        for decays in self.learned_decays().values():
+            for value in decays.values():
+                value.clamp_(0, 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the layers."""
+        return DTYPES[self.precision]
+
     @property
     def title(self) -> str:
         """The network's name in figures."""
         name = type(self).__name__
-        return f"{name.removeprefix('Spiking')} with ReLU" if self.config.no_spikes else name
+        if self.config.no_spikes:
+            name = f"{name.removeprefix('Spiking')} with ReLU"
+        return name + self.note
 
 
 class SpikingCNN(SpikingNetwork):
@@ -453,7 +483,7 @@ def build_model(
     if config.model not in NETWORKS:
         raise NetworkError(f"no network {config.model!r}: this script does not add it to NETWORKS")
     network = NETWORKS[config.model](config)
-    network.dtype = DTYPES[precision]
+    network.precision = precision
     if not network.neuron_layers():
         raise NetworkError(f"{type(network).__name__} makes no layer of neurons by make_layer")
     if neuron_backend == "step":
@@ -464,11 +494,72 @@ def build_model(
     return network
 
 
-def restore_network(checkpoint: dict, **options) -> SpikingNetwork:
-    """Return the network of a checkpoint, in evaluation mode; `options` are `build_model`'s."""
+def restore_network(
+    checkpoint: dict,
+    device: torch.device | str = "cpu",
+    neuron_backend: str = "auto",
+    precision: str = "auto",
+) -> SpikingNetwork:
+    """Return the network of a checkpoint on `device`, in evaluation mode.
+
+    It runs as it was trained unless other options are given, or `device` is slow at it; a warning
+    says so.
+    """
+    trained = checkpoint["history"][-1]
+    options = run_options(torch.device(device), neuron_backend, precision, trained)
     network = build_model(NetworkConfig.from_settings(checkpoint["settings"]), **options)
     load_weights(network, checkpoint["network"])
-    return network.eval()
+    network = network.to(device).eval()
+    if changes := describe_changes(how_it_runs(network), trained, ("precision", "neuron_backend")):
+        warn(f"the network runs otherwise than in its training: {changes}")
+        network.note = f" ({changes})"
+    return network
+
+
+def run_options(
+    device: torch.device, neuron_backend: str, precision: str, trained: dict | None = None
+) -> dict[str, str]:
+    """Return the options of `build_model` for `device`, with something else for 'auto'.
+
+    That is what the device computes fast; of a network that was `trained`, an entry of a history,
+    it is what was used then, if the device computes it fast.
+    """
+    trained = trained or {"precision": "bf16", "neuron_backend": "fused"}
+    if precision == "auto":
+        precision = trained["precision"] if computes_bf16(device) else "fp32"
+    elif precision == "bf16" and not computes_bf16(device):
+        warn(f"--precision bf16: this {device.type} does not compute it, fp32 is faster")
+    if neuron_backend == "auto":
+        neuron_backend = "step" if trained["neuron_backend"] == "step" else "fused"
+    if neuron_backend == "fused" and device.type == "mps":  # for which no kernel was written
+        warn("--neuron_backend fused: on mps, neurons run step by step")
+        neuron_backend = "step"
+    return {"neuron_backend": neuron_backend, "precision": precision}
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Return whether the hardware computes bfloat16, and so faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities()
+    fast = features.get("amx_tile") or features.get("avx512_bf16")
+    return device.type == "cpu" and bool(fast)
+
+
+def how_it_runs(network: SpikingNetwork) -> dict[str, str | int]:
+    """Return what shapes the numbers beside settings and data, for histories and metrics."""
+    return {
+        "device": next(network.parameters()).device.type,
+        "precision": network.precision,
+        "neuron_backend": describe_backend(network),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def describe_changes(now: dict, before: dict, names: Iterable[str]) -> str:
+    """Return which values differ: 'precision: fp32, was bf16; threads: 1, was 2'."""
+    changed = [name for name in names if now[name] != before.get(name)]
+    return "; ".join(f"{name}: {now[name]}, was {before.get(name)}" for name in changed)
 
 
 def load_weights(network: SpikingNetwork, weights: dict[str, torch.Tensor]) -> None:
@@ -918,15 +1009,22 @@ class ActivityMeter:
     def layers(self) -> dict[str, dict[str, float]]:
         """Return by layer: neurons and firing rate; synaptic operations and MACs per recording.
 
-        Without spikes, it is neurons and MACs alone.
+        Without spikes, it is neurons and MACs alone. Learned decays follow, such as `beta`; of one
+        per neuron it is the mean, and `beta_min` and `beta_max`.
         """
         result = {}
+        learned = self.network.learned_decays()
         for name, (spk, _) in self.outputs.items():
-            result[name] = {"neurons": spk[0, 0].numel(), "macs": self._macs[name]}
+            layer = {"neurons": spk[0, 0].numel(), "macs": self._macs[name]}
             if not self.network.config.no_spikes:
-                result[name]["firing_rate"] = self.firing_rate(name).mean().item()
-                operations = self.operations(name).sum(0).mean().item()
-                result[name]["synaptic_operations"] = operations
+                layer["firing_rate"] = self.firing_rate(name).mean().item()
+                layer["synaptic_operations"] = self.operations(name).sum(0).mean().item()
+            for decay, values in learned[name].items():
+                layer[decay] = values.mean().item()
+                if values.numel() > 1:
+                    layer[f"{decay}_min"] = values.min().item()
+                    layer[f"{decay}_max"] = values.max().item()
+            result[name] = layer
         return result
 
     def operations_until(self, step: torch.Tensor) -> float:

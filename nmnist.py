@@ -570,6 +570,7 @@ class Data:
     train: Frames | None
     test: Frames
     test_files: list[str]  # relative to the folder of the test part
+    flags: dict  # that named it
 
     def describe(self) -> dict[str, str]:
         """Return what tells a data set from another; copied or touched files are the same data."""
@@ -581,9 +582,16 @@ class Data:
 
 
 def load_data(
-    args: argparse.Namespace, device: torch.device, splits: Sequence[str] = SPLITS
+    args: argparse.Namespace,
+    device: torch.device,
+    splits: Sequence[str] = SPLITS,
+    loaded: Data | None = None,
 ) -> Data:
-    """Open, bin and move to `device` the recordings that the flags name."""
+    """Open, bin and move to `device` the recordings that the flags name, if not yet `loaded`."""
+    names = utils.flag_names(add_data_flags, add_frame_flags)
+    flags = {name: getattr(args, name) for name in names}
+    if loaded and loaded.flags == flags:
+        return loaded
     parts, frames = open_by_flags(args, splits), {}
     for part in parts:
         binned = load_frames(part, args.time_steps, args.denoise, args.bin_by)
@@ -594,7 +602,7 @@ def load_data(
         utils.warn(f"{repeated:,} test recordings are also in the training part")
     name = part.name + ", frames of equal event count" * (args.bin_by == "events")
     files = [str(path.relative_to(part.folder)) for path in part.files]
-    return Data(name, part.source, train, test, files)
+    return Data(name, part.source, train, test, files, flags)
 
 
 def open_by_flags(args: argparse.Namespace, splits: Sequence[str] = SPLITS) -> list[NMNIST]:

@@ -33,27 +33,10 @@ from snntorch import SpikingNeuron
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
+import models
 import nmnist
 import utils
-from models import (
-    BACKENDS,
-    NETWORKS,
-    READOUTS,
-    ActivityMeter,
-    NetworkConfig,
-    NetworkError,
-    SpikingCNN,
-    SpikingNetwork,
-    build_model,
-    describe_backend,
-    digit_scores,
-    energy_uj,
-    fit_temperature,
-    leaders,
-    load_weights,
-    predict,
-    restore_network,
-)
+from models import ActivityMeter, SpikingNetwork
 from nmnist import Data, Frames
 from utils import UserError, add_flag, number, rank, world_size
 
@@ -72,27 +55,28 @@ NEED_SPIKES = ("beta", "threshold", "alpha", "readout", "learn_beta")
 # --- Flags ----------------------------------------------------------------------------------------
 
 
-def make_settings_parser() -> argparse.ArgumentParser:
-    """Return the parser of the settings: all that shapes a trained network."""
-    parser = argparse.ArgumentParser(add_help=False)
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all flags: the settings, and how to run."""
+    parser = utils.make_parser(__doc__)
     add_network_flags(parser.add_argument_group("network"))
     add_training_flags(parser.add_argument_group("training"))
     nmnist.add_frame_flags(parser.add_argument_group("frames"))
-    return parser
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all flags: the settings, and how to run."""
-    parser = utils.make_parser(__doc__, parents=[make_settings_parser()])
     add_running_flags(parser.add_argument_group("running"))
     return parser
 
 
+def settings_of(args: argparse.Namespace) -> dict:
+    """Return the settings among the flags: all that shapes a trained network."""
+    names = utils.flag_names(add_network_flags, add_training_flags, nmnist.add_frame_flags)
+    return {name: getattr(args, name) for name in names}
+
+
 def add_network_flags(group) -> None:
     """Add the flags of `NetworkConfig`."""
-    flag, default, share = functools.partial(add_flag, group), NetworkConfig(), number(float, 0, 1)
+    flag, default = functools.partial(add_flag, group), models.NetworkConfig()
+    share = number(float, 0, 1)
     above_0, below_1 = number(float, 0, open_low=True), number(float, 0, 1, open_high=True)
-    flag("--model", default.model, "network", choices=list(NETWORKS))
+    flag("--model", default.model, "network", choices=list(models.NETWORKS))
     flag("--beta", default.beta, "decay of the membrane potential per step", type=share)
     flag("--threshold", default.threshold, "potential above which a neuron fires", type=above_0)
     alpha = "decay per step of ALIF's adaptation and of the synaptic current (resnet)"
@@ -101,7 +85,7 @@ def add_network_flags(group) -> None:
     flag("--dropout", default.dropout, dropout, type=below_1)
     flag("--width", default.width, "factor on channels and hidden layer", type=number(int, 1, 64))
     readout = "what decides: the mean membrane potential, the most spikes, or the first spike"
-    flag("--readout", default.readout, readout, choices=READOUTS)
+    flag("--readout", default.readout, readout, choices=models.READOUTS)
     flag("--learn_beta", False, "learn one beta per layer")
     flag("--no_spikes", False, "ReLU in place of neurons; its files are named <model>_relu_...")
 
@@ -135,75 +119,91 @@ def add_running_flags(group) -> None:
     nmnist.add_data_flags(group)
     flag("--save_dir", "./checkpoints", "folder of the checkpoints")
     flag("--log_dir", "./logs", "folder of history, metrics and figures")
-    utils.add_device_flag(group)
-    precision = "type of the layers; auto: bf16 where the hardware computes it, else fp32"
-    flag("--precision", "auto", precision, choices=["auto", "bf16", "fp32"])
-    backend = "fused: compiled neurons; step: snnTorch's neurons, step by step"
-    flag("--neuron_backend", "fused", backend, choices=BACKENDS)
+    utils.add_device_flags(group)
     flag("--resume", False, "continue the last run of this model in save_dir, if there is one")
     flag("--test_only", False, "test the best checkpoint, without training")
     flag("--visualize", False, "write figures to log_dir")
 
 
-def check_flags(parser: argparse.ArgumentParser, flags: dict, given: dict) -> None:
-    """Exit with status 2 if flags contradict one another; `given` are those that were typed."""
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with status 2 if flags contradict one another."""
+    default = parser.parse_args([])
     for name in NEED_SPIKES:
-        if flags["no_spikes"] and name in given:
+        if args.no_spikes and getattr(args, name) != getattr(default, name):
             parser.error(f"argument --{name}: not allowed with argument --no_spikes")
-    if NETWORKS[flags["model"]] is SpikingCNN and "alpha" in given:
+    if models.NETWORKS[args.model] is models.SpikingCNN and args.alpha != default.alpha:
         parser.error("argument --alpha: --model cnn has no neurons that use it")
-    if flags["test_only"] and flags["resume"]:
+    if args.test_only and args.resume:
         parser.error("argument --resume: not allowed with argument --test_only")
-    if flags["batch_size"] // world_size() * flags["time_steps"] < 2:
+    if args.batch_size // world_size() * args.time_steps < 2:
         parser.error("argument --batch_size: too small, norms need two frames in each process")
+
+
+def take_settings(parser, argv: list[str], args: argparse.Namespace, trained: dict) -> None:
+    """Give `args` the settings of a network to test; print which flags in `argv` are ignored."""
+    # With the network's settings as defaults, what still differs was typed.
+    parser.set_defaults(**trained)
+    typed = parser.parse_args(argv)
+    if isinstance(typed.seed, list):
+        typed.seed = args.seed
+    trained = trained | {"batch_size": typed.batch_size}  # a test may have another
+    for name, value in trained.items():
+        asked = getattr(typed, name)
+        if asked != value:
+            text = f"the network in {args.save_dir} was trained with {value}"
+            print(f"ignored     --{name} {asked}: {text}")
+        setattr(args, name, value)
+    if args.loss not in LOSSES:
+        raise UserError(f"--loss {args.loss}: this script does not add it to LOSSES")
+
+
+def check_same_command(args: argparse.Namespace, trained: dict) -> None:
+    """Raise `UserError` if a run to resume has other settings; its epochs may become more."""
+    asked = settings_of(args)
+    other = [name for name in asked if name != "epochs" and asked[name] != trained[name]]
+    if args.epochs < trained["epochs"]:
+        other.append("epochs")
+    if other:
+        command = shlex.join(["python", sys.argv[0], *flags_of(vars(args) | trained)])
+        raise UserError(
+            f"--resume: the run in {args.save_dir} has another {', '.join(other)}: continue it by "
+            f"`{command}`, or omit --resume to start a new run"
+        )
+
+
+def flags_of(values: dict) -> list[str]:
+    """Return the flags that set `values`, without those that are defaults."""
+    defaults = vars(make_parser().parse_args([]))
+    flags = []
+    for name, value in values.items():
+        if value != defaults[name]:
+            flags.append(f"--{name}" if value is True else f"--{name}={value}")
+    return flags
+
+
+def network_config(args: argparse.Namespace) -> models.NetworkConfig:
+    """Return the flags that say what the network is."""
+    return models.NetworkConfig.from_settings(vars(args))
+
+
+def load_checkpoint(args: argparse.Namespace, which: str, *parts: str) -> dict:
+    """Return the checkpoint of the 'last' epoch, or of the 'best' validation."""
+    expected = {"model": args.model, "no_spikes": args.no_spikes}
+    path = checkpoint_path(args, which)
+    return utils.load_checkpoint(path, parts, settings_of(args), **expected)
 
 
 def load_last(args: argparse.Namespace) -> dict:
     """Return the checkpoint to resume, {} if training starts from scratch."""
+    if not args.resume:
+        return {}
     path = checkpoint_path(args, "last")
-    if args.resume and path.exists():
-        return utils.load_checkpoint(path, "training")
-    if args.resume:
+    if not path.exists():
         print(f"resume      no checkpoint at {path} yet: training starts from scratch")
-    return {}
-
-
-def complete_flags(flags: dict, given: dict, checkpoint: dict, device: torch.device):
-    """Return the flags to run with: a checkpoint's settings come before the defaults.
-
-    If those in `given` contradict it, a test ignores them, and says so; a resumed run, which would
-    end elsewhere, raises `UserError`.
-    """
-    flags = dict(flags)
-    may_differ = "batch_size" if flags["test_only"] else "epochs"
-    for name, trained in checkpoint.get("settings", {}).items():
-        asked = given.get(name, trained)
-        flags[name] = asked if name == may_differ else trained
-        if asked != flags[name]:
-            folder = flags["save_dir"]
-            text = f"--{name} {asked}: the network in {folder} was trained with {trained}"
-            if not flags["test_only"]:
-                raise UserError(f"{text}; omit the flag, or start a new run")
-            print(f"ignored     {text}")
-    if flags["loss"] not in LOSSES:
-        raise UserError(f"--loss {flags['loss']}: this script does not add it to LOSSES")
-    if checkpoint:
-        where = flags["data_dir"], flags["dataset"]
-        flags["dataset"] = nmnist.trained_dataset(*where, checkpoint["data"])
-    flags["lr"] = flags["lr"] or DEFAULT_LR[flags["optimizer"]]
-    flags["precision"] = utils.pick_precision(flags["precision"], device)
-    flags["neuron_backend"] = utils.pick_backend(flags["neuron_backend"], device)
-    return argparse.Namespace(**flags)
-
-
-def settings_of(args: argparse.Namespace) -> dict:
-    """Return the settings among the flags."""
-    return {name: getattr(args, name) for name in vars(make_settings_parser().parse_args([]))}
-
-
-def network_config(args: argparse.Namespace) -> NetworkConfig:
-    """Return the flags that say what the network is."""
-    return NetworkConfig.from_settings(vars(args))
+        return {}
+    last = load_checkpoint(args, "last", "best_network", "training")
+    check_same_command(args, last["settings"])
+    return last
 
 
 def checkpoint_path(args: argparse.Namespace, which: str) -> Path:
@@ -268,9 +268,10 @@ def train_one_epoch(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        getattr(network, "module", network).clamp_decays()  # the one in DistributedDataParallel
         update_ema(ema, network, step)
         step += 1
-        correct = (predict(spk.detach(), mem.detach(), ema.config.readout) == labels).sum()
+        correct = (models.predict(spk.detach(), mem.detach(), ema.config.readout) == labels).sum()
         results.append(torch.stack([loss.detach(), correct]))
         sizes.append(len(labels))
         if bar.update(len(labels) * world_size()):  # True where the bar was redrawn
@@ -334,7 +335,7 @@ def evaluate(
             bar.update(len(labels))
     spk, mem = torch.cat(spks, dim=1), torch.cat(mems, dim=1)
     labels = frames.labels.cpu()[indices].long()
-    predictions = predict(spk, mem, network.config.readout, over_time=True)
+    predictions = models.predict(spk, mem, network.config.readout, over_time=True)
     return {
         "loss": total_loss / len(labels),
         "accuracy": mean_of(predictions[-1] == labels),
@@ -345,23 +346,29 @@ def evaluate(
     }
 
 
-def train(args: argparse.Namespace, data: Data, device: torch.device, checkpoint: dict) -> None:
-    """Train for the epochs that are left; after each, write checkpoints and history."""
+def train(args: argparse.Namespace, data: Data, device: torch.device, last: dict) -> dict:
+    """Train for the epochs that are left; after each, write checkpoints and history.
+
+    `last` is the last checkpoint of the run to resume, {} for a new one. Returns the new one.
+    """
     labels = data.train.labels
     train_indices, val_indices = nmnist.split_validation(labels, args.val_split, args.seed)
     utils.set_seed(args.seed)
-    network = build_model(network_config(args), **run_options(args)).to(device)
+    before = last["history"][-1] if last else None
+    options = models.run_options(device, args.neuron_backend, args.precision, before)
+    network = models.build_model(network_config(args), **options).to(device)
     ema = copy.deepcopy(network)  # the moving average is validated and tested
     parallel = utils.data_parallel(network, device)
-    optimizer, loss_fn, history = make_optimizer(args, network), LOSSES[args.loss], []
-    print(f"network     {network.title}, {num_parameters(network):,} parameters")
+    optimizer, loss_fn = make_optimizer(args, network), LOSSES[args.loss]
+    size = f"{num_parameters(network):,} parameters"
+    print(f"network     {network.title}, {size}; precision {network.precision}")
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}")
-    if checkpoint:
-        history = resume(args, data, checkpoint, network, ema, optimizer)
+    if last:
+        resume(args, data, last, network, ema, optimizer)
     elif rank() == 0:
         keep_earlier_run(args)
 
-    for epoch in range(len(history) + 1, args.epochs + 1):
+    for epoch in range(len(last.get("history", [])) + 1, args.epochs + 1):
         start = time.perf_counter()
         # Seeded again, so that a resumed run draws the numbers of one that was not stopped.
         utils.set_seed(args.seed, epoch)
@@ -380,13 +387,12 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, checkpoint
             entry = {"epoch": epoch} | trained
             entry |= validate(args, data, ema, order[:NORM_RECORDINGS], val_indices)
             check_finite(args, entry, network, ema)
-            entry |= {"lr": lr, "processes": world_size(), "precision": args.precision}
-            entry |= {"neuron_backend": describe_backend(network)}
+            entry |= {"lr": lr} | models.how_it_runs(network) | {"processes": world_size()}
             entry |= {"seconds": time.perf_counter() - start, "recordings_per_second": speed}
-            history.append(entry)
-            save(args, data, history, network, ema, optimizer)
+            last = save(args, data, last, entry, network, ema, optimizer)
             print_epoch(entry, args.epochs)
         utils.wait_for_all()
+    return last
 
 
 def validate(args, data: Data, ema: SpikingNetwork, norm_indices, val_indices) -> dict:
@@ -395,13 +401,13 @@ def validate(args, data: Data, ema: SpikingNetwork, norm_indices, val_indices) -
     test_indices, loss_fn = torch.arange(len(data.test)), LOSSES[args.loss]
     val = evaluate(ema, data.train, val_indices, loss_fn, args.batch_size, "val")
     test = evaluate(ema, data.test, test_indices, loss_fn, args.batch_size, "test")
-    scores = digit_scores(val["spk"], val["mem"], args.readout)
+    scores = models.digit_scores(val["spk"], val["mem"], args.readout)
     return {
         "val_loss": val["loss"],
         "val_accuracy": val["accuracy"],
         "test_loss": test["loss"],
         "test_accuracy": test["accuracy"],
-        "val_temperature": fit_temperature(scores, val["labels"]),
+        "val_temperature": models.fit_temperature(scores, val["labels"]),
     }
 
 
@@ -412,11 +418,6 @@ def check_finite(args, entry: dict, network: SpikingNetwork, ema: SpikingNetwork
         kept = f"{checkpoint_path(args, 'last')} holds epoch {entry['epoch'] - 1}"
         kept = kept if entry["epoch"] > 1 else "no epoch was finished"
         raise UserError(f"loss or weights not finite: choose a smaller --lr; {kept}")
-
-
-def run_options(args: argparse.Namespace) -> dict[str, str]:
-    """Return the flags that say how a network runs."""
-    return {"neuron_backend": args.neuron_backend, "precision": args.precision}
 
 
 def training_batches(args, frames: Frames, order: torch.Tensor, dtype: torch.dtype) -> Iterator:
@@ -479,25 +480,50 @@ def mean_of(values: torch.Tensor) -> float:
 # --- Saving and resuming --------------------------------------------------------------------------
 
 
-def save(args, data: Data, history: list[dict], network, ema, optimizer) -> None:
-    """Write the history and the last checkpoint, and the best one if this epoch is it."""
-    best, last = checkpoint_path(args, "best"), checkpoint_path(args, "last")
-    checkpoint = {
+def save(args, data: Data, earlier: dict, entry: dict, network, ema, optimizer) -> dict:
+    """Write the run after an epoch, of which `entry` tells; return its new last checkpoint.
+
+    `earlier` is the one before, {} after the first epoch.
+    """
+    history = [*earlier.get("history", []), entry]
+    weights = {name: value.to("cpu", copy=True) for name, value in ema.state_dict().items()}
+    last = {
         "format": utils.CHECKPOINT_FORMAT,
         "settings": settings_of(args),
         "data": data.describe(),
-        "versions": utils.versions() | {"threads": torch.get_num_threads()},
-        "network": {name: value.cpu() for name, value in ema.state_dict().items()},
+        "versions": utils.versions(),
         "history": history,
+        "network": weights,
+        "best_network": weights if best_epoch(history) == len(history) else earlier["best_network"],
+        "training": {"network": network.state_dict(), "optimizer": optimizer.state_dict()},
     }
-    # If validation accuracies are equal, the smaller loss is better. Test recordings do not count.
-    scores = [(entry["val_accuracy"], -entry["val_loss"]) for entry in history]
-    if scores[-1] > max(scores[:-1], default=(-1.0, 0.0)):
-        utils.save_tensors(best, checkpoint)
-    utils.write_json(log_path(args, "history.json"), history)
-    # Last: a run killed before this repeats the epoch, and writes the same files again.
-    training = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-    utils.save_tensors(last, checkpoint | {"training": training})
+    utils.save_tensors(checkpoint_path(args, "last"), last)
+    write_parts(args, last)
+    return last
+
+
+def write_parts(args: argparse.Namespace, last: dict) -> None:
+    """Write what others read of a run, where it is missing or another: best checkpoint, history."""
+    utils.save_tensors(checkpoint_path(args, "best"), best_of(last))
+    path = log_path(args, "history.json")
+    logged = utils.read_json(path) or []
+    if logged != last["history"][: len(logged)]:  # of a run with another save_dir
+        utils.keep_earlier_files(path)
+    if logged != last["history"]:
+        utils.write_json(path, last["history"])
+
+
+def best_of(last: dict) -> dict:
+    """Return the best checkpoint, a part of the last one: what is tested, and what led to it."""
+    best = {name: last[name] for name in ("format", "settings", "data", "versions")}
+    best["history"] = last["history"][: best_epoch(last["history"])]
+    best["network"] = last["best_network"]
+    return best
+
+
+def best_epoch(history: list[dict]) -> int:
+    """Return the epoch with the best validation accuracy, and of these the smallest loss."""
+    return max(history, key=lambda entry: (entry["val_accuracy"], -entry["val_loss"]))["epoch"]
 
 
 def keep_earlier_run(args: argparse.Namespace) -> None:
@@ -507,35 +533,25 @@ def keep_earlier_run(args: argparse.Namespace) -> None:
     utils.keep_earlier_files(*checkpoints, *(log_path(args, name) for name in names))
 
 
-def resume(args, data: Data, checkpoint: dict, network, ema, optimizer) -> list[dict]:
-    """Put back what `save` wrote; return the history so far.
-
-    Raises `UserError` if the run was trained on other recordings, or has more epochs than asked.
-    """
+def resume(args, data: Data, last: dict, network, ema, optimizer) -> None:
+    """Put back what `save` wrote. Raises `UserError` if it was trained on other recordings."""
     for name, here in data.describe().items():
-        trained = checkpoint["data"].get(name)
+        trained = last["data"].get(name)
         if here != trained:
             raise UserError(f"--resume: trained with another {name}: {trained}; here it is {here}")
-    history, planned = checkpoint["history"], checkpoint["settings"]["epochs"]
-    if args.epochs < len(history):
-        raise UserError(f"--epochs {args.epochs}: the checkpoint has {len(history)} epochs already")
-    load_weights(network, checkpoint["training"]["network"])
-    load_weights(ema, checkpoint["network"])
-    optimizer.load_state_dict(checkpoint["training"]["optimizer"])
-    if rank() == 0:
-        logged = utils.read_json(log_path(args, "history.json")) or []
-        if logged[: len(history)] != history[: len(logged)]:  # of a run with another save_dir
-            utils.keep_earlier_files(log_path(args, "history.json"))
-        if args.epochs != planned:  # so that results tell the run that they are of
-            path = checkpoint_path(args, "best")
-            best = utils.load_checkpoint(path)
-            best["settings"]["epochs"] = args.epochs
-            utils.save_tensors(path, best)
+    models.load_weights(network, last["training"]["network"])
+    models.load_weights(ema, last["network"])
+    optimizer.load_state_dict(last["training"]["optimizer"])
+    history, planned = last["history"], last["settings"]["epochs"]
+    now = models.how_it_runs(network) | {"processes": world_size()}
+    if changes := models.describe_changes(now, history[-1], now):
+        utils.warn(f"resumed otherwise than before, which gives other numbers: {changes}")
     left = "" if len(history) < args.epochs else ": nothing is left to train"
     print(f"resume      after epoch {len(history)} of {args.epochs}{left}")
     if args.scheduler and args.epochs != planned:
         print(f"schedule    planned over {planned} epochs, goes on over {args.epochs}")
-    return history
+    if left and rank() == 0:
+        write_parts(args, last)
 
 
 # --- Testing --------------------------------------------------------------------------------------
@@ -543,16 +559,16 @@ def resume(args, data: Data, checkpoint: dict, network, ema, optimizer) -> list[
 
 def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint: dict) -> dict:
     """Test a checkpoint's network; write and return its metrics, and draw figures if asked."""
-    network = restore_network(checkpoint, **run_options(args)).to(device)
+    network = models.restore_network(checkpoint, device, args.neuron_backend, args.precision)
     with ActivityMeter(network) as meter:
         indices, loss_fn = torch.arange(len(data.test)), LOSSES[args.loss]
         result = evaluate(network, data.test, indices, loss_fn, args.batch_size, "test")
     spk, mem, labels, predictions = (result[k] for k in ("spk", "mem", "labels", "predictions"))
     best = checkpoint["history"][-1]
-    scores = digit_scores(spk, mem, args.readout) / best["val_temperature"]
+    scores = models.digit_scores(spk, mem, args.readout) / best["val_temperature"]
     confidences = torch.softmax(scores, -1).amax(-1)  # of the digit that is predicted, [T, N]
-    readouts = (args.readout,) if args.no_spikes else READOUTS
-    by_readout = {name: predict(spk, mem, name) for name in readouts}
+    readouts = (args.readout,) if args.no_spikes else models.READOUTS
+    by_readout = {name: models.predict(spk, mem, name) for name in readouts}
     ties = {name: share_of_ties(spk, mem, name) for name in readouts if name != "membrane"}
     layers = meter.layers()
     metrics = {
@@ -566,7 +582,7 @@ def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint:
         "accuracy_over_time": (predictions == labels).double().mean(1).tolist(),
         "early_exit": early_exits(confidences, predictions, labels, meter),
         "layers": layers,
-        "energy_uj": energy_uj(layers),
+        "energy_uj": models.energy_uj(layers),
         "not_counted": sorted(meter.not_counted),
         "parameters": num_parameters(network),
         "tested_on": {k: v for k, v in data.describe().items() if k != "training part"},
@@ -579,10 +595,8 @@ def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint:
         "training_seconds": sum(entry["seconds"] for entry in checkpoint["history"]),
         "settings": checkpoint["settings"],
         "versions": {"trained": checkpoint["versions"], "tested": utils.versions()},
-        "device": utils.describe_device(device),
-        "precision": args.precision,
-        "neuron_backend": describe_backend(network),
-    }
+        "device_name": utils.describe_device(device),
+    } | models.how_it_runs(network)
     columns = {"file": data.test_files, "label": labels.tolist()}
     columns |= {name: digits.tolist() for name, digits in by_readout.items()}
     columns["confidence"] = [f"{value:.6f}" for value in confidences[-1].tolist()]
@@ -597,8 +611,8 @@ def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint:
 
 def share_of_ties(spk, mem, readout: str) -> float:
     """Return the share of recordings of which several digits lead by `readout` in the end."""
-    scores = digit_scores(spk, mem, readout)[-1]
-    return mean_of(leaders(scores).sum(-1) > 1)
+    scores = models.digit_scores(spk, mem, readout)[-1]
+    return mean_of(models.leaders(scores).sum(-1) > 1)
 
 
 def early_exits(confidences, predictions, labels, meter: ActivityMeter) -> list[dict]:
@@ -656,11 +670,14 @@ def print_metrics(metrics: dict) -> None:
     }
     for title, value in rows.items():
         print(f"{title:20} {value}")
-    columns = list(next(iter(layers.values())))
-    print(f"{'layer':20}" + "".join(f"{name.replace('_', ' '):>21}" for name in columns))
+    columns = list(dict.fromkeys(column for layer in layers.values() for column in layer))
+    print(f"{'layer':20}" + "".join(f"{column.replace('_', ' '):>21}" for column in columns))
     for name, layer in layers.items():
-        values = (f"{v:.3f}" if k == "firing_rate" else f"{v:,.0f}" for k, v in layer.items())
-        print(f"{name:20}" + "".join(f"{value:>21}" for value in values))
+        cells = []
+        for column in columns:
+            digits = 0 if column in ("neurons", "macs", "synaptic_operations") else 3
+            cells.append(f"{layer[column]:,.{digits}f}" if column in layer else "")
+        print(f"{name:20}" + "".join(f"{cell:>21}" for cell in cells))
     if metrics["not_counted"]:
         names = ", ".join(metrics["not_counted"])
         utils.warn(f"operations, MACs and energy leave out the connections of {names}")
@@ -678,12 +695,11 @@ def describe_test(metrics: dict) -> str:
 
 
 def write_results(args: argparse.Namespace, metrics: dict, columns: dict[str, list]) -> None:
-    """Write metrics and predictions; those of another network or other recordings are kept."""
+    """Write metrics and predictions; earlier ones are kept if they are not of the same test."""
     paths = log_path(args, "test_metrics.json"), log_path(args, "predictions.csv")
     earlier = utils.read_json(paths[0]) or {}
-    if any(
-        earlier.get(name, metrics[name]) != metrics[name] for name in ("network_hash", "tested_on")
-    ):
+    names = ("network_hash", "tested_on", "device", "precision", "neuron_backend")
+    if any(earlier.get(name) != metrics[name] for name in names):
         utils.keep_earlier_files(*paths)
     utils.write_json(paths[0], metrics)
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -755,117 +771,130 @@ def draw_samples(args, frames: Frames, predictions, confidences, title: str) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
-    flags, given = utils.parse_flags(parser, argv)
-    device = utils.prepare_device(flags["device"])
+    args = parser.parse_args(argv)
+    args.lr = args.lr or DEFAULT_LR[args.optimizer]
+    device = utils.prepare_device(args.device)
     utils.init_distributed(device)
-    check_flags(parser, flags, given)
-    seeds = list(dict.fromkeys(given.get("seed", [])))
+    check_flags(parser, args)
+    processes = f", {world_size()} processes" if world_size() > 1 else ""
+    print(f"device      {utils.describe_device(device)}{processes}")
+    seeds = list(dict.fromkeys(args.seed)) if isinstance(args.seed, list) else [args.seed]
     try:
         if len(seeds) > 1:
-            with hold_folders(flags):
-                run_seeds(flags, given, seeds, device)
+            run_seeds(parser, argv, args, seeds, device)
         else:
-            seed = {"seed": seeds[0]} if seeds else {}
-            metrics = run(flags | seed, given | seed, device)
+            args.seed = seeds[0]
+            metrics, _ = run(parser, argv, args, device)
             if rank() == 0:
                 print_metrics(metrics)
-                if not flags["visualize"]:
-                    print("next        " + shlex.join(draw_command(given)))
-    except NetworkError as error:
-        raise UserError(f"--model {flags['model']}: {error}") from None
+                print_next(argv, args)
+    except models.NetworkError as error:
+        raise UserError(f"--model {args.model}: {error}") from None
     utils.leave_distributed()
 
 
-@contextlib.contextmanager
-def hold_folders(flags: dict) -> Iterator[None]:
-    """Hold save_dir and log_dir, where other runs of this network are refused; a test does not."""
-    network = NetworkConfig.from_settings(flags).name
-    with contextlib.ExitStack() as held:
-        for name in ("save_dir", "log_dir") if not flags["test_only"] else ():
-            held.enter_context(utils.hold_folder(f"--{name}", flags[name], network))
-        yield
+def run(parser, argv, args, device, data: Data | None = None) -> tuple[dict, Data | None]:
+    """Train and test one network, or test it alone; return metrics and recordings.
 
-
-def run(flags: dict, given: dict, device: torch.device) -> dict:
-    """Train and test one network, or test it alone; return the metrics, in the first process."""
-    processes = f", {world_size()} processes" if world_size() > 1 else ""
-    print(f"device      {utils.describe_device(device)}{processes}")
-    if flags["test_only"]:
-        return test_only(flags, given, device) if rank() == 0 else {}
-    with hold_folders(flags):
-        checkpoint = load_last(argparse.Namespace(**flags))
-        args = complete_flags(flags, given, checkpoint, device)
+    `data` are recordings that may be those that the flags name. Of several processes, the first one
+    tests, and returns metrics.
+    """
+    if args.test_only:
+        if rank() > 0:
+            return {}, None
+        utils.check_folder("--log_dir", args.log_dir)
+        checkpoint = load_checkpoint(args, "best")
+        take_settings(parser, argv, args, checkpoint["settings"])
+        data = load_data(args, device, ["test"], checkpoint, data)
+        return test(args, data, device, checkpoint), data
+    with hold_folders(args):
+        last = load_last(args)
         with utils.first_process_first():  # it downloads and bins, the others read the cache
-            data = nmnist.load_data(args, device)
+            data = load_data(args, device, nmnist.SPLITS, last, data)
         try:
-            train(args, data, device, checkpoint)
+            last = train(args, data, device, last)
         except KeyboardInterrupt:
             hint = "To go on after the last finished epoch, repeat the command with --resume."
             raise KeyboardInterrupt(hint) from None
-        if rank() > 0:
-            return {}
-        best = utils.load_checkpoint(checkpoint_path(args, "best"))
-        return test(args, data, device, best)
+        return test(args, data, device, best_of(last)) if rank() == 0 else {}, data
 
 
-def test_only(flags: dict, given: dict, device: torch.device) -> dict:
-    """Test the best checkpoint; return the metrics."""
-    utils.check_folder("--log_dir", flags["log_dir"])
-    checkpoint = utils.load_checkpoint(checkpoint_path(argparse.Namespace(**flags), "best"))
-    args = complete_flags(flags, given, checkpoint, device)
-    return test(args, nmnist.load_data(args, device, ["test"]), device, checkpoint)
+def load_data(args, device, splits, checkpoint: dict, data: Data | None) -> Data:
+    """Return the recordings that the flags name, `data` if it is these.
 
-
-def draw_command(given: dict) -> list[str]:
-    """Return the command that tests and draws what a command with the flags `given` trained."""
-    names = ("model", "no_spikes", "data_dir", "dataset", "save_dir", "log_dir")
-    typed = {name: given[name] for name in names if name in given}
-    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in typed.items()]
-    return ["python", sys.argv[0], *flags, "--test_only", "--visualize"]
-
-
-def run_seeds(flags: dict, given: dict, seeds: list[int], device: torch.device) -> None:
-    """Run the script for each seed in folders of its own; print and write a table of the tests.
-
-    Raises `UserError` if the networks differ in more than the seed.
+    By default they are from the data set of the network to resume or to test.
     """
-    rows = []
-    for seed in seeds:
-        own = {name: str(Path(flags[name], f"seed_{seed}")) for name in ("save_dir", "log_dir")}
-        own["seed"] = seed
-        print(f"seed        {seed}")
-        metrics = run(flags | own, given | own, device)
+    if checkpoint:
+        args.dataset = nmnist.trained_dataset(args.data_dir, args.dataset, checkpoint["data"])
+    return nmnist.load_data(args, device, splits, data)
+
+
+@contextlib.contextmanager
+def hold_folders(args: argparse.Namespace) -> Iterator[None]:
+    """Hold save_dir and log_dir, where other runs of this network are refused; a test does not."""
+    with contextlib.ExitStack() as held:
+        for name in ("save_dir", "log_dir") if not args.test_only else ():
+            folder = utils.hold_folder(f"--{name}", getattr(args, name), network_config(args).name)
+            held.enter_context(folder)
+        yield
+
+
+def print_next(argv: list[str], args: argparse.Namespace) -> None:
+    """Print the commands that test and draw what the command `argv` trained."""
+    if not args.visualize:
+        # argparse takes --res for --resume, too.
+        words = [word for word in argv if not (word[:5] == "--res" and "--resume".startswith(word))]
+        words += ["--visualize"] if args.test_only else ["--test_only", "--visualize"]
+        print("next        " + shlex.join(["python", sys.argv[0], *words]))
+    script = Path(sys.argv[0])
+    if script.resolve() == Path(__file__).resolve() and not args.no_spikes:
+        names = utils.flag_names(nmnist.add_data_flags, utils.add_device_flags)
+        flags = flags_of({name: getattr(args, name) for name in ("model", "save_dir", *names)})
+        script = script.with_name("visualize_activations.py")
+        print("next        " + shlex.join(["python", str(script), *flags, "--visualize_all"]))
+
+
+def run_seeds(parser, argv, args: argparse.Namespace, seeds: list[int], device) -> None:
+    """Run the script for each seed, in folders of its own; print and write a table of the tests."""
+    tests, data = [], None
+    with hold_folders(args):
+        for seed in seeds:
+            own = argparse.Namespace(**vars(args))
+            own.seed = seed
+            own.save_dir = str(Path(args.save_dir, f"seed_{seed}"))
+            own.log_dir = str(Path(args.log_dir, f"seed_{seed}"))
+            print(f"seed        {seed}")
+            metrics, data = run(parser, argv, own, device, data)
+            args.dataset = own.dataset  # that of the first one's checkpoint, if there is one
+            if rank() == 0:
+                print(f"accuracy    {metrics['accuracy']:.2%} of {describe_test(metrics)}")
+                tests.append(metrics)
         if rank() == 0:
-            print(f"accuracy    {metrics['accuracy']:.2%} of {describe_test(metrics)}")
-            rows.append(row_of_table(metrics))
-            for name in ("training part", *metrics["settings"]):
-                expected = seed if name == "seed" else rows[0][name]
-                if rows[-1][name] != expected:
-                    text = f"{name} {rows[-1][name]}, not {expected}: a table is of seeds alone"
-                    raise UserError(f"{metrics['checkpoint']} was trained with {text}")
-    if rank() == 0:
-        print_seeds(rows, log_path(argparse.Namespace(**flags), "seeds.csv"))
+            print_seeds(tests, log_path(args, "seeds.csv"))
 
 
-def row_of_table(metrics: dict) -> dict:
-    """Return what a table of seeds says of one network."""
-    row = {"dataset": metrics["tested_on"]["data set"], "accuracy": metrics["accuracy"]}
-    for readout, accuracy in metrics["accuracy_by_readout"].items():
-        row[f"accuracy_{readout}"] = accuracy
-    row |= {"test_loss": metrics["loss"], "epoch": metrics["epoch"]}
-    return row | {"training part": metrics["trained_on"]["training part"]} | metrics["settings"]
-
-
-def print_seeds(rows: list[dict], path: Path) -> None:
-    """Print mean, standard deviation, minimum and maximum of the accuracies; write the rows."""
+def print_seeds(tests: list[dict], path: Path) -> None:
+    """Print mean and standard deviation of the accuracies; write a row for each seed."""
+    rows = []
+    for metrics in tests:
+        results = {"accuracy": metrics["accuracy"]}
+        for readout, accuracy in metrics["accuracy_by_readout"].items():
+            results[f"accuracy_{readout}"] = accuracy
+        results |= {"test_loss": metrics["loss"], "epoch": metrics["epoch"]}
+        conditions = metrics["trained_on"] | metrics["tested_on"] | metrics["settings"]
+        conditions |= {name: metrics[name] for name in ("precision", "neuron_backend")}
+        rows.append(results | conditions)
+    other = [name for name in conditions if any(row[name] != rows[0][name] for row in rows)]
+    if other := [name for name in other if name != "seed"]:
+        utils.warn(f"these networks differ in more than their seed: {', '.join(other)}")
     utils.keep_earlier_files(path)
     utils.write_csv(path, rows)
-    print(f"{'test accuracy':20} {'mean':>8} {'std':>8} {'min':>8} {'max':>8}   {len(rows)} seeds")
+    print(f"{f'{len(rows)} seeds':20} mean ± standard deviation")
     for name in (name for name in rows[0] if name.startswith("accuracy")):
-        values = np.array([row[name] for row in rows])
-        numbers = values.mean(), values.std(ddof=1), values.min(), values.max()
-        print(f"{name:20} " + " ".join(f"{value:8.2%}" for value in numbers))
+        values = 100 * np.array([row[name] for row in rows])
+        print(f"{name:20} {values.mean():.2f} ± {values.std(ddof=1):.2f}%")
     print(f"seeds       {path}")
 
 

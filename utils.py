@@ -16,7 +16,7 @@ import platform
 import secrets
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -107,15 +107,12 @@ def number(kind: type, low: float, high: float = math.inf, open_low=False, open_
     return parse
 
 
-def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[dict, dict]:
-    """Return the values of all flags, and of those that `argv` gives."""
-    defaults = vars(parser.parse_args([]))
-    not_given = object()
-    # argparse sets the defaults of those attributes alone that are missing.
-    values = argparse.Namespace(**dict.fromkeys(defaults, not_given))
-    parser.parse_args(argv, values)
-    given = {name: value for name, value in vars(values).items() if value is not not_given}
-    return defaults | given, given
+def flag_names(*adders: Callable) -> list[str]:
+    """Return the names of the flags that functions such as `add_device_flags` add."""
+    parser = argparse.ArgumentParser()
+    for add_flags in adders:
+        add_flags(parser)
+    return list(vars(parser.parse_args([])))
 
 
 # --- Seeds and device -----------------------------------------------------------------------------
@@ -128,10 +125,18 @@ def set_seed(*parts: int) -> None:
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
-def add_device_flag(parser) -> None:
-    """Add `--device` to a script's flags."""
-    text = "where to compute (default: cuda where there is one)"
-    add_flag(parser, "--device", None, text, choices=["cuda", "cpu", "mps"])
+def add_device_flags(parser) -> None:
+    """Add the flags that say on what a network runs, and how."""
+    device = "where to compute (default: cuda where there is one)"
+    add_flag(parser, "--device", None, device, choices=["cuda", "cpu", "mps"])
+    precision = (
+        "type of the layers; auto: as the network was trained, if the hardware computes it; "
+    )
+    precision += "if new, bf16 where the hardware computes it, else fp32"
+    add_flag(parser, "--precision", "auto", precision, choices=["auto", "bf16", "fp32"])
+    backend = "fused: compiled neurons; step: snnTorch's neurons, step by step; "
+    backend += "auto: as the network was trained, if new fused"
+    add_flag(parser, "--neuron_backend", "auto", backend, choices=["auto", "fused", "step"])
 
 
 def prepare_device(name: str | None) -> torch.device:
@@ -173,31 +178,6 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
-
-
-def pick_precision(name: str, device: torch.device) -> str:
-    """Return 'bf16' or 'fp32' for `--precision`; 'auto' is bf16 where the hardware computes it.
-
-    On a CPU that is AMX or AVX512-BF16; elsewhere bfloat16 is slower than float32.
-    """
-    features, fast = torch.cpu.get_capabilities(), False
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        fast = bool(features.get("amx_tile") or features.get("avx512_bf16"))
-    if name == "bf16" and not fast:
-        warn(f"--precision bf16: this {device.type} does not compute it, fp32 is faster")
-    if name == "auto":
-        return "bf16" if fast else "fp32"
-    return name
-
-
-def pick_backend(name: str, device: torch.device) -> str:
-    """Return 'fused' or 'step' for `--neuron_backend`; the kernels were not written for mps."""
-    if name == "fused" and device.type == "mps":
-        warn("--neuron_backend fused: on mps, neurons run step by step")
-        return "step"
-    return name
 
 
 def versions() -> dict[str, str]:
@@ -325,11 +305,15 @@ def write_csv(path: str | Path, rows: list[dict]) -> None:
 
 
 def save_tensors(path: str | Path, content: dict) -> None:
-    """Write a dictionary of tensors, numbers, strings, lists and dictionaries, atomically."""
-    buffer = io.BytesIO()  # to a full disk, torch.save raises a RuntimeError
+    """Write a dictionary of tensors, numbers, strings, lists and dictionaries, atomically.
+
+    A file of this content is left as it is.
+    """
+    path, buffer = Path(path), io.BytesIO()  # to a full disk, torch.save raises a RuntimeError
     torch.save(content, buffer)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    if not path.is_file() or path.read_bytes() != buffer.getbuffer():
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
 
 
 def keep_earlier_files(*paths: Path) -> None:
@@ -375,15 +359,18 @@ def check_folder(flag: str, folder: str | Path) -> None:
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
-CHECKPOINT_FORMAT = 8  # increased if older checkpoints can't be used
+CHECKPOINT_FORMAT = 9  # increased if older checkpoints can't be used
 
 
-def load_checkpoint(path: str | Path, *parts: str) -> dict:
+def load_checkpoint(
+    path: str | Path, parts: Iterable[str] = (), settings: Iterable[str] = (), **expected
+) -> dict:
     """Read a checkpoint that `train_nmnist.py` wrote onto the CPU; no code in it is run.
 
-    It holds `settings`, `data`, `versions`, `network`, `history`, and in the last one `training`.
-    Raises `UserError` if the file is missing, can't be read, has no `parts` that are asked for, or
-    its network is not finite.
+    It holds `settings`, `data`, `versions`, `history` and `network`; that of the last epoch also
+    `best_network` and `training`. Raises `UserError` if the file is missing, can't be read, lacks
+    one of these `parts` or `settings`, has other settings than are `expected`, or its network is
+    not finite.
     """
     name = Path(path).stem.rpartition("_")[0]  # without 'best' or 'last'
     flags = f"--model {name.removesuffix('_relu')} --save_dir {Path(path).parent}"
@@ -394,16 +381,27 @@ def load_checkpoint(path: str | Path, *parts: str) -> dict:
         raise UserError(f"no checkpoint at {path}: {train}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found, *_ = (checkpoint[name] for name in ("format", *parts))
-        finite = is_finite(checkpoint["network"])
+        wrong = what_is_wrong(checkpoint, parts, settings, expected)
     except Exception as error:  # torch raises many types
-        reason = first_line(error)
-        raise UserError(f"{path} can't be read as a checkpoint ({reason}): {train}") from None
-    if found != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} was written by another version of this project: {train}")
-    if not finite:
-        raise UserError(f"{path} holds weights that are not finite: {train}")
+        wrong = f"can't be read as a checkpoint ({first_line(error)})"
+    if wrong:
+        raise UserError(f"{path} {wrong}: {train}")
     return checkpoint
+
+
+def what_is_wrong(checkpoint: dict, parts, settings, expected: dict) -> str:
+    """Return why `load_checkpoint` refuses a checkpoint, '' if it does not."""
+    if checkpoint["format"] != CHECKPOINT_FORMAT:
+        return "was written by another version of this project"
+    found = checkpoint["settings"]
+    missing = [name for name in parts if name not in checkpoint]
+    missing += [name for name in settings if name not in found]
+    if missing or not checkpoint["history"]:
+        return f"holds no {', '.join(missing) or 'history'}"
+    for name, value in expected.items():
+        if found[name] != value:
+            return f"holds another network, of --{name} {found[name]}"
+    return "" if is_finite(checkpoint["network"]) else "holds weights that are not finite"
 
 
 def is_finite(*states: dict[str, torch.Tensor]) -> bool:

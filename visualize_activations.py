@@ -23,18 +23,9 @@ from sklearn.manifold import TSNE
 from snntorch import spikeplot
 from tqdm import tqdm
 
+import models
 import nmnist
 import utils
-from models import (
-    ALIF,
-    NETWORKS,
-    NUM_DIGITS,
-    ActivityMeter,
-    NetworkError,
-    SpikingNetwork,
-    predict,
-    restore_network,
-)
 from utils import UserError, number
 
 BATCH_SIZE = 100
@@ -47,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the script's flags."""
     parser = utils.make_parser(__doc__)
     flag = functools.partial(utils.add_flag, parser)
-    flag("--model", "cnn", "network, without --no_spikes", choices=list(NETWORKS))
+    flag("--model", "cnn", "network, without --no_spikes", choices=list(models.NETWORKS))
     flag("--visualize_all", False, "draw every layer, t-SNE and firing rates, not the output alone")
     flag("--sample", 0, "index of the test recording that is drawn", type=number(int, 0))
     flag("--num_neurons", 100, "neurons that are drawn of a larger layer", type=number(int, 1))
@@ -55,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--seed", 0, "seed of t-SNE", type=number(int, 0, 2**32 - 1))
     flag("--save_dir", "./checkpoints", "folder of checkpoints")
     flag("--output_dir", "./activations", "folder of figures")
-    utils.add_device_flag(parser)
+    utils.add_device_flags(parser)
     nmnist.add_data_flags(parser)
     return parser
 
@@ -69,7 +60,7 @@ def spread(spk: torch.Tensor, count: int) -> torch.Tensor:
     return firing[torch.linspace(0, len(firing) - 1, count).round().long()]
 
 
-def alif_thresholds(neuron: ALIF, spk: torch.Tensor) -> torch.Tensor:
+def alif_thresholds(neuron: models.ALIF, spk: torch.Tensor) -> torch.Tensor:
     """Return the threshold at each step, [T, ...], of neurons that fire spk [T, ...]."""
     adapt = [torch.zeros_like(spk[0])]
     for step_spk in spk[:-1]:
@@ -86,7 +77,7 @@ def plot_raster(
     the output layer, which has a `label`, it is all ten.
     """
     is_output = label is not None
-    shown = torch.arange(NUM_DIGITS) if is_output else spread(spk, num_neurons)
+    shown = torch.arange(models.NUM_DIGITS) if is_output else spread(spk, num_neurons)
     figure, axis = plt.subplots(figsize=(9, 4.8))
     from_1 = torch.cat([torch.zeros(1, len(shown)), spk[:, shown]])  # steps count from 1
     colours = utils.BLUE
@@ -101,7 +92,7 @@ def plot_raster(
     axis.set_title(f"{heading}\nspikes of {layer}, {which}; firing rate {spk.mean():.3f}")
     axis.set(xlabel="time step", xlim=(0.5, len(spk) + 0.5), ylim=(-0.7, len(shown) - 0.3))
     if is_output:
-        axis.set(ylabel="output neuron (digit)", yticks=range(NUM_DIGITS))
+        axis.set(ylabel="output neuron (digit)", yticks=range(models.NUM_DIGITS))
     else:
         axis.set(ylabel="neuron, from the least to the most active")
     utils.whole_steps(axis)
@@ -177,7 +168,7 @@ def plot_tsne(
         features.numpy()
     )
     figure, axis = plt.subplots(figsize=(8, 6.5))
-    for digit in range(NUM_DIGITS):
+    for digit in range(models.NUM_DIGITS):
         chosen = labels == digit
         axis.scatter(*points[chosen].T, s=14, color=DIGIT_COLOURS[digit], label=str(digit), lw=0)
         if chosen.any():
@@ -225,7 +216,9 @@ def plot_firing_rates(
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    checkpoint = utils.load_checkpoint(Path(args.save_dir) / f"{args.model}_best.pt")
+    path = Path(args.save_dir) / f"{args.model}_best.pt"
+    needed = utils.flag_names(nmnist.add_frame_flags)
+    checkpoint = utils.load_checkpoint(path, (), needed, model=args.model, no_spikes=False)
     device, trained = utils.prepare_device(args.device), checkpoint["data"]
     args.dataset = nmnist.trained_dataset(args.data_dir, args.dataset, trained)
     settings = argparse.Namespace(**checkpoint["settings"] | vars(args))
@@ -233,13 +226,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.sample >= len(data.test):
         last = len(data.test) - 1
         raise UserError(f"--sample {args.sample}: the last test recording is {last:,}")
-    backend = utils.pick_backend("fused", device)
-    precision = utils.pick_precision("auto", device)
     try:
-        network = restore_network(checkpoint, neuron_backend=backend, precision=precision)
-    except NetworkError as error:
+        network = models.restore_network(checkpoint, device, args.neuron_backend, args.precision)
+    except models.NetworkError as error:
         raise UserError(f"--model {args.model}: {error}") from None
-    network = network.to(device)
     name = f"{network.title} on {data.name}"
     if other := nmnist.describe_difference(data.describe(), trained):
         name += f" ({other})"
@@ -250,18 +240,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @torch.no_grad()
-def draw_recording(args, network: SpikingNetwork, frames: nmnist.Frames, name: str) -> None:
+def draw_recording(args, network: models.SpikingNetwork, frames: nmnist.Frames, name: str) -> None:
     """Draw the output layer, or every layer, during the recording `--sample`."""
     x, label = frames.batch(torch.tensor([args.sample]))
-    with ActivityMeter(network) as meter:
-        prediction = int(predict(*network(x), network.config.readout))
+    with models.ActivityMeter(network) as meter:
+        prediction = int(models.predict(*network(x), network.config.readout))
     heading = f"{name}, test recording {args.sample}: a {int(label)}, read as {prediction}"
     *_, output_layer = meter.outputs  # they run in this order
     for layer in meter.outputs if args.visualize_all else [output_layer]:
         spk, mem = (values[:, 0] for values in meter.outputs[layer])
         neuron = network.neuron_layers()[layer].neuron
         thresholds = neuron.threshold.expand_as(mem)
-        if isinstance(neuron, ALIF):
+        if isinstance(neuron, models.ALIF):
             thresholds = alif_thresholds(neuron, spk)
         mem, thresholds = mem / neuron.threshold, thresholds / neuron.threshold
         spk, mem, thresholds = spk.cpu(), mem.cpu(), thresholds.cpu()
@@ -276,14 +266,14 @@ def draw_recording(args, network: SpikingNetwork, frames: nmnist.Frames, name: s
 
 
 @torch.no_grad()
-def draw_test_set(args, network: SpikingNetwork, frames: nmnist.Frames, name: str) -> None:
+def draw_test_set(args, network: models.SpikingNetwork, frames: nmnist.Frames, name: str) -> None:
     """Draw t-SNE and firing rates over the test recordings, in random order."""
     order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(0))
     features, predictions = [], []
     bar = tqdm(desc="test", total=len(order), unit="recording", leave=False)
-    with bar, ActivityMeter(network) as meter:
+    with bar, models.ActivityMeter(network) as meter:
         for x, labels in frames.batches(order, BATCH_SIZE):
-            predictions.append(predict(*network(x), network.config.readout).cpu())
+            predictions.append(models.predict(*network(x), network.config.readout).cpu())
             last_hidden = list(meter.outputs)[-2:][0]  # the output layer runs last
             features.append(meter.outputs[last_hidden][0].sum(0).flatten(1).cpu())
             bar.update(len(labels))

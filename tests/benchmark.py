@@ -119,9 +119,9 @@ def benchmark_speed(args: argparse.Namespace) -> None:
     """Measure training, inference, batches and binning, against snnTorch's loop and tonic."""
     settings, device = training_settings(args)
     torch.manual_seed(0)
-    network = make_network(settings).to(device)
+    network = make_network(settings, device)
     relu = argparse.Namespace(**vars(settings) | {"no_spikes": True})
-    relu = make_network(relu).to(device)
+    relu = make_network(relu, device)
     loop = Loop(network).to(device)
     with tempfile.TemporaryDirectory() as folder:
         recordings = make_recordings(Path(folder) / "Train", 1_000)
@@ -155,7 +155,7 @@ def benchmark_speed(args: argparse.Namespace) -> None:
         "device": utils.describe_device(device),
         "versions": ", ".join(f"{name} {value}" for name, value in utils.versions().items()),
         "network": f"{network.title}, T = {args.time_steps}, batches of {len(indices)}",
-        "precision": f"{settings.precision}, the loop fp32",
+        "precision": f"{network.precision}, the loop fp32",
         "neurons": models.describe_backend(network),
         "first training step": f"{first_step:.1f} s",
         "60,000 recordings in such an epoch": f"{60_000 / rates[EPOCH]:.1f} s",
@@ -171,16 +171,18 @@ def benchmark_speed(args: argparse.Namespace) -> None:
 def training_settings(args: argparse.Namespace) -> tuple[argparse.Namespace, torch.device]:
     """Return the flags of `train_nmnist.py`, its defaults where `args` has none, and the device."""
     device = utils.prepare_device(args.device)
-    defaults = vars(train_nmnist.make_parser().parse_args([]))
-    given = {name: value for name, value in vars(args).items() if name in defaults}
-    settings = train_nmnist.complete_flags(defaults | given, given, {}, device)
+    settings = train_nmnist.make_parser().parse_args([])
+    for name, value in vars(args).items():
+        setattr(settings, name, value)
+    settings.lr = train_nmnist.DEFAULT_LR[settings.optimizer]
     return settings, device
 
 
-def make_network(settings: argparse.Namespace) -> models.SpikingNetwork:
+def make_network(settings: argparse.Namespace, device: torch.device) -> models.SpikingNetwork:
     """Return a new network as `train_nmnist.py` makes it."""
     config = train_nmnist.network_config(settings)
-    return models.build_model(config, **train_nmnist.run_options(settings))
+    options = models.run_options(device, settings.neuron_backend, settings.precision)
+    return models.build_model(config, **options).to(device)
 
 
 def make_recordings(folder: Path, number: int) -> nmnist.NMNIST:
@@ -415,11 +417,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     utils.add_flag(speed, "--time_steps", 25, "T", type=utils.number(int, 1))
     text = "recordings of a batch"
     utils.add_flag(speed, "--batch_size", 128, text, type=utils.number(int, 1, 1000))
-    text = "type of the layers; auto: bf16 where the hardware computes it, else fp32"
-    utils.add_flag(speed, "--precision", "auto", text, choices=["auto", "bf16", "fp32"])
     text = "how often each is measured, besides a warm-up"
     utils.add_flag(speed, "--rounds", 5, text, type=utils.number(int, 1))
-    utils.add_device_flag(speed)
+    utils.add_device_flags(speed)
     simulator = commands.add_parser("simulator", help=benchmark_simulator.__doc__)
     simulator.set_defaults(run=benchmark_simulator)
     default = ROOT.parent / "shared"
