@@ -81,7 +81,7 @@ class SpikingNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.precision = "fp32"  # of the layers, set by `build_model`; neurons' state is float32
-        self.note = ""  # on how it runs, for its title
+        self.note = ""  # for titles: how it runs otherwise than in its training
 
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map frames [T, B, 2, 34, 34] to (spk, mem) of the output neurons, both [T, B, 10]."""
@@ -146,9 +146,7 @@ class SpikingNetwork(nn.Module):
     def title(self) -> str:
         """The network's name in figures."""
         name = type(self).__name__
-        if self.config.no_spikes:
-            name = f"{name.removeprefix('Spiking')} with ReLU"
-        return name + self.note
+        return f"{name.removeprefix('Spiking')} with ReLU" if self.config.no_spikes else name
 
 
 class SpikingCNN(SpikingNetwork):

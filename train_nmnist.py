@@ -604,7 +604,7 @@ def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint:
     write_results(args, metrics, columns)
     if args.visualize:
         visualize(args, metrics, checkpoint["history"], network)
-        title = f"{network.title} on {data.name}, test recordings"
+        title = f"{network.title}{network.note} on {data.name}, test recordings"
         draw_samples(args, data.test, predictions[-1], confidences[-1], title)
     return metrics
 
@@ -727,7 +727,8 @@ def visualize(args, metrics: dict, history: list[dict], network: SpikingNetwork)
     history = logged if logged[: len(history)] == history else history
     trained = f"{network.title} on {metrics['trained_on']['data set']}"
     utils.plot_history(history, trained, Path(args.log_dir) / "training_results.png")
-    title = f"{network.title}: {metrics['accuracy']:.2%} of {describe_test(metrics)}"
+    name = network.title + network.note
+    title = f"{name}: {metrics['accuracy']:.2%} of {describe_test(metrics)}"
     counts = np.array(metrics["confusion_matrix"])
     utils.plot_confusion_matrix(counts, title, log_path(args, "confusion_matrix.png"))
     utils.plot_accuracy_over_time(

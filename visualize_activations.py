@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         network = models.restore_network(checkpoint, device, args.neuron_backend, args.precision)
     except models.NetworkError as error:
         raise UserError(f"--model {args.model}: {error}") from None
-    name = f"{network.title} on {data.name}"
+    name = f"{network.title}{network.note} on {data.name}"
     if other := nmnist.describe_difference(data.describe(), trained):
         name += f" ({other})"
         utils.warn(name)

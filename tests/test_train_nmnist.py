@@ -10,6 +10,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,7 +26,7 @@ import pytest
 import snntorch as snn
 import tonic
 import torch
-from conftest import ROOT, files_in
+from conftest import ROOT, files_in, run
 from test_utils import Exploit
 from torch import nn
 from torch.profiler import ProfilerActivity
@@ -40,6 +42,7 @@ from models import (
     NetworkConfig,
     SpikingNetwork,
     build_model,
+    computes_bf16,
     restore_network,
     warn,
 )
@@ -216,11 +219,14 @@ def test_training_learns_and_reports_every_epoch(trained):
     model, folder, (stdout, stderr) = trained
     entries = read_log(folder, f"{model}_history.json")
     names = "epoch train_loss train_accuracy val_loss val_accuracy test_loss test_accuracy "
-    names += "val_temperature lr processes precision neuron_backend seconds recordings_per_second"
+    names += "val_temperature lr device precision neuron_backend threads processes seconds "
+    names += "recordings_per_second"
     assert list(entries[0]) == names.split()
     assert [entry["epoch"] for entry in entries] == [1, 2, 3, 4, 5]
-    assert entries[0]["neuron_backend"] == "fused"
-    assert entries[0]["precision"] == utils.pick_precision("auto", torch.device("cpu"))
+    how = {"device": "cpu", "neuron_backend": "fused", "threads": 1, "processes": 1}
+    how["precision"] = "bf16" if computes_bf16(torch.device("cpu")) else "fp32"
+    for entry in entries:
+        assert {name: entry[name] for name in how} == how
     assert entries[-1]["train_loss"] < entries[0]["train_loss"]
     assert max(entry["val_accuracy"] for entry in entries) > 0.8  # the made-up digits are easy
     lines = [line for line in stdout.splitlines() if line.startswith("epoch")]
@@ -287,7 +293,8 @@ def test_the_scheduler_equals_torchs_cosine_annealing(tmp_path, made_data_dir, c
     groups = checkpoint(tmp_path)["training"]["optimizer"]["param_groups"]
     assert [group["lr"] for group in groups] == pytest.approx([expected[-1]] * len(groups))
     # A run that goes on for more epochs than planned says so.
-    train(tmp_path, made_data_dir, *STEP, "--epochs", epochs + 1, "--resume")
+    flags = [*STEP, "--epochs", epochs + 1, "--scheduler", "--lr", 0.03]
+    train(tmp_path, made_data_dir, *flags, "--resume")
     assert f"planned over {epochs} epochs, goes on over {epochs + 1}" in capsys.readouterr().out
 
 
@@ -427,7 +434,7 @@ def test_real_recordings_are_learnt_in_two_epochs(tmp_path, real_data_dir):
 @pytest.mark.parametrize(
     "flags",
     [
-        *("--no_spikes --beta 0.5", "--no_spikes --learn_beta", "--model cnn --alpha 0.5"),
+        *("--no_spikes --beta 0.6", "--no_spikes --learn_beta", "--model cnn --alpha 0.6"),
         *("--test_only --resume", "--time_steps 1 --batch_size 1", "--batch_size 0"),
     ],
 )
@@ -522,8 +529,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, made_data_dir, mode
     with interrupt, pytest.raises(KeyboardInterrupt, match="--resume"):
         train(stopped, made_data_dir, *flags)
     assert len(read_log(stopped, f"{model}_history.json")) == 2
-    # The settings come from the checkpoint.
-    main(stopped, made_data_dir, "--resume", "--model", model, *backend)
+    train(stopped, made_data_dir, "--resume", *flags)
     assert differences(whole, stopped, model) == []
 
 
@@ -575,8 +581,9 @@ def test_a_run_holds_its_folder_until_ctrl_c_ends_it_in_one_line(tmp_path, made_
     assert "repeat the command with --resume" in last_line
     assert not [path for path in files_in(tmp_path) if path.name.startswith(".")]
     saved = len(checkpoint(tmp_path)["history"])
-    train(tmp_path, made_data_dir, *STEP, "--resume", "--epochs", saved + 1)
-    assert len(checkpoint(tmp_path)["history"]) == saved + 1
+    with pytest.raises(utils.UserError, match="has another epochs: continue it by"):
+        train(tmp_path, made_data_dir, *STEP, "--resume", "--epochs", saved + 1)
+    assert len(checkpoint(tmp_path)["history"]) == saved
 
 
 @contextlib.contextmanager
@@ -603,7 +610,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, made_data_dir, name, size, 
     main(tmp_path, made_data_dir, *STEP, "--test_only")
     before = contents(tmp_path)
     with limited_files(size), pytest.raises((OSError, utils.UserError)) as error:
-        main(tmp_path, made_data_dir, *STEP, *flags.split())
+        train(tmp_path, made_data_dir, *STEP, *flags.split())
     after = contents(tmp_path)
     assert after.keys() == before.keys()  # nothing half written
     last = tmp_path / "checkpoints" / "cnn_last.pt"
@@ -629,21 +636,15 @@ def test_a_diverging_run_stops_and_keeps_the_earlier_one(tmp_path, made_data_dir
 
 
 def test_a_run_that_diverges_later_keeps_its_checkpoint(tmp_path, made_data_dir):
-    train(tmp_path, made_data_dir, *STEP, "--epochs", 2, "--optimizer", "sgd")
+    flags = [*STEP, "--optimizer", "sgd"]
+    train(tmp_path, made_data_dir, *flags, "--epochs", 2)
     path, changed = tmp_path / "checkpoints" / "cnn_last.pt", checkpoint(tmp_path)
     changed["settings"]["lr"] = 1e38
     torch.save(changed, path)
-    before, best = contents(tmp_path), path.with_name("cnn_best.pt")
-    weights = utils.load_checkpoint(best)["network"]
+    before = contents(tmp_path)
     with pytest.raises(utils.UserError, match=f"not finite.*{path} holds epoch 2"):
-        main(tmp_path, made_data_dir, *STEP, "--epochs", 4, "--resume")
-    after = contents(tmp_path)
-    kept = utils.load_checkpoint(best)
-    assert kept["settings"]["epochs"] == 4  # it is the best of a run that goes on
-    assert all(torch.equal(kept["network"][name], weights[name]) for name in weights)
-    assert {p: c for p, c in after.items() if p != best} == {
-        p: c for p, c in before.items() if p != best
-    }
+        train(tmp_path, made_data_dir, *flags, "--epochs", 4, "--lr", 1e38, "--resume")
+    assert contents(tmp_path) == before
 
 
 def test_an_earlier_run_is_kept_under_a_number(tmp_path, made_data_dir, capsys):
@@ -659,6 +660,7 @@ def test_an_earlier_run_is_kept_under_a_number(tmp_path, made_data_dir, capsys):
         assert [path.read_bytes() for path in numbered] == earlier
     # A run that goes on is the same run.
     train(tmp_path, made_data_dir, *STEP, "--seed", 2, "--resume", "--epochs", 2)
+    assert len(checkpoint(tmp_path, "last")["history"]) == 2
     assert not list((tmp_path / "checkpoints").glob("*.3.pt"))
 
 
@@ -671,17 +673,94 @@ def test_the_command_that_started_a_run_resumes_it(tmp_path, made_data_dir, caps
     assert contents(tmp_path) == before
 
 
-def test_a_resumed_run_refuses_other_settings(trained, made_data_dir):
+def test_the_last_checkpoint_alone_is_the_run(tmp_path, mislabelled):
+    """Without the best one, or copied elsewhere, with and without epochs that are left."""
+    flags = [*STEP, "--seed", 3, "--epochs"]
+    train(tmp_path / "whole", mislabelled, *flags, 5)
+    train(tmp_path / "stopped", mislabelled, *flags, 4)
+    for name in ("deleted", "copied", "damaged"):
+        folder = tmp_path / name / "checkpoints"
+        folder.mkdir(parents=True)
+        shutil.copy(tmp_path / "stopped" / "checkpoints" / "cnn_last.pt", folder)
+        if name == "deleted":
+            shutil.copytree(tmp_path / "stopped" / "logs", tmp_path / name / "logs")
+        elif name == "damaged":
+            (folder / "cnn_best.pt").write_text("damaged")
+        train(tmp_path / name, mislabelled, *flags, 4, "--resume")
+        assert differences(tmp_path / "stopped", tmp_path / name) == []
+        (folder / "cnn_best.pt").unlink()
+        train(tmp_path / name, mislabelled, *flags, 5, "--resume")
+        assert differences(tmp_path / "whole", tmp_path / name) == []
+
+
+def test_nothing_is_rewritten_before_something_was_trained(tmp_path, made_data_dir):
+    train(tmp_path, made_data_dir, *STEP, "--epochs", 1)
+    before = contents(tmp_path)
+    interrupt = contextlib.redirect_stderr(InterruptAt("epoch 2/30"))
+    with interrupt, pytest.raises(KeyboardInterrupt):
+        train(tmp_path, made_data_dir, *STEP, "--epochs", 30, "--resume")
+    assert contents(tmp_path) == before
+    train(tmp_path, made_data_dir, *STEP, "--epochs", 2, "--resume")
+    for which in ("best", "last"):
+        assert checkpoint(tmp_path, which)["settings"]["epochs"] == 2
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_new_run_that_is_killed_at_once_does_not_go_on_as_the_one_before(
+    tmp_path, made_data_dir, kills
+):
+    """Killed between its start and its first checkpoint."""
+    flags = [*STEP, "--epochs", 3]
+    train(tmp_path / "expected", made_data_dir, *flags)
+    train(tmp_path / "wide", made_data_dir, *flags, "--width", 2, "--lr", 0.02)
+    wide, widths = contents(tmp_path / "wide").values(), set()
+    for kill in range(kills):
+        folder = tmp_path / str(kill)
+        shutil.copytree(tmp_path / "wide", folder)
+        process = start(folder, made_data_dir, *flags)
+        while not process.stdout.readline().startswith(("device", "earlier", "training")[kill % 3]):
+            assert process.poll() is None
+        time.sleep(0.05 * (kill // 3))
+        process.kill()
+        process.communicate()
+        last = folder / "checkpoints" / "cnn_last.pt"
+        width = checkpoint(folder)["settings"]["width"] if last.exists() else None
+        widths.add(width)
+        if width == 2:
+            with pytest.raises(utils.UserError, match=r"has another width, lr: .*--width=2"):
+                train(folder, made_data_dir, *flags, "--resume")
+            assert sorted(contents(folder).values()) == sorted(wide)
+            train(folder, made_data_dir, *flags)
+        else:
+            train(folder, made_data_dir, *flags, "--resume")
+        assert differences(tmp_path / "expected", folder) == []
+        assert set(wide) <= set(contents(folder).values())  # the earlier run is all there
+    assert {2, None} <= widths
+
+
+def test_a_resumed_run_refuses_other_settings(trained, made_data_dir, capsys):
+    """Typed or default; what is refused names the flags that are left to type."""
     model, folder, _ = trained
     before = contents(folder)
-    flags = ["--model", model, "--resume"]
+    flags = ["--model", model, "--epochs", 5, "--resume"]
     settings = {k: v for k, v in OTHER.items() if k != "alpha" or model == "resnet"}
-    for name, value in settings.items():
-        with pytest.raises(utils.UserError, match=rf"--{name} {value}: .* was trained with "):
-            main(folder, made_data_dir, *flags, *typed({name: value}))
-    with pytest.raises(utils.UserError, match=r"--epochs 4: .* has 5"):
-        main(folder, made_data_dir, *flags, "--epochs", 4)
+    for name, value in (settings | {"epochs": 4}).items():
+        message = (
+            rf"{folder}/checkpoints has another {name}: continue it by `python \S+ .*--resume`"
+        )
+        with pytest.raises(utils.UserError, match=message) as error:
+            train(folder, made_data_dir, *flags, *typed({name: value}))
+        message = str(error.value)
+        assert message.endswith(", or omit --resume to start a new run")
+        pasted = shlex.split(message[message.index("`") + 1 : message.rindex("`")])[2:]
+    with pytest.raises(utils.UserError, match="has another batch_size, val_split, time_steps:"):
+        main(folder, made_data_dir, "--model", model, "--resume")
     assert contents(folder) == before
+    train_nmnist.main(pasted)
+    assert "epoch 5 of 5: nothing is left" in capsys.readouterr().out
+    assert contents(folder / "checkpoints") == {
+        path: content for path, content in before.items() if path.suffix == ".pt"
+    }
 
 
 @pytest.mark.parametrize("change", ["label", "content", "test part"])
@@ -723,6 +802,39 @@ def test_bad_checkpoints_are_refused_and_never_run(tmp_path, made_data_dir, flag
     assert not marker.exists()
 
 
+def test_a_checkpoint_of_another_network_is_refused_in_every_script(
+    trained_networks, tmp_path, made_data_dir
+):
+    """Under another network's name, or with something missing or of another shape."""
+    whole = checkpoint(trained_networks["cnn"][0])
+    resnet = checkpoint(trained_networks["resnet"][0], model="resnet")
+    no_steps = {name: value for name, value in whole["settings"].items() if name != "time_steps"}
+    cut = whole["network"] | {"fc1.weight": torch.zeros(3, 3)}
+    files = {
+        "holds another network, of --model resnet": resnet,
+        "holds another network, of --no_spikes True": whole
+        | {"settings": whole["settings"] | {"no_spikes": True}},
+        "holds no time_steps": whole | {"settings": no_steps},
+        "holds no history": whole | {"history": []},
+        "the weights are not those of SpikingCNN": whole | {"network": cut},
+        "can't be read as a checkpoint ('settings')": {"format": utils.CHECKPOINT_FORMAT},
+    }
+    folders = [f"--save_dir={tmp_path}/checkpoints", f"--data_dir={made_data_dir}"]
+    (tmp_path / "checkpoints").mkdir()
+    for message, content in files.items():
+        for which in ("best", "last"):
+            torch.save(content, tmp_path / "checkpoints" / f"cnn_{which}.pt")
+        before = contents(tmp_path / "checkpoints")
+        for script in (
+            lambda: main(tmp_path, made_data_dir, "--test_only"),
+            lambda: train(tmp_path, made_data_dir, "--resume", "--epochs", 5),
+            lambda: visualize_activations.main(["--device=cpu", *folders]),
+        ):
+            with pytest.raises(utils.UserError, match=re.escape(message)):
+                script()
+        assert contents(tmp_path / "checkpoints") == before
+
+
 # --- Testing --------------------------------------------------------------------------------------
 
 
@@ -750,8 +862,8 @@ def test_metrics_agree_with_one_another_and_with_what_is_printed(trained):
     assert metrics["temperature"] == entries[-1]["val_temperature"]
     assert metrics["settings"] == checkpoint(folder, model=model)["settings"]
     assert [v["torch"] for v in metrics["versions"].values()] == [torch.__version__] * 2
-    assert metrics["device"].startswith("cpu")
-    assert metrics["precision"] == utils.pick_precision("auto", torch.device("cpu"))
+    for name in ("device", "precision", "neuron_backend", "threads"):
+        assert metrics[name] == entries[-1][name]
     assert metrics["checkpoint"] == str(folder / "checkpoints" / f"{model}_best.pt")
     printed = table(stdout)
     assert printed["test accuracy"].startswith(f"{metrics['accuracy']:.2%}")
@@ -898,23 +1010,92 @@ def test_a_test_needs_the_test_part_alone_and_ignores_settings(copied, made_data
     assert not list((folder / "logs").glob("*.1.*"))
 
 
-def test_precision_and_backend_are_no_settings(tmp_path, made_data_dir, capsys):
-    train(tmp_path, made_data_dir, "--epochs", 1, "--precision", "bf16")
-    there = read_log(tmp_path, "cnn_test_metrics.json")
-    assert (there["precision"], there["neuron_backend"]) == ("bf16", "fused")
+@pytest.fixture
+def fast_bf16(monkeypatch):
+    """A function that says whether this processor computes bfloat16; it does at first."""
+
+    def set_features(fast):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})
+        warn.cache_clear()  # which tells once in a process
+
+    set_features(True)
+    return set_features
+
+
+def test_a_network_is_tested_resumed_and_restored_as_it_was_trained(
+    tmp_path, made_data_dir, fast_bf16, capsys
+):
+    flags = [*SHORT, "--time_steps", 2]
+    main(tmp_path, made_data_dir, *flags, "--epochs", 1, "--precision", "fp32", *BY_STEP)
     assert not {"precision", "neuron_backend", "device"} & checkpoint(tmp_path)["settings"].keys()
-    capsys.readouterr()
-    main(tmp_path, made_data_dir, "--test_only", "--precision", "fp32", *BY_STEP)
-    output = capsys.readouterr().out
-    assert table(output)["precision, neurons"] == "fp32, step"
-    assert "ignored" not in output
-    here = read_log(tmp_path, "cnn_test_metrics.json")
-    assert (here["precision"], here["neuron_backend"]) == ("fp32", "step")
-    assert here["loss"] == pytest.approx(there["loss"], rel=0.05)
-    main(tmp_path, made_data_dir, "--resume", "--epochs", 2, "--precision", "fp32", *BY_STEP)
+    expected = read_log(tmp_path, "cnn_test_metrics.json")
+    main(tmp_path, made_data_dir, "--test_only")
+    assert read_log(tmp_path, "cnn_test_metrics.json") == expected
+    assert not list((tmp_path / "logs").glob("*.1.*"))
+    main(tmp_path, made_data_dir, *flags, "--epochs", 2, "--resume")
     entries = read_log(tmp_path, "cnn_history.json")
-    assert [entry["precision"] for entry in entries] == ["bf16", "fp32"]
-    assert [entry["neuron_backend"] for entry in entries] == ["fused", "step"]
+    assert [entry["precision"] for entry in entries] == ["fp32", "fp32"]
+    assert [entry["neuron_backend"] for entry in entries] == ["step", "step"]
+    network = restore_network(checkpoint(tmp_path))
+    assert network.precision == "fp32"
+    assert not any(layer.fused for layer in network.neuron_layers().values())
+    assert "WARNING" not in capsys.readouterr().err
+
+
+def test_what_was_trained_in_bf16_is_tested_in_fp32_where_that_is_faster(
+    tmp_path, made_data_dir, fast_bf16, figures, capsys
+):
+    train(tmp_path, made_data_dir, *STEP, "--epochs", 1)
+    before = read_log(tmp_path, "cnn_test_metrics.json")
+    assert before["precision"] == "bf16"
+    assert restore_network(checkpoint(tmp_path)).precision == "bf16"
+    assert "WARNING" not in capsys.readouterr().err
+    fast_bf16(False)
+    folders = [f"--save_dir={tmp_path}/checkpoints", f"--data_dir={made_data_dir}"]
+    for test in (
+        lambda: main(tmp_path, made_data_dir, "--test_only", "--visualize"),
+        lambda: visualize_activations.main(["--device=cpu", "--visualize_all", *folders]),
+        lambda: restore_network(checkpoint(tmp_path)),
+    ):
+        warn.cache_clear()
+        test()
+        told = "WARNING: the network runs otherwise than in its training: precision: fp32, was bf16"
+        assert capsys.readouterr().err.splitlines()[0] == told
+    assert read_log(tmp_path, "cnn_test_metrics.json")["precision"] == "fp32"
+    assert read_log(tmp_path, "cnn_test_metrics.1.json") == before
+    for name, figure in figures.items():
+        title = figure.get_suptitle() or figure.axes[0].get_title()
+        in_training = name == "training_results.png"
+        assert ("SpikingCNN (precision: fp32, was bf16)" in title) != in_training
+    train(tmp_path, made_data_dir, *STEP, "--epochs", 2, "--resume")
+    assert (
+        "resumed otherwise than before, which gives other numbers: precision: fp32, was bf16"
+        in (capsys.readouterr().err)
+    )
+
+
+def test_other_ways_to_run_are_told_and_their_results_kept(tmp_path, made_data_dir, capsys):
+    train(tmp_path, made_data_dir, *STEP, "--epochs", 1, "--precision", "fp32")
+    first = contents(tmp_path / "logs")
+    for n, flags in enumerate((["--precision", "bf16"], ["--neuron_backend", "fused"]), start=1):
+        main(tmp_path, made_data_dir, "--test_only", *flags)
+        metrics = read_log(tmp_path, "cnn_test_metrics.json")
+        assert metrics[flags[0][2:]] == flags[1]
+        assert table(capsys.readouterr().out)["precision, neurons"] == (
+            f"{metrics['precision']}, {metrics['neuron_backend']}"
+        )
+        for name in ("cnn_test_metrics{}.json", "cnn_predictions{}.csv"):
+            kept = tmp_path / "logs" / name.format(f".{n}")
+            assert (n > 1) or kept.read_bytes() == first[tmp_path / "logs" / name.format("")]
+    assert len(list((tmp_path / "logs").glob("cnn_predictions.?.csv"))) == 2
+    torch.set_num_threads(2)
+    try:
+        train(tmp_path, made_data_dir, *STEP, "--epochs", 2, "--resume")
+    finally:
+        torch.set_num_threads(1)
+    told = "WARNING: resumed otherwise than before, which gives other numbers: threads: 2, was 1\n"
+    assert told in capsys.readouterr().err
+    assert [entry["threads"] for entry in read_log(tmp_path, "cnn_history.json")] == [1, 2]
 
 
 def test_a_test_on_other_data_says_so_and_keeps_the_metrics(tmp_path, made_data_dir, capsys):
@@ -935,7 +1116,7 @@ def test_a_test_on_other_data_says_so_and_keeps_the_metrics(tmp_path, made_data_
     main(tmp_path, other, *BY_STEP, "--test_only")
     assert not list((tmp_path / "logs").glob("*.2.*"))  # the same test again
     with pytest.raises(utils.UserError, match=r"--resume: trained with another .*NMNIST"):
-        main(tmp_path, other, *BY_STEP, "--resume", "--epochs", 2)
+        train(tmp_path, other, *STEP, "--resume", "--epochs", 2)
 
 
 def test_runs_that_share_log_dir_keep_the_results_of_each_other(tmp_path, made_data_dir):
@@ -968,7 +1149,7 @@ def test_auto_takes_the_data_set_of_the_checkpoint(tmp_path, made_data_dir, monk
     monkeypatch.setattr(socket, "getaddrinfo", connect)
     capsys.readouterr()
     main(tmp_path, tmp_path, *STEP, "--test_only")
-    main(tmp_path, tmp_path, *STEP, "--resume", "--epochs", 2)
+    train(tmp_path, tmp_path, *STEP, "--resume", "--epochs", 2)
     output = capsys.readouterr()
     assert output.out.count("data set    SimulatedNMNIST, test") == 2
     assert "SIMULATED recordings instead" not in output.err
@@ -991,9 +1172,10 @@ def test_several_seeds_end_with_a_table(tmp_path, made_data_dir, capsys):
     for name in ("membrane", "rate", "latency"):
         values = [m["accuracy_by_readout"][name] for m in metrics]
         assert [float(row[f"accuracy_{name}"]) for row in rows] == values
-        numbers = statistics.mean(values), statistics.stdev(values), min(values), max(values)
-        (line,) = [x for x in output.splitlines() if x.startswith(f"accuracy_{name} ")]
-        assert line.split()[1:] == [f"{number:.2%}" for number in numbers]
+        mean, deviation = 100 * statistics.mean(values), 100 * statistics.stdev(values)
+        assert table(output)[f"accuracy_{name}"] == f"{mean:.2f} ± {deviation:.2f}%"
+    assert output.count("data set    NMNIST, train") == 2  # once for a command
+    assert "differ in more than their seed" not in output
     # Resumed with another seed: what is done is only tested again.
     before = contents(many / "checkpoints")
     train(many, made_data_dir, *STEP, "--epochs", 1, "--resume", "--seed", 3, 7, 9)
@@ -1212,9 +1394,10 @@ def test_what_a_script_does_not_know_is_told_in_one_line(
         train(tmp_path, made_data_dir, "--model", my_net, "--test_only")
     train(tmp_path, made_data_dir, *flags, "--loss", "margin")
     monkeypatch.delitem(train_nmnist.LOSSES, "margin")
-    for action in ("--test_only", "--resume"):
-        with pytest.raises(utils.UserError, match="--loss margin: this script does not add it"):
-            main(tmp_path, made_data_dir, "--model", my_net, action)
+    with pytest.raises(utils.UserError, match="--loss margin: this script does not add it"):
+        main(tmp_path, made_data_dir, "--model", my_net, "--test_only")
+    with pytest.raises(utils.UserError, match=r"has another loss: .* --loss=margin"):
+        train(tmp_path, made_data_dir, *flags, "--resume")
     train(tmp_path, made_data_dir, *flags)
     # The network is changed meanwhile, then by a neuron that cannot be stepped.
     changed = type("Changed", (MyNet,), {"make_lif": lambda *_: snn.Synaptic(0.5, 0.5)})
@@ -1224,7 +1407,7 @@ def test_what_a_script_does_not_know_is_told_in_one_line(
         monkeypatch.setitem(NETWORKS, "my_net", network)
         for action in (["--test_only"], ["--resume", "--epochs", 2]):
             with pytest.raises(utils.UserError, match=f"--model my_net: {message}"):
-                main(tmp_path, made_data_dir, "--model", my_net, *action)
+                train(tmp_path, made_data_dir, "--model", my_net, *action)
         folders = [f"--save_dir={tmp_path}/checkpoints", f"--data_dir={made_data_dir}"]
         with pytest.raises(utils.UserError, match=f"--model my_net: {message}"):
             visualize_activations.main(["--model", my_net, "--device=cpu", *folders])
@@ -1244,13 +1427,14 @@ def test_torchrun_trains_seeds_and_one_process_prints_and_writes(tmp_path, made_
     flags = [*STEP, "--epochs", 3, "--seed", 0, 1, "--device", device.type]
     stdout, stderr = finish(start(tmp_path, made_data_dir, *flags, launcher=launcher))
     assert "Traceback" not in stderr
-    assert stdout.count(f"{processes} processes") == (2 if processes > 1 else 0)
+    assert stdout.count(f"{processes} processes") == (1 if processes > 1 else 0)
     assert stdout.count("epoch   1/3") == 2
     assert stdout.count("2 seeds") == 1
     for seed in ("seed_0", "seed_1"):
         entries = read_log(tmp_path, f"{seed}/cnn_history.json")
         assert [entry["epoch"] for entry in entries] == [1, 2, 3]
         assert entries[-1]["train_loss"] < entries[0]["train_loss"]
+        assert {entry["processes"] for entry in entries} == {processes}
     assert [row["seed"] for row in read_csv(tmp_path / "logs" / "cnn_seeds.csv")] == ["0", "1"]
     names = ["cnn_best.pt", "cnn_last.pt"]
     names += ["cnn_history.json", "cnn_test_metrics.json", "cnn_predictions.csv"]
@@ -1329,10 +1513,38 @@ def one_epoch(tmp_path, made_data_dir, capsys, monkeypatch):
 
 
 def test_the_end_of_training_names_the_command_that_draws(one_epoch, made_data_dir, capsys):
-    command = capsys.readouterr().out.splitlines()[-1].removeprefix("next ").split()
+    """That of one's own script; there is none that draws its layers."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next")]
+    (command,) = [line.removeprefix("next ").split() for line in lines]
     assert command[:2] == ["python", "own.py"]
     main(one_epoch, made_data_dir, *BY_STEP, *command[2:])
     assert (one_epoch / "logs" / "cnn_samples.png").is_file()
+
+
+def test_the_next_commands_are_as_typed_and_run_from_there(tmp_path, made_data_dir):
+    """From another folder, with a space in a name."""
+    (tmp_path / "my runs").mkdir()
+    folders = "--save_dir 'a b' --log_dir=l --data_dir " + str(made_data_dir)
+    typed = f"{folders} --device cpu --precision fp32 --time_steps 2 --neuron_backend step"
+    here = {"cwd": tmp_path / "my runs"}
+    script = os.path.relpath(ROOT / "train_nmnist.py", here["cwd"])
+    command = [sys.executable, script, *shlex.split(typed), "--epochs=1", "--res"]
+    result = run(*command, **here)
+    assert result.returncode == 0, result.stderr
+    test, draw = re.findall("^next +python (.*)", result.stdout, re.MULTILINE)
+    drawn = f"--save_dir 'a b' --data_dir {made_data_dir} --device cpu --precision fp32 "
+    drawn += "--neuron_backend step --visualize_all"
+    assert shlex.split(test) == [*command[1:-1], "--test_only", "--visualize"]
+    expected = str(Path(script).with_name("visualize_activations.py"))
+    words = [part for word in shlex.split(draw) for part in word.split("=")]
+    assert words == [expected, *shlex.split(drawn)]
+    for words in (test, draw):
+        result = run(sys.executable, *shlex.split(words), **here)
+        assert result.returncode == 0, result.stderr
+        assert "WARNING" not in result.stderr
+    names = {path.name for path in files_in(tmp_path)}
+    assert {"cnn_samples.png", "tsne_features.png"} <= names
+    assert not [name for name in names if ".1." in name]
 
 
 def test_a_run_with_nothing_left_to_train_says_so(one_epoch, made_data_dir, capsys):
@@ -1351,18 +1563,23 @@ def test_a_layer_that_never_or_always_fires_is_told(one_epoch, made_data_dir, ca
     assert warning in capsys.readouterr().err
 
 
-def test_a_table_is_of_networks_that_differ_in_their_seed_alone(tmp_path, made_data_dir):
-    for seed, beta in ((0, 0.5), (1, 0.9)):
-        seed_folder = [f"--{name}_dir={tmp_path}/{name}/seed_{seed}" for name in ("save", "log")]
-        flags = ["--epochs", 1, "--seed", seed, "--beta", beta]
-        train(tmp_path, made_data_dir, *STEP, *flags, *seed_folder)
+def test_a_table_of_networks_that_differ_in_more_than_their_seed_says_so(
+    tmp_path, made_data_dir, capsys
+):
+    """With the frames of each, and a row for each."""
+    for seed, steps in ((0, 2), (1, 3)):
+        folders = [f"--{name}_dir={tmp_path}/{name}/seed_{seed}" for name in ("save", "log")]
+        flags = ["--epochs", 1, "--seed", seed, "--time_steps", steps]
+        train(tmp_path, made_data_dir, *BY_STEP, *flags, *folders)
     folders = [f"--{name}_dir={tmp_path}/{name}" for name in ("save", "log")]
-    with pytest.raises(utils.UserError, match=r"seed_1\S+ was trained with beta 0.9, not 0.5"):
-        main(tmp_path, made_data_dir, *BY_STEP, "--test_only", "--seed", 0, 1, *folders)
+    main(tmp_path, made_data_dir, "--test_only", "--seed", 0, 1, *folders)
+    captured = capsys.readouterr()
+    assert "these networks differ in more than their seed: time_steps\n" in captured.err
+    rows = read_csv(tmp_path / "log" / "cnn_seeds.csv")
+    assert [(row["seed"], row["time_steps"]) for row in rows] == [("0", "2"), ("1", "3")]
     shutil.copytree(tmp_path / "save" / "seed_0", tmp_path / "save" / "seed_2")
-    with pytest.raises(utils.UserError, match=r"seed_2\S+ was trained with seed 0, not 2"):
-        main(tmp_path, made_data_dir, *BY_STEP, "--test_only", "--seed", 0, 2, *folders)
-    assert not list((tmp_path / "log").glob("*.csv"))
+    main(tmp_path, made_data_dir, "--test_only", "--seed", 0, 2, *folders)
+    assert re.search("ignored +--seed 2: .*seed_2 was trained with 0", capsys.readouterr().out)
 
 
 def test_a_folder_that_cannot_be_made_is_found_before_training(tmp_path, made_data_dir):
