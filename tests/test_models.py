@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 import sys
+from pathlib import Path
 
 import benchmark
 import numpy as np
@@ -850,13 +851,129 @@ def test_a_network_of_ones_own(backend, monkeypatch):
 
 
 def test_networks_that_are_unknown_or_were_changed_are_refused():
-    checkpoint = {"settings": vars(NetworkConfig(width=2)), "network": make_network("cnn")}
-    checkpoint["network"] = checkpoint["network"].state_dict()
+    checkpoint = {"settings": vars(NetworkConfig(width=2))}
+    checkpoint["network"] = make_network("cnn").state_dict()
+    checkpoint["history"] = [{"precision": "fp32", "neuron_backend": "step"}]
     with pytest.raises(NetworkError, match="not those of SpikingCNN as it is defined now"):
         models.restore_network(checkpoint)
     checkpoint["settings"] = vars(NetworkConfig(model="mlp"))
     with pytest.raises(NetworkError, match="no network 'mlp': this script does not add it"):
         models.restore_network(checkpoint)
+    checkpoint["settings"] = {"model": "cnn", "width": 1}
+    with pytest.raises(NetworkError, match="no setting alpha, beta, dropout"):
+        models.restore_network(checkpoint)
+
+
+class LearnsDecays(SpikingNetwork):
+    """Neurons whose alpha is learned, too, then some of which each has a beta of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.fc = nn.Linear(2 * 34 * 34, 4)
+        grad = FastSigmoid(self.slope)
+        options = {"learn_alpha": True, "learn_beta": True, "spike_grad": grad}
+        self.lif1 = self.make_layer(snn.Synaptic(0.5, 0.5, **options))
+        betas = torch.tensor([0.2, 0.4, 0.6, 0.8])
+        self.lif2 = self.make_layer(snn.Leaky(betas, spike_grad=grad, learn_beta=True))
+        self.fc_out = nn.Linear(4, 10)
+        self.lif3 = self.make_layer(self.make_lif([10]))
+
+    def forward_layers(self, x, T):
+        x, _ = self.lif1(self.fc(x.flatten(1)), T)
+        x, _ = self.lif2(8 * x, T)
+        return self.lif3(self.fc_out(x), T)
+
+
+@each_device
+@each_backend
+def test_learned_decays_that_left_0_to_1_come_back_and_learn_again(monkeypatch, backend):
+    monkeypatch.setitem(models.NETWORKS, "own", LearnsDecays)
+    network, frames = make_network("own", backend, learn_beta=True), make_frames(12, 20)
+    outside = {"lif1.neuron.alpha": 1.2, "lif1.neuron.beta": -0.3, "lif3.neuron.beta": 1.01}
+    outside["lif2.neuron.beta"] = torch.tensor([-1.0, 0.4, 0.6, 2.0])
+    learned = dict(network.named_parameters())
+    for name, value in outside.items():
+        learned[name].data = torch.as_tensor(value) + 0 * learned[name].data
+    gradients = []
+    for _ in range(2):
+        network.zero_grad()
+        network(frames)[1].pow(2).sum().backward()
+        gradients.append({name: learned[name].grad.abs().sum().item() for name in outside})
+        network.clamp_decays()
+    for name, value in outside.items():
+        expected = torch.as_tensor(value).clamp(0, 1)
+        torch.testing.assert_close(learned[name].data, expected, check_device=False)
+        if value is not outside["lif2.neuron.beta"]:
+            assert gradients[0][name] == 0  # snnTorch's clamp has none
+        assert gradients[1][name] > 0
+    with torch.no_grad(), ActivityMeter(network) as meter:
+        network(frames)
+    found = {}
+    for layer, values in meter.layers().items():
+        found |= {f"{layer}.{name}": x for name, x in values.items() if name[0] in "ab"}
+    expected = {"lif1.beta": 0, "lif1.alpha": 1, "lif2.beta": 0.5, "lif2.beta_min": 0}
+    expected |= {"lif2.beta_max": 1, "lif3.beta": 1}
+    assert found == pytest.approx(expected)
+    assert not any(make_network("resnet").learned_decays().values())
+
+
+# --- How a network runs ---------------------------------------------------------------------------
+
+
+def precision_of(precision: str, device: str) -> str:
+    """Return the precision in which a new network runs."""
+    return models.run_options(torch.device(device), "fused", precision)["precision"]
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ({}, "fp32"),  # not an x86 processor
+        ({"amx_tile": False, "avx512_bf16": False}, "fp32"),
+        ({"amx_tile": False, "avx512_bf16": True}, "bf16"),
+        ({"amx_tile": True, "avx512_bf16": False}, "bf16"),
+    ],
+)
+def test_auto_precision_follows_the_hardware(monkeypatch, features, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert precision_of("auto", "cpu") == expected
+    for supported, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda s=supported, **_: s)
+        assert precision_of("auto", "cuda") == precision
+        for name in ("bf16", "fp32"):
+            assert precision_of(name, "cpu") == precision_of(name, "cuda") == name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's list of features is Linux's")
+def test_the_precision_of_this_cpu_is_that_of_the_kernels_list_of_features():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    expected = "bf16" if {"amx_tile", "avx512_bf16"} & set(flags) else "fp32"
+    assert precision_of("auto", "cpu") == expected
+
+
+@pytest.mark.parametrize("features", [{}, {"avx512_bf16": True}])
+def test_bfloat16_on_a_processor_without_it_is_told(monkeypatch, capsys, features):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    models.warn.cache_clear()
+    assert precision_of("bf16", "cpu") == "bf16"
+    assert ("fp32 is faster" in capsys.readouterr().err) == (not features)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("backend", ["fused", "fused, uncompiled", "step", "ReLU"])
+def test_a_trained_network_runs_as_it_was_trained(monkeypatch, precision, backend):
+    trained = {"precision": precision, "neuron_backend": backend}
+    expected = "step" if backend == "step" else "fused"
+    for fast in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda fast=fast: {"amx_tile": fast})
+        options = models.run_options(torch.device("cpu"), "auto", "auto", trained)
+        assert options["neuron_backend"] == expected
+        assert options["precision"] == (precision if fast else "fp32")
+        typed = models.run_options(torch.device("cpu"), "step", "bf16", trained)
+        assert typed == {"neuron_backend": "step", "precision": "bf16"}
+    monkeypatch.setattr(models, "computes_bf16", lambda device: True)
+    options = models.run_options(torch.device("mps"), "auto", "auto", trained)
+    assert options == {"neuron_backend": "step", "precision": precision}  # no kernel is for mps
 
 
 def test_a_network_without_layers_of_neurons_is_refused(monkeypatch):

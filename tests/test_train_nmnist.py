@@ -387,6 +387,29 @@ def test_backends_train_alike(tmp_path, made_data_dir):
     assert read_log(tmp_path / "fused", "cnn_test_metrics.json")["parameters"] == parameters
 
 
+@pytest.mark.parametrize("model", ["cnn", "resnet"])
+def test_learned_decays_stay_between_0_and_1(tmp_path, made_data_dir, model, capsys):
+    """By a learning rate that would take them out; the table and the metrics tell them."""
+    flags = ["--model", model, "--learn_beta", "--lr", 0.2, "--epochs", 3]
+    train(tmp_path, made_data_dir, *STEP, *flags)
+    for weights in (
+        checkpoint(tmp_path, model=model)["training"],
+        checkpoint(tmp_path, model=model),
+    ):
+        betas = [x.item() for name, x in weights["network"].items() if name.endswith("neuron.beta")]
+        assert len(betas) == (5 if model == "cnn" else 7)
+        assert 0 <= min(betas) <= max(betas) <= 1
+    best = checkpoint(tmp_path, "best", model)["network"]
+    layers, printed = (
+        read_log(tmp_path, f"{model}_test_metrics.json")["layers"],
+        table(capsys.readouterr().out),
+    )
+    assert printed["layer"].split()[-1] == "beta"
+    for name, layer in layers.items():
+        assert layer["beta"] == pytest.approx(best[f"{name}.neuron.beta"].item())
+        assert printed[name].split()[-1] == f"{layer['beta']:.3f}"
+
+
 def test_training_without_spikes_keeps_files_of_its_own(tmp_path, made_data_dir, capsys):
     train(tmp_path, made_data_dir, *STEP, "--epochs", 1)
     before = contents(tmp_path)

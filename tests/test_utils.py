@@ -1,4 +1,4 @@
-"""Errors, flags, seeds, precision, files, checkpoints and figures."""
+"""Errors, flags, seeds, files, checkpoints and figures."""
 
 import argparse
 import os
@@ -86,21 +86,20 @@ def test_number_accepts_its_range_only(kind, limits, good, bad):
             parse(text)
 
 
-def test_flags_that_are_given_are_told_from_defaults():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, nargs="+", default=0)
-    parser.add_argument("--resume", action="store_true")
-    defaults = {"lr": 0.1, "seed": 0, "resume": False}
-    assert utils.parse_flags(parser, []) == (defaults, {})
-    # A default that is typed is given.
-    given = {"lr": 0.1, "resume": True}
-    assert utils.parse_flags(parser, ["--resume", "--lr", "0.1"]) == (defaults | given, given)
-    given = {"seed": [1, 2]}
-    assert utils.parse_flags(parser, ["--seed", "1", "2"]) == (defaults | given, given)
+def test_the_names_of_flags_are_those_that_functions_add():
+    def add_flags(parser):
+        group = parser.add_argument_group("group")
+        group.add_argument("--lr", type=float, default=0.1)
+        group.add_argument("--no_spikes", action="store_true")
+
+    def add_more(parser):
+        parser.add_argument("--seed", nargs="+")
+
+    assert utils.flag_names(add_flags, add_more) == ["lr", "no_spikes", "seed"]
+    assert utils.flag_names() == []
 
 
-# --- Seeds and precision --------------------------------------------------------------------------
+# --- Seeds -------------------------------------------------------------------------------------
 
 
 def test_each_seed_gives_its_own_random_numbers():
@@ -111,33 +110,6 @@ def test_each_seed_gives_its_own_random_numbers():
         utils.set_seed(*parts)
         assert torch.rand(1).item() == draws[parts]
     assert len(set(draws.values())) == len(draws)
-
-
-@pytest.mark.parametrize(
-    ("features", "expected"),
-    [
-        ({}, "fp32"),  # not an x86 processor
-        ({"amx_tile": False, "avx512_bf16": False}, "fp32"),
-        ({"amx_tile": False, "avx512_bf16": True}, "bf16"),
-        ({"amx_tile": True, "avx512_bf16": False}, "bf16"),
-    ],
-)
-def test_auto_precision_follows_the_hardware(monkeypatch, features, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert utils.pick_precision("auto", cpu) == expected
-    for name in ("bf16", "fp32"):
-        assert utils.pick_precision(name, cpu) == utils.pick_precision(name, cuda) == name
-    for supported, precision in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda s=supported, **_: s)
-        assert utils.pick_precision("auto", cuda) == precision
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's list of features is Linux's")
-def test_the_precision_of_this_cpu_is_that_of_the_kernels_list_of_features():
-    flags = Path("/proc/cpuinfo").read_text().split()
-    expected = "bf16" if {"amx_tile", "avx512_bf16"} & set(flags) else "fp32"
-    assert utils.pick_precision("auto", torch.device("cpu")) == expected
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -221,17 +193,18 @@ class Exploit:
 def test_files_that_are_not_checkpoints_are_refused_by_name_and_never_run(tmp_path):
     marker, network = tmp_path / "marker", {"weight": torch.ones(2)}
     whole = {"format": utils.CHECKPOINT_FORMAT, "network": network}
+    whole |= {"settings": {"model": "cnn"}, "history": [{"epoch": 1}]}
     contents = {
         "other": {"other": 1},
         "list": [1, 2],
         "exploit": whole | {"history": Exploit(marker)},
-        "no_format": {"network": network},
-        "no_network": {"format": utils.CHECKPOINT_FORMAT},
-        "older": whole | {"format": utils.CHECKPOINT_FORMAT - 1},
+        "older": {"format": utils.CHECKPOINT_FORMAT - 1, "network": network},
         "newer": whole | {"format": utils.CHECKPOINT_FORMAT + 1},
         "nan": whole | {"network": {"weight": torch.tensor([0.0, torch.nan])}},
         "infinite": whole | {"network": {"weight": torch.tensor([0.0, -torch.inf])}},
     }
+    for part in whole:
+        contents[f"no_{part}"] = {name: value for name, value in whole.items() if name != part}
     for name, content in contents.items():
         torch.save(content, tmp_path / f"{name}.pt")
     (tmp_path / "text.pt").write_text("hello")
@@ -253,6 +226,7 @@ def test_files_that_are_not_checkpoints_are_refused_by_name_and_never_run(tmp_pa
 def test_checkpoints_that_are_cut_short_are_refused_by_name(tmp_path):
     path = tmp_path / "cnn_last.pt"
     whole = {"format": utils.CHECKPOINT_FORMAT, "network": {"weight": torch.arange(100.0)}}
+    whole |= {"settings": {}, "history": [{"epoch": 1}]}
     utils.save_tensors(path, whole)
     content = path.read_bytes()
     assert torch.equal(utils.load_checkpoint(path)["network"]["weight"], torch.arange(100.0))
@@ -260,13 +234,6 @@ def test_checkpoints_that_are_cut_short_are_refused_by_name(tmp_path):
         path.write_bytes(content[:size])
         with pytest.raises(utils.UserError, match=str(path)):
             utils.load_checkpoint(path)
-
-
-@pytest.mark.parametrize("features", [{}, {"avx512_bf16": True}])
-def test_bfloat16_on_a_processor_without_it_is_told(monkeypatch, capsys, features):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
-    assert utils.pick_precision("bf16", torch.device("cpu")) == "bf16"
-    assert ("fp32 is faster" in capsys.readouterr().err) == (not features)
 
 
 # --- Figures --------------------------------------------------------------------------------------

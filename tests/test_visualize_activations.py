@@ -10,6 +10,7 @@ from conftest import files_in, run
 from matplotlib.colors import to_hex
 from PIL import Image
 
+import models
 import nmnist
 import train_nmnist
 import utils
@@ -23,12 +24,6 @@ LAYERS = {
 
 
 @pytest.fixture(autouse=True)
-def in_float32(monkeypatch):
-    """Draw networks in float32, so that what is drawn can be compared with thresholds exactly."""
-    monkeypatch.setattr(utils, "pick_precision", lambda name, device: "fp32")
-
-
-@pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path_factory, monkeypatch):
     """Start in an empty folder, in which scripts make their folders of figures."""
     monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
@@ -38,7 +33,8 @@ def in_an_empty_folder(tmp_path_factory, monkeypatch):
 def network_dir(request, tmp_path_factory, made_data_dir):
     """A folder with a network of either kind, trained with 8 time steps: (model, folder).
 
-    Two epochs in small batches, since after fewer steps a layer may still be silent.
+    Two epochs in small batches, since after fewer steps a layer may still be silent; in float32, in
+    which it is drawn, too, so that potentials can be compared with thresholds exactly.
     """
     folder = tmp_path_factory.mktemp(f"activations_{request.param}")
     flags = ["--model", request.param, "--epochs", 2, "--time_steps", 8, "--batch_size", 8]
@@ -186,6 +182,22 @@ def test_tsne_and_firing_rates_cover_the_test_recordings(network_dir, made_data_
     np.testing.assert_allclose(over_time.lines[0].get_ydata(), rates.mean(0), rtol=1e-4)
     assert list(over_time.lines[0].get_xdata()) == list(range(1, 9))
     assert f"{rates.mean():.3f}" in means.texts[0].get_text()
+
+
+def test_figures_of_a_network_that_runs_otherwise_than_trained_say_so(
+    network_dir, made_data_dir, figures, capsys
+):
+    models.warn.cache_clear()
+    draw(network_dir, made_data_dir, "--precision", "bf16", "--neuron_backend", "step")
+    changes = "precision: bf16, was fp32; neuron_backend: step, was fused"
+    assert f"runs otherwise than in its training: {changes}\n" in capsys.readouterr().err
+    for figure in figures.values():
+        assert f" ({changes}) on NMNIST, test recording 0" in figure.axes[0].get_title()
+    models.warn.cache_clear()
+    figures.clear()
+    draw(network_dir, made_data_dir)
+    assert "WARNING" not in capsys.readouterr().err
+    assert not any("was" in figure.axes[0].get_title() for figure in figures.values())
 
 
 def test_a_silent_layer_gets_a_message_instead_of_a_tsne(figures, capsys, tmp_path):
