@@ -50,10 +50,7 @@ class NetworkConfig:
     @classmethod
     def from_settings(cls, settings: dict) -> "NetworkConfig":
         """Return the network's part of a checkpoint's settings or of a script's flags."""
-        names = [field.name for field in fields(cls)]
-        if missing := set(names) - settings.keys():
-            raise NetworkError(f"no setting {', '.join(sorted(missing))}")
-        return cls(**{name: settings[name] for name in names})
+        return cls(**{field.name: settings[field.name] for field in fields(cls)})
 
     @property
     def name(self) -> str:
@@ -118,14 +115,11 @@ class SpikingNetwork(nn.Module):
         kinds = NeuronLayer, WithoutSpikes
         return {name: layer for name, layer in self.named_modules() if isinstance(layer, kinds)}
 
-    def learned_decays(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Return by layer the decays that are learned: beta, and alpha where snnTorch learns it."""
-        decays = {}
-        for name, layer in self.neuron_layers().items():
-            learned = dict(layer.named_parameters())
-            neuron = {"beta": learned.get("neuron.beta"), "alpha": learned.get("neuron.alpha")}
-            decays[name] = {decay: value for decay, value in neuron.items() if value is not None}
-        return decays
+    def learned_decays(self) -> dict[str, nn.Parameter]:
+        """Return the decays that are learned: `lif1.beta`, and alpha where snnTorch learns it."""
+        endings = (".neuron.beta", ".neuron.alpha")
+        named = [(name, x) for name, x in self.named_parameters() if name.endswith(endings)]
+        return {name.replace(".neuron", ""): value for name, value in named}
 
     @torch.no_grad()
     def clamp_decays(self) -> None:
@@ -133,9 +127,8 @@ class SpikingNetwork(nn.Module):
 
         snnTorch clamps them where they are used alone: outside, they have no gradient, and stay.
         """
-        for decays in self.learned_decays().values():
-            for value in decays.values():
-                value.clamp_(0, 1)
+        for decay in self.learned_decays().values():
+            decay.clamp_(0, 1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -492,16 +485,11 @@ def build_model(
     return network
 
 
-def restore_network(
-    checkpoint: dict,
-    device: torch.device | str = "cpu",
-    neuron_backend: str = "auto",
-    precision: str = "auto",
-) -> SpikingNetwork:
+def restore_network(checkpoint: dict, device="cpu", neuron_backend="auto", precision="auto"):
     """Return the network of a checkpoint on `device`, in evaluation mode.
 
     It runs as it was trained unless other options are given, or `device` is slow at it; a warning
-    says so.
+    says so. Raises `NetworkError` if the checkpoint is not of a network of this project.
     """
     trained = checkpoint["history"][-1]
     options = run_options(torch.device(device), neuron_backend, precision, trained)
@@ -523,9 +511,14 @@ def run_options(
     it is what was used then, if the device computes it fast.
     """
     trained = trained or {"precision": "bf16", "neuron_backend": "fused"}
+    if device.type == "cuda":
+        computes_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        computes_bf16 = features.get("amx_tile") or features.get("avx512_bf16")
     if precision == "auto":
-        precision = trained["precision"] if computes_bf16(device) else "fp32"
-    elif precision == "bf16" and not computes_bf16(device):
+        precision = trained["precision"] if computes_bf16 else "fp32"
+    elif precision == "bf16" and not computes_bf16:
         warn(f"--precision bf16: this {device.type} does not compute it, fp32 is faster")
     if neuron_backend == "auto":
         neuron_backend = "step" if trained["neuron_backend"] == "step" else "fused"
@@ -533,15 +526,6 @@ def run_options(
         warn("--neuron_backend fused: on mps, neurons run step by step")
         neuron_backend = "step"
     return {"neuron_backend": neuron_backend, "precision": precision}
-
-
-def computes_bf16(device: torch.device) -> bool:
-    """Return whether the hardware computes bfloat16, and so faster than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = torch.cpu.get_capabilities()
-    fast = features.get("amx_tile") or features.get("avx512_bf16")
-    return device.type == "cpu" and bool(fast)
 
 
 def how_it_runs(network: SpikingNetwork) -> dict[str, str | int]:
@@ -1011,18 +995,18 @@ class ActivityMeter:
         per neuron it is the mean, and `beta_min` and `beta_max`.
         """
         result = {}
-        learned = self.network.learned_decays()
         for name, (spk, _) in self.outputs.items():
-            layer = {"neurons": spk[0, 0].numel(), "macs": self._macs[name]}
+            result[name] = {"neurons": spk[0, 0].numel(), "macs": self._macs[name]}
             if not self.network.config.no_spikes:
-                layer["firing_rate"] = self.firing_rate(name).mean().item()
-                layer["synaptic_operations"] = self.operations(name).sum(0).mean().item()
-            for decay, values in learned[name].items():
-                layer[decay] = values.mean().item()
-                if values.numel() > 1:
-                    layer[f"{decay}_min"] = values.min().item()
-                    layer[f"{decay}_max"] = values.max().item()
-            result[name] = layer
+                result[name]["firing_rate"] = self.firing_rate(name).mean().item()
+                operations = self.operations(name).sum(0).mean().item()
+                result[name]["synaptic_operations"] = operations
+        for name, values in self.network.learned_decays().items():
+            layer, _, decay = name.rpartition(".")
+            result[layer][decay] = values.mean().item()
+            if values.numel() > 1:
+                result[layer][f"{decay}_min"] = values.min().item()
+                result[layer][f"{decay}_max"] = values.max().item()
         return result
 
     def operations_until(self, step: torch.Tensor) -> float:

@@ -93,10 +93,8 @@ def add_network_flags(group) -> None:
 def add_training_flags(group) -> None:
     """Add the flags that say how to train."""
     flag, positive = functools.partial(add_flag, group), number(int, 1)
-    above_0, share = (
-        number(float, 0, open_low=True),
-        number(float, 0, 1, open_low=True, open_high=True),
-    )
+    above_0 = number(float, 0, open_low=True)
+    share = number(float, 0, 1, open_low=True, open_high=True)
     flag("--epochs", 10, "passes over the training recordings", type=positive)
     flag("--batch_size", 128, "recordings per training step", type=positive)
     rates = ", ".join(f"{lr} for {name}" for name, lr in DEFAULT_LR.items())
@@ -646,10 +644,7 @@ def print_metrics(metrics: dict) -> None:
     after = [int(end) for end in saccade_ends(args) if end >= 1]
     exit_at = next(e for e in metrics["early_exit"] if e["threshold"] == EXIT_THRESHOLD)
     exits = f"{exit_at['mean_steps']:.1f} of {len(over_time)} steps"
-    by_readout = []
-    for name, accuracy in metrics["accuracy_by_readout"].items():
-        ties = f" ({metrics['ties'][name]:.1%} ties)" if name in metrics["ties"] else ""
-        by_readout.append(f"{name} {accuracy:.2%}{ties}")
+    by_readout = [f"{name} {x:.2%}" for name, x in metrics["accuracy_by_readout"].items()]
     layers, energy = metrics["layers"], metrics["energy_uj"]
     macs = sum(layer["macs"] for layer in layers.values()) / 1e6
     cost = f"{macs:.2f} million MACs, {energy['without_spikes']:.3g} uJ at 45 nm"

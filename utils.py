@@ -493,37 +493,27 @@ def plot_accuracy_over_time(
 ) -> None:
     """Draw the accuracy [T] of predictions after each step, and of early exits at their mean step.
 
-    On the right, the exits from close by, with their thresholds. `saccade_ends` are in steps,
-    `step_ms` is the duration of a step, if it is known.
+    `saccade_ends` are in steps, `step_ms` is the duration of a step, if it is known.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5.2))
-    steps, accuracy = np.arange(1, len(accuracy) + 1), 100 * accuracy
+    figure, axis = plt.subplots(figsize=(9, 5.2))
+    steps = np.arange(1, len(accuracy) + 1)
     exits = np.array([(e["mean_steps"], 100 * e["accuracy"]) for e in early_exits])
-    for axis in axes:
-        axis.plot(steps, accuracy, "o-", color=BLUE, ms=4, label="all decided at this step")
-        label = "each decided at a confidence (mean step)"
-        axis.plot(*exits.T, "s-", color=ORANGE, ms=4, label=label)
-        for end in saccade_ends:
-            axis.axvline(end, color=GREY, linestyle="--", lw=1)
-        axis.set(xlabel="time step of the prediction, from 1", ylabel="test accuracy (%)")
-        axis.set_xlim(0.5, len(steps) + 0.5)
-        whole_steps(axis)
-        if step_ms:
-            to_ms, to_step = (lambda step: step * step_ms), (lambda ms: ms / step_ms)
-            upper = axis.secondary_xaxis("top", functions=(to_ms, to_step))
-            upper.set_xlabel("time of the prediction (ms)")
-    axes[0].axhline(10, color=GREY, linestyle=":", label="chance")
-    axes[0].plot([], [], color=GREY, linestyle="--", lw=1, label="end of a saccade")
-    axes[0].set_ylim(0, 102)
-    low = min(exits[:, 1].min(), accuracy[-1])
-    margin = max(0.5, 0.15 * (max(exits[:, 1].max(), accuracy[-1]) - low))
-    axes[1].set_ylim(low - margin, max(exits[:, 1].max(), accuracy.max()) + margin)
-    for i, (early_exit, place) in enumerate(zip(early_exits, exits, strict=True)):
-        text, offset = f"{100 * early_exit['threshold']:g}%", (0, 7 if i % 2 else 18)
-        style = {"ha": "center", "fontsize": 8, "color": ORANGE}
-        axes[1].annotate(text, place, offset, textcoords="offset points", **style)
-    figure.suptitle(title)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    axis.plot(steps, 100 * accuracy, "o-", color=BLUE, ms=4, label="all decided at this step")
+    low, high = (f"{100 * early_exits[i]['threshold']:g}%" for i in (0, -1))
+    label = f"each decided at a confidence, from {low} to {high} (mean step)"
+    axis.plot(*exits.T, "s-", color=ORANGE, ms=4, label=label)
+    for i, end in enumerate(saccade_ends):
+        label = None if i else "end of a saccade"
+        axis.axvline(end, color=GREY, linestyle="--", lw=1, label=label)
+    axis.axhline(10, color=GREY, linestyle=":", label="chance")
+    axis.set(xlabel="time step of the prediction, from 1", ylabel="test accuracy (%)", title=title)
+    axis.set(xlim=(0.5, len(steps) + 0.5), ylim=(0, 100))
+    whole_steps(axis)
+    if step_ms:
+        to_ms, to_step = (lambda step: step * step_ms), (lambda ms: ms / step_ms)
+        upper = axis.secondary_xaxis("top", functions=(to_ms, to_step))
+        upper.set_xlabel("time of the prediction (ms)")
+    figure.legend(loc="outside lower center", ncols=2)
     save_figure(figure, path)
 
 

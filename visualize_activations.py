@@ -173,13 +173,7 @@ def plot_tsne(
         axis.scatter(*points[chosen].T, s=14, color=DIGIT_COLOURS[digit], label=str(digit), lw=0)
         if chosen.any():
             centre = np.median(points[chosen], axis=0)
-            style = {
-                "fontsize": 20,
-                "weight": "bold",
-                "alpha": 0.55,
-                "ha": "center",
-                "va": "center",
-            }
+            style = {"size": 20, "weight": "bold", "alpha": 0.55, "ha": "center", "va": "center"}
             axis.text(*centre, str(digit), **style)
     mistakes = predictions != labels
     style = {"s": 70, "facecolors": "none", "edgecolors": "black", "lw": 1}
@@ -217,7 +211,7 @@ def plot_firing_rates(
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     path = Path(args.save_dir) / f"{args.model}_best.pt"
-    needed = utils.flag_names(nmnist.add_frame_flags)
+    needed = [*vars(models.NetworkConfig()), *utils.flag_names(nmnist.add_frame_flags)]
     checkpoint = utils.load_checkpoint(path, (), needed, model=args.model, no_spikes=False)
     device, trained = utils.prepare_device(args.device), checkpoint["data"]
     args.dataset = nmnist.trained_dataset(args.data_dir, args.dataset, trained)

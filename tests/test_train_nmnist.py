@@ -42,8 +42,8 @@ from models import (
     NetworkConfig,
     SpikingNetwork,
     build_model,
-    computes_bf16,
     restore_network,
+    run_options,
     warn,
 )
 
@@ -224,7 +224,7 @@ def test_training_learns_and_reports_every_epoch(trained):
     assert list(entries[0]) == names.split()
     assert [entry["epoch"] for entry in entries] == [1, 2, 3, 4, 5]
     how = {"device": "cpu", "neuron_backend": "fused", "threads": 1, "processes": 1}
-    how["precision"] = "bf16" if computes_bf16(torch.device("cpu")) else "fp32"
+    how["precision"] = run_options(torch.device("cpu"), "auto", "auto")["precision"]
     for entry in entries:
         assert {name: entry[name] for name in how} == how
     assert entries[-1]["train_loss"] < entries[0]["train_loss"]
