@@ -1003,10 +1003,11 @@ class ActivityMeter:
                 result[name]["synaptic_operations"] = operations
         for name, values in self.network.learned_decays().items():
             layer, _, decay = name.rpartition(".")
-            result[layer][decay] = values.mean().item()
-            if values.numel() > 1:
-                result[layer][f"{decay}_min"] = values.min().item()
-                result[layer][f"{decay}_max"] = values.max().item()
+            if layer in result:  # it ran
+                result[layer][decay] = values.mean().item()
+                if values.numel() > 1:
+                    result[layer] |= {f"{decay}_min": values.min().item()}
+                    result[layer] |= {f"{decay}_max": values.max().item()}
         return result
 
     def operations_until(self, step: torch.Tensor) -> float:

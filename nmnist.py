@@ -581,12 +581,7 @@ class Data:
         return description
 
 
-def load_data(
-    args: argparse.Namespace,
-    device: torch.device,
-    splits: Sequence[str] = SPLITS,
-    loaded: Data | None = None,
-) -> Data:
+def load_data(args, device, splits=SPLITS, loaded: Data | None = None) -> Data:
     """Open, bin and move to `device` the recordings that the flags name, if not yet `loaded`."""
     names = utils.flag_names(add_data_flags, add_frame_flags)
     flags = {name: getattr(args, name) for name in names}
@@ -611,14 +606,14 @@ def open_by_flags(args: argparse.Namespace, splits: Sequence[str] = SPLITS) -> l
     return open_recordings(args.data_dir, args.dataset, splits, **options)
 
 
-def trained_dataset(data_dir: str | Path, dataset: str, trained: dict[str, str]) -> str:
-    """Return `dataset`, or for 'auto' 'simulated' if a network was trained on these recordings.
+def take_dataset(args: argparse.Namespace, checkpoint: dict) -> None:
+    """Make `--dataset auto` 'simulated' if `checkpoint`, if any, was, and they are there.
 
-    `trained` is `Data.describe()` of the training. They must be in `data_dir`: a user who was
-    offline, and has N-MNIST now, tests on what the network was trained on.
+    A user who was offline, and has N-MNIST now, tests on what the network was trained on.
     """
-    simulated = trained["source"] == "simulated" and (Path(data_dir) / SIMULATED).is_dir()
-    return "simulated" if dataset == "auto" and simulated else dataset
+    simulated = checkpoint.get("data", {}).get("source") == "simulated"
+    if args.dataset == "auto" and simulated and Path(args.data_dir, SIMULATED).is_dir():
+        args.dataset = "simulated"
 
 
 def describe_difference(tested: dict[str, str], trained: dict[str, str]) -> str:

@@ -15,14 +15,13 @@ if __name__ == "__main__":  # before torch is imported: idle threads sleep, inst
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
-import contextlib
 import copy
 import functools
 import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -75,14 +74,18 @@ def add_network_flags(group) -> None:
     """Add the flags of `NetworkConfig`."""
     flag, default = functools.partial(add_flag, group), models.NetworkConfig()
     share = number(float, 0, 1)
-    above_0, below_1 = number(float, 0, open_low=True), number(float, 0, 1, open_high=True)
     flag("--model", default.model, "network", choices=list(models.NETWORKS))
     flag("--beta", default.beta, "decay of the membrane potential per step", type=share)
-    flag("--threshold", default.threshold, "potential above which a neuron fires", type=above_0)
+    flag(
+        "--threshold",
+        default.threshold,
+        "potential above which a neuron fires",
+        type=number(float, 1e-6),
+    )
     alpha = "decay per step of ALIF's adaptation and of the synaptic current (resnet)"
     flag("--alpha", default.alpha, alpha, type=share)
     dropout = "probability of dropping a neuron of the last hidden layer, for a whole recording"
-    flag("--dropout", default.dropout, dropout, type=below_1)
+    flag("--dropout", default.dropout, dropout, type=number(float, 0, 0.999))
     flag("--width", default.width, "factor on channels and hidden layer", type=number(int, 1, 64))
     readout = "what decides: the mean membrane potential, the most spikes, or the first spike"
     flag("--readout", default.readout, readout, choices=models.READOUTS)
@@ -93,12 +96,10 @@ def add_network_flags(group) -> None:
 def add_training_flags(group) -> None:
     """Add the flags that say how to train."""
     flag, positive = functools.partial(add_flag, group), number(int, 1)
-    above_0 = number(float, 0, open_low=True)
-    share = number(float, 0, 1, open_low=True, open_high=True)
     flag("--epochs", 10, "passes over the training recordings", type=positive)
     flag("--batch_size", 128, "recordings per training step", type=positive)
     rates = ", ".join(f"{lr} for {name}" for name, lr in DEFAULT_LR.items())
-    flag("--lr", None, f"learning rate (default: {rates})", type=above_0)
+    flag("--lr", None, f"learning rate (default: {rates})", type=number(float, 1e-9))
     flag("--weight_decay", 0.0, "weight decay of connections alone", type=number(float, 0))
     flag("--optimizer", "adam", "optimizer", choices=list(DEFAULT_LR))
     loss = "ce: cross entropy of the membrane potentials at every step; mse: squared error of the "
@@ -106,7 +107,8 @@ def add_training_flags(group) -> None:
     flag("--loss", "ce", loss, choices=list(LOSSES))
     flag("--scheduler", False, "lower the learning rate along a half cosine")
     flag("--no_augment", False, "train on the recordings as they are, without random shift, ...")
-    flag("--val_split", 0.1, "share of training recordings for validation", type=share)
+    share = "share of training recordings for validation"
+    flag("--val_split", 0.1, share, type=number(float, 0.0001, 0.9999))
     seed = "seed of all random numbers; of several, each trains a network"
     flag("--seed", 0, seed, type=number(int, 0, 2**32 - 1), nargs="+")
 
@@ -148,8 +150,7 @@ def take_settings(parser, argv: list[str], args: argparse.Namespace, trained: di
     for name, value in trained.items():
         asked = getattr(typed, name)
         if asked != value:
-            text = f"the network in {args.save_dir} was trained with {value}"
-            print(f"ignored     --{name} {asked}: {text}")
+            print(f"ignored     --{name} {asked}: {args.save_dir} was trained with {value}")
         setattr(args, name, value)
     if args.loss not in LOSSES:
         raise UserError(f"--loss {args.loss}: this script does not add it to LOSSES")
@@ -187,8 +188,7 @@ def network_config(args: argparse.Namespace) -> models.NetworkConfig:
 def load_checkpoint(args: argparse.Namespace, which: str, *parts: str) -> dict:
     """Return the checkpoint of the 'last' epoch, or of the 'best' validation."""
     expected = {"model": args.model, "no_spikes": args.no_spikes}
-    path = checkpoint_path(args, which)
-    return utils.load_checkpoint(path, parts, settings_of(args), **expected)
+    return utils.load_checkpoint(checkpoint_path(args, which), parts, settings_of(args), **expected)
 
 
 def load_last(args: argparse.Namespace) -> dict:
@@ -217,42 +217,22 @@ def log_path(args: argparse.Namespace, name: str) -> Path:
 # --- Losses ---------------------------------------------------------------------------------------
 
 
-def membrane_cross_entropy(spk, mem, labels):
-    """Return the cross entropy of the membrane potentials at every time step, averaged."""
-    # A potential tells how far from firing a neuron is, a spike only 0 or 1.
-    return SF.ce_rate_loss()(mem, labels)
-
-
-def spike_count_error(spk, mem, labels):
-    """Return the squared error of spike counts, T for the correct digit, 0 for others, by T."""
-    return SF.mse_count_loss()(spk, labels)
-
-
-def spike_count_cross_entropy(spk, mem, labels):
-    """Return the cross entropy of the spike counts, where T spikes count COUNT_RANGE."""
-    return SF.ce_count_loss()(spk * (COUNT_RANGE / len(spk)), labels)
-
-
 # By --loss: functions of the output neurons' spk and mem [T, B, 10] and the labels [B]. They return
-# the mean over a batch, or a value for each recording.
+# the mean over a batch, or a value for each recording. Add your own: LOSSES["margin"] = margin_loss
 LOSSES = {
-    "ce": membrane_cross_entropy,
-    "mse": spike_count_error,
-    "count": spike_count_cross_entropy,
-}  # add your own: LOSSES["margin"] = margin_loss
+    # Cross entropy of the membrane potentials at every time step, averaged. A potential tells how
+    # far from firing a neuron is, a spike only 0 or 1.
+    "ce": lambda spk, mem, labels: SF.ce_rate_loss()(mem, labels),
+    # Squared error of spike counts, T for the correct digit, 0 for others, by T.
+    "mse": lambda spk, mem, labels: SF.mse_count_loss()(spk, labels),
+    # Cross entropy of spike counts, where T spikes count COUNT_RANGE.
+    "count": lambda spk, mem, labels: SF.ce_count_loss()(spk * (COUNT_RANGE / len(spk)), labels),
+}
 
 # --- Training -------------------------------------------------------------------------------------
 
 
-def train_one_epoch(
-    network: torch.nn.Module,
-    ema: SpikingNetwork,
-    optimizer: torch.optim.Optimizer,
-    loss_fn: Callable,
-    batches: Iterator,
-    step: int,
-    bar: tqdm,
-) -> dict:
+def train_one_epoch(network, ema, optimizer, loss_fn, batches: Iterator, step: int, bar) -> dict:
     """Train on `batches` of (frames, labels); return the mean `train_loss` and `train_accuracy`.
 
     Both are of the network while it changes, on recordings that may be augmented, of this process's
@@ -301,23 +281,9 @@ def update_ema(ema: SpikingNetwork, network: torch.nn.Module, step: int) -> None
         average.lerp_(value, weight)
 
 
-def measure_norms(network: SpikingNetwork, frames: Frames, indices, batch_size: int) -> None:
-    """Let norms measure the statistics that averaged weights need, on the recordings `indices`."""
-    # In batches of about one size, since update_bn weighs them alike, and not smaller than asked.
-    chunks = indices.tensor_split(max(1, len(indices) // batch_size))
-    update_bn((frames.batch(chunk, network.dtype) for chunk in chunks), network)
-
-
 @torch.no_grad()
-def evaluate(
-    network: SpikingNetwork,
-    frames: Frames,
-    indices: torch.Tensor,
-    loss_fn: Callable,
-    batch_size: int,
-    name: str,
-) -> dict:
-    """Run the network over the recordings `indices`, without training.
+def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, name: str) -> dict:
+    """Run the network over the recordings `indices` [N], without training; `name` is for the bar.
 
     Returns mean `loss`, `accuracy`, `labels` [N], the output neurons' `spk` and `mem` [T, N, 10],
     and `predictions` [T, N]: the digit that the network's readout predicts after each step.
@@ -358,13 +324,16 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, last: dict
     ema = copy.deepcopy(network)  # the moving average is validated and tested
     parallel = utils.data_parallel(network, device)
     optimizer, loss_fn = make_optimizer(args, network), LOSSES[args.loss]
-    size = f"{num_parameters(network):,} parameters"
-    print(f"network     {network.title}, {size}; precision {network.precision}")
+    print(
+        f"network     {network.title}, {num_parameters(network):,} parameters, {network.precision}"
+    )
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}")
     if last:
         resume(args, data, last, network, ema, optimizer)
-    elif rank() == 0:
-        keep_earlier_run(args)
+    elif rank() == 0:  # the files of an earlier run are kept, the one that makes it a run first
+        names = ("history.json", "test_metrics.json", "predictions.csv")
+        checkpoints = (checkpoint_path(args, which) for which in ("last", "best"))
+        utils.keep_earlier_files(*checkpoints, *(log_path(args, name) for name in names))
 
     for epoch in range(len(last.get("history", [])) + 1, args.epochs + 1):
         start = time.perf_counter()
@@ -373,7 +342,9 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, last: dict
         order = train_indices[torch.randperm(len(train_indices))]
         if rank() > 0:  # the same order in all processes, but other random numbers
             utils.set_seed(args.seed, epoch, rank())
-        lr = learning_rate(args, epoch)
+        lr = args.lr
+        if args.scheduler:  # along a half cosine
+            lr *= (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2
         for group in optimizer.param_groups:
             group["lr"] = lr
         batches = training_batches(args, data.train, order, network.dtype)
@@ -394,8 +365,11 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, last: dict
 
 
 def validate(args, data: Data, ema: SpikingNetwork, norm_indices, val_indices) -> dict:
-    """Return an epoch's loss and accuracy on validation and test recordings, and a temperature."""
-    measure_norms(ema, data.train, norm_indices, args.batch_size)
+    """Measure norms; return loss and accuracy on validation and test recordings, a temperature."""
+    # The statistics that averaged weights need, in batches of about one size, since update_bn
+    # weighs them alike, and not smaller than asked.
+    chunks = norm_indices.tensor_split(max(1, len(norm_indices) // args.batch_size))
+    update_bn((data.train.batch(chunk, ema.dtype) for chunk in chunks), ema)
     test_indices, loss_fn = torch.arange(len(data.test)), LOSSES[args.loss]
     val = evaluate(ema, data.train, val_indices, loss_fn, args.batch_size, "val")
     test = evaluate(ema, data.test, test_indices, loss_fn, args.batch_size, "test")
@@ -442,13 +416,6 @@ def make_optimizer(args: argparse.Namespace, network: SpikingNetwork) -> torch.o
         return torch.optim.SGD(groups, args.lr, momentum=0.9, fused=True)
     adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
     return adam(groups, args.lr, fused=True)
-
-
-def learning_rate(args: argparse.Namespace, epoch: int) -> float:
-    """Return the learning rate of an epoch, from 1: constant, or falling along a half cosine."""
-    if not args.scheduler:
-        return args.lr
-    return args.lr * (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2
 
 
 def progress(text: str, num_recordings: int) -> tqdm:
@@ -501,14 +468,13 @@ def save(args, data: Data, earlier: dict, entry: dict, network, ema, optimizer) 
 
 
 def write_parts(args: argparse.Namespace, last: dict) -> None:
-    """Write what others read of a run, where it is missing or another: best checkpoint, history."""
+    """Write what others read of a run: its best checkpoint, and its history."""
     utils.save_tensors(checkpoint_path(args, "best"), best_of(last))
     path = log_path(args, "history.json")
     logged = utils.read_json(path) or []
     if logged != last["history"][: len(logged)]:  # of a run with another save_dir
         utils.keep_earlier_files(path)
-    if logged != last["history"]:
-        utils.write_json(path, last["history"])
+    utils.write_json(path, last["history"])
 
 
 def best_of(last: dict) -> dict:
@@ -522,13 +488,6 @@ def best_of(last: dict) -> dict:
 def best_epoch(history: list[dict]) -> int:
     """Return the epoch with the best validation accuracy, and of these the smallest loss."""
     return max(history, key=lambda entry: (entry["val_accuracy"], -entry["val_loss"]))["epoch"]
-
-
-def keep_earlier_run(args: argparse.Namespace) -> None:
-    """Rename the files of an earlier run of this network, if there are any."""
-    checkpoints = [checkpoint_path(args, which) for which in ("last", "best")]
-    names = ("history.json", "test_metrics.json", "predictions.csv")
-    utils.keep_earlier_files(*checkpoints, *(log_path(args, name) for name in names))
 
 
 def resume(args, data: Data, last: dict, network, ema, optimizer) -> None:
@@ -567,7 +526,10 @@ def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint:
     confidences = torch.softmax(scores, -1).amax(-1)  # of the digit that is predicted, [T, N]
     readouts = (args.readout,) if args.no_spikes else models.READOUTS
     by_readout = {name: models.predict(spk, mem, name) for name in readouts}
-    ties = {name: share_of_ties(spk, mem, name) for name in readouts if name != "membrane"}
+    ties = {}  # by readout: the share of recordings of which several digits lead in the end
+    for name in readouts[1:]:
+        leaders = models.leaders(models.digit_scores(spk, mem, name)[-1])
+        ties[name] = mean_of(leaders.sum(-1) > 1)
     layers = meter.layers()
     metrics = {
         "accuracy": result["accuracy"],
@@ -605,12 +567,6 @@ def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint:
         title = f"{network.title}{network.note} on {data.name}, test recordings"
         draw_samples(args, data.test, predictions[-1], confidences[-1], title)
     return metrics
-
-
-def share_of_ties(spk, mem, readout: str) -> float:
-    """Return the share of recordings of which several digits lead by `readout` in the end."""
-    scores = models.digit_scores(spk, mem, readout)[-1]
-    return mean_of(models.leaders(scores).sum(-1) > 1)
 
 
 def early_exits(confidences, predictions, labels, meter: ActivityMeter) -> list[dict]:
@@ -797,18 +753,19 @@ def run(parser, argv, args, device, data: Data | None = None) -> tuple[dict, Dat
     `data` are recordings that may be those that the flags name. Of several processes, the first one
     tests, and returns metrics.
     """
-    if args.test_only:
-        if rank() > 0:
-            return {}, None
-        utils.check_folder("--log_dir", args.log_dir)
-        checkpoint = load_checkpoint(args, "best")
-        take_settings(parser, argv, args, checkpoint["settings"])
-        data = load_data(args, device, ["test"], checkpoint, data)
-        return test(args, data, device, checkpoint), data
+    if args.test_only and rank() > 0:
+        return {}, None
     with hold_folders(args):
+        if args.test_only:
+            checkpoint = load_checkpoint(args, "best")
+            take_settings(parser, argv, args, checkpoint["settings"])
+            nmnist.take_dataset(args, checkpoint)
+            data = nmnist.load_data(args, device, ["test"], data)
+            return test(args, data, device, checkpoint), data
         last = load_last(args)
+        nmnist.take_dataset(args, last)
         with utils.first_process_first():  # it downloads and bins, the others read the cache
-            data = load_data(args, device, nmnist.SPLITS, last, data)
+            data = nmnist.load_data(args, device, loaded=data)
         try:
             last = train(args, data, device, last)
         except KeyboardInterrupt:
@@ -817,24 +774,12 @@ def run(parser, argv, args, device, data: Data | None = None) -> tuple[dict, Dat
         return test(args, data, device, best_of(last)) if rank() == 0 else {}, data
 
 
-def load_data(args, device, splits, checkpoint: dict, data: Data | None) -> Data:
-    """Return the recordings that the flags name, `data` if it is these.
-
-    By default they are from the data set of the network to resume or to test.
-    """
-    if checkpoint:
-        args.dataset = nmnist.trained_dataset(args.data_dir, args.dataset, checkpoint["data"])
-    return nmnist.load_data(args, device, splits, data)
-
-
-@contextlib.contextmanager
-def hold_folders(args: argparse.Namespace) -> Iterator[None]:
-    """Hold save_dir and log_dir, where other runs of this network are refused; a test does not."""
-    with contextlib.ExitStack() as held:
-        for name in ("save_dir", "log_dir") if not args.test_only else ():
-            folder = utils.hold_folder(f"--{name}", getattr(args, name), network_config(args).name)
-            held.enter_context(folder)
-        yield
+def hold_folders(args: argparse.Namespace):
+    """Hold the folders that are written to, in which other such runs are refused."""
+    name = network_config(args).name
+    if args.test_only:
+        return utils.hold_folders(f"{name}_test", log_dir=args.log_dir)
+    return utils.hold_folders(name, save_dir=args.save_dir, log_dir=args.log_dir)
 
 
 def print_next(argv: list[str], args: argparse.Namespace) -> None:
@@ -857,11 +802,10 @@ def run_seeds(parser, argv, args: argparse.Namespace, seeds: list[int], device) 
     tests, data = [], None
     with hold_folders(args):
         for seed in seeds:
-            own = argparse.Namespace(**vars(args))
-            own.seed = seed
+            print(f"seed        {seed}")
+            own = argparse.Namespace(**vars(args) | {"seed": seed})
             own.save_dir = str(Path(args.save_dir, f"seed_{seed}"))
             own.log_dir = str(Path(args.log_dir, f"seed_{seed}"))
-            print(f"seed        {seed}")
             metrics, data = run(parser, argv, own, device, data)
             args.dataset = own.dataset  # that of the first one's checkpoint, if there is one
             if rank() == 0:
@@ -875,16 +819,15 @@ def print_seeds(tests: list[dict], path: Path) -> None:
     """Print mean and standard deviation of the accuracies; write a row for each seed."""
     rows = []
     for metrics in tests:
-        results = {"accuracy": metrics["accuracy"]}
+        results = {name: metrics[name] for name in ("epoch", "loss", "accuracy")}
         for readout, accuracy in metrics["accuracy_by_readout"].items():
             results[f"accuracy_{readout}"] = accuracy
-        results |= {"test_loss": metrics["loss"], "epoch": metrics["epoch"]}
         conditions = metrics["trained_on"] | metrics["tested_on"] | metrics["settings"]
         conditions |= {name: metrics[name] for name in ("precision", "neuron_backend")}
         rows.append(results | conditions)
-    other = [name for name in conditions if any(row[name] != rows[0][name] for row in rows)]
-    if other := [name for name in other if name != "seed"]:
-        utils.warn(f"these networks differ in more than their seed: {', '.join(other)}")
+    other = {name for name in conditions for row in rows if row[name] != rows[0][name]} - {"seed"}
+    if other:
+        utils.warn(f"these networks differ in more than their seed: {', '.join(sorted(other))}")
     utils.keep_earlier_files(path)
     utils.write_csv(path, rows)
     print(f"{f'{len(rows)} seeds':20} mean ± standard deviation")

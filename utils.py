@@ -15,7 +15,6 @@ import os
 import platform
 import secrets
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -87,20 +86,16 @@ def add_flag(parser, flag: str, default, text: str, **options) -> None:
         parser.add_argument(flag, default=default, help=text, **options)
 
 
-def number(kind: type, low: float, high: float = math.inf, open_low=False, open_high=False):
-    """Make an argparse type: a number from `low` to `high`, both included unless open."""
+def number(kind: type, low: float, high: float = math.inf):
+    """Make an argparse type: a finite number from `low` to `high`, both included."""
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a valid {kind.__name__}") from None
-        above = value > low if open_low else value >= low
-        below = value < high if open_high or high == math.inf else value <= high
-        if not (above and below):
-            limits = f"{'above' if open_low else 'at least'} {low}"
-            if high < math.inf:
-                limits += f" and {'below' if open_high else 'at most'} {high}"
+        if not low <= value <= high or value == math.inf:
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limits}")
         return value
 
@@ -305,15 +300,11 @@ def write_csv(path: str | Path, rows: list[dict]) -> None:
 
 
 def save_tensors(path: str | Path, content: dict) -> None:
-    """Write a dictionary of tensors, numbers, strings, lists and dictionaries, atomically.
-
-    A file of this content is left as it is.
-    """
-    path, buffer = Path(path), io.BytesIO()  # to a full disk, torch.save raises a RuntimeError
+    """Write a dictionary of tensors, numbers, strings, lists and dictionaries, atomically."""
+    buffer = io.BytesIO()  # to a full disk, torch.save raises a RuntimeError
     torch.save(content, buffer)
-    if not path.is_file() or path.read_bytes() != buffer.getbuffer():
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def keep_earlier_files(*paths: Path) -> None:
@@ -329,32 +320,24 @@ def keep_earlier_files(*paths: Path) -> None:
 
 
 @contextlib.contextmanager
-def hold_folder(flag: str, folder: str | Path, name: str) -> Iterator[None]:
-    """Hold the folder of `flag` for training the network `name`, in the first process.
+def hold_folders(name: str, **folders: str | Path) -> Iterator[None]:
+    """Hold folders, by flag, for the run `name`, in the first process.
 
-    Raises `UserError` if it can't be written to, or if another run holds it; a killed process holds
-    nothing.
+    Raises `UserError` if one can't be written to, or is held by another such run; a killed process
+    holds nothing.
     """
-    if rank() > 0:
+    with contextlib.ExitStack() as held:
+        for flag, folder in folders.items() if rank() == 0 else ():
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(Path(folder) / f".{name}_{flag}.lock", timeout=2))
+            except Timeout:
+                message = f"--{flag} {folder}: another run of {name} is there: choose another"
+                raise UserError(message) from None
+            except OSError as error:
+                message = f"--{flag} {folder} can't be written to: {error.strerror}"
+                raise UserError(message) from None
         yield
-        return
-    check_folder(flag, folder)
-    try:
-        held = FileLock(Path(folder) / f".{name}_{flag.strip('-')}.lock").acquire(timeout=2)
-    except Timeout:
-        message = f"{flag} {folder}: another run trains {name} there; choose another folder"
-        raise UserError(message) from None
-    with held:
-        yield
-
-
-def check_folder(flag: str, folder: str | Path) -> None:
-    """Make `folder` if it is missing; raise `UserError` naming `flag` if it can't be written to."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"{flag} {folder} can't be written to: {error.strerror}") from None
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
@@ -483,17 +466,10 @@ def plot_confusion_matrix(counts: np.ndarray, title: str, path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_accuracy_over_time(
-    accuracy: np.ndarray,
-    early_exits: list[dict],
-    saccade_ends: list[float],
-    step_ms: float | None,
-    title: str,
-    path: Path,
-) -> None:
+def plot_accuracy_over_time(accuracy, early_exits, saccade_ends, step_ms, title, path) -> None:
     """Draw the accuracy [T] of predictions after each step, and of early exits at their mean step.
 
-    `saccade_ends` are in steps, `step_ms` is the duration of a step, if it is known.
+    `saccade_ends` are in steps, `step_ms` is the duration of a step, None if it varies.
     """
     figure, axis = plt.subplots(figsize=(9, 5.2))
     steps = np.arange(1, len(accuracy) + 1)

@@ -592,7 +592,7 @@ def test_a_run_holds_its_folder_until_ctrl_c_ends_it_in_one_line(tmp_path, made_
     process = start(tmp_path, made_data_dir, *STEP, "--epochs", 10_000)
     while not process.stdout.readline().startswith("epoch"):
         assert process.poll() is None
-    message = f"--save_dir {tmp_path / 'checkpoints'}: another run trains cnn there"
+    message = f"--save_dir {tmp_path / 'checkpoints'}: another run of cnn is there"
     with pytest.raises(utils.UserError, match=message):
         train(tmp_path, made_data_dir, *STEP, "--epochs", 1)
     train(tmp_path, made_data_dir, *STEP, "--epochs", 1, "--no_spikes")  # another network may
@@ -1227,8 +1227,8 @@ def test_a_run_that_is_refused_renames_no_file(tmp_path, made_data_dir):
         folder = tmp_path / {"save_dir": "checkpoints", "log_dir": "logs"}[name]
         elsewhere = [f"--{name}={folder}", f"--{other}={tmp_path / 'other'}"]
         for seeds in ([3], [3, 7]):
-            message = f"--{name} .*: another run trains cnn there"
-            held = utils.hold_folder(f"--{name}", folder, "cnn")
+            message = f"--{name} .*: another run of cnn is there"
+            held = utils.hold_folders("cnn", **{name: folder})
             with held, pytest.raises(utils.UserError, match=message):
                 main(tmp_path, made_data_dir, *flags, *elsewhere, "--seed", *seeds)
     for seeds in ([3], [3, 7]):
