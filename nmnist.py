@@ -606,14 +606,14 @@ def open_by_flags(args: argparse.Namespace, splits: Sequence[str] = SPLITS) -> l
     return open_recordings(args.data_dir, args.dataset, splits, **options)
 
 
-def take_dataset(args: argparse.Namespace, checkpoint: dict) -> None:
-    """Make `--dataset auto` 'simulated' if `checkpoint`, if any, was, and they are there.
+def trained_dataset(data_dir: str | Path, dataset: str, trained: dict[str, str]) -> str:
+    """Return `dataset`, or for 'auto' 'simulated' if a network was trained on these recordings.
 
-    A user who was offline, and has N-MNIST now, tests on what the network was trained on.
+    `trained` is `Data.describe()` of the training. They must be in `data_dir`: a user who was
+    offline, and has N-MNIST now, tests on what the network was trained on.
     """
-    simulated = checkpoint.get("data", {}).get("source") == "simulated"
-    if args.dataset == "auto" and simulated and Path(args.data_dir, SIMULATED).is_dir():
-        args.dataset = "simulated"
+    simulated = trained.get("source") == "simulated" and (Path(data_dir) / SIMULATED).is_dir()
+    return "simulated" if dataset == "auto" and simulated else dataset
 
 
 def describe_difference(tested: dict[str, str], trained: dict[str, str]) -> str:

@@ -759,11 +759,11 @@ def run(parser, argv, args, device, data: Data | None = None) -> tuple[dict, Dat
         if args.test_only:
             checkpoint = load_checkpoint(args, "best")
             take_settings(parser, argv, args, checkpoint["settings"])
-            nmnist.take_dataset(args, checkpoint)
+            args.dataset = nmnist.trained_dataset(args.data_dir, args.dataset, checkpoint["data"])
             data = nmnist.load_data(args, device, ["test"], data)
             return test(args, data, device, checkpoint), data
         last = load_last(args)
-        nmnist.take_dataset(args, last)
+        args.dataset = nmnist.trained_dataset(args.data_dir, args.dataset, last.get("data", {}))
         with utils.first_process_first():  # it downloads and bins, the others read the cache
             data = nmnist.load_data(args, device, loaded=data)
         try:

@@ -213,8 +213,8 @@ def main(argv: list[str] | None = None) -> None:
     path = Path(args.save_dir) / f"{args.model}_best.pt"
     needed = [*vars(models.NetworkConfig()), *utils.flag_names(nmnist.add_frame_flags)]
     checkpoint = utils.load_checkpoint(path, (), needed, model=args.model, no_spikes=False)
-    device = utils.prepare_device(args.device)
-    nmnist.take_dataset(args, checkpoint)
+    device, trained = utils.prepare_device(args.device), checkpoint["data"]
+    args.dataset = nmnist.trained_dataset(args.data_dir, args.dataset, trained)
     settings = argparse.Namespace(**checkpoint["settings"] | vars(args))
     data = nmnist.load_data(settings, device, ["test"])
     if args.sample >= len(data.test):
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     except models.NetworkError as error:
         raise UserError(f"--model {args.model}: {error}") from None
     name = f"{network.title}{network.note} on {data.name}"
-    if other := nmnist.describe_difference(data.describe(), checkpoint["data"]):
+    if other := nmnist.describe_difference(data.describe(), trained):
         name += f" ({other})"
         utils.warn(name)
     draw_recording(args, network, data.test, name)
