@@ -54,11 +54,12 @@ def flags(parser) -> dict:
     return {action.option_strings[-1]: action.default for action in actions}
 
 
-def data_flags() -> set[str]:
-    """Return the flags of recordings and frames, which the README documents once for all."""
+def shared_flags() -> set[str]:
+    """Return the flags that several scripts take, which the README documents once for all."""
     parser = argparse.ArgumentParser()
     nmnist.add_data_flags(parser)
     nmnist.add_frame_flags(parser)
+    utils.add_device_flags(parser)
     return set(flags(parser))
 
 
@@ -83,7 +84,7 @@ def test_tables_of_flags_match_the_parsers(script):
     actual = flags(SCRIPTS[script].make_parser())
     trains = script == "train_nmnist.py"
     stated = tables_of_flags("flag" if trains else f"`{script}`")
-    assert set(stated) == set(actual) - (set() if trains else data_flags())
+    assert set(stated) == set(actual) - (set() if trains else shared_flags())
     for flag, text in stated.items():
         default = actual[flag]
         if flag == "--lr":
