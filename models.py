@@ -505,10 +505,10 @@ def restore_network(checkpoint: dict, device="cpu", neuron_backend="auto", preci
 def run_options(
     device: torch.device, neuron_backend: str, precision: str, trained: dict | None = None
 ) -> dict[str, str]:
-    """Return the options of `build_model` for `device`, with something else for 'auto'.
+    """Return the options of `build_model`, where 'auto' is replaced.
 
-    That is what the device computes fast; of a network that was `trained`, an entry of a history,
-    it is what was used then, if the device computes it fast.
+    For a new network, by what is fastest on `device`; for one that was trained, by what was used
+    then, as an entry `trained` of its history says, unless `device` is slow at it.
     """
     trained = trained or {"precision": "bf16", "neuron_backend": "fused"}
     if device.type == "cuda":
@@ -519,17 +519,17 @@ def run_options(
     if precision == "auto":
         precision = trained["precision"] if computes_bf16 else "fp32"
     elif precision == "bf16" and not computes_bf16:
-        warn(f"--precision bf16: this {device.type} does not compute it, fp32 is faster")
+        warn(f"--precision bf16: this {device.type} has no fast bf16, fp32 is faster")
     if neuron_backend == "auto":
         neuron_backend = "step" if trained["neuron_backend"] == "step" else "fused"
     if neuron_backend == "fused" and device.type == "mps":  # for which no kernel was written
-        warn("--neuron_backend fused: on mps, neurons run step by step")
+        warn("on mps, neurons run step by step")
         neuron_backend = "step"
     return {"neuron_backend": neuron_backend, "precision": precision}
 
 
 def how_it_runs(network: SpikingNetwork) -> dict[str, str | int]:
-    """Return what shapes the numbers beside settings and data, for histories and metrics."""
+    """Return what stands in histories and metrics of how a network was run."""
     return {
         "device": next(network.parameters()).device.type,
         "precision": network.precision,

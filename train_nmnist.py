@@ -29,6 +29,7 @@ import snntorch.functional as SF
 import torch
 from sklearn.metrics import confusion_matrix
 from snntorch import SpikingNeuron
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
@@ -120,7 +121,7 @@ def add_running_flags(group) -> None:
     flag("--save_dir", "./checkpoints", "folder of the checkpoints")
     flag("--log_dir", "./logs", "folder of history, metrics and figures")
     utils.add_device_flags(group)
-    flag("--resume", False, "continue the last run of this model in save_dir, if there is one")
+    flag("--resume", False, "go on with the run of this command in save_dir, if there is one")
     flag("--test_only", False, "test the best checkpoint, without training")
     flag("--visualize", False, "write figures to log_dir")
 
@@ -150,28 +151,29 @@ def take_settings(parser, argv: list[str], args: argparse.Namespace, trained: di
     for name, value in trained.items():
         asked = getattr(typed, name)
         if asked != value:
-            print(f"ignored     --{name} {asked}: {args.save_dir} was trained with {value}")
+            print(f"ignored     --{name} {asked}: the network was trained with {value}")
         setattr(args, name, value)
     if args.loss not in LOSSES:
         raise UserError(f"--loss {args.loss}: this script does not add it to LOSSES")
 
 
 def check_same_command(args: argparse.Namespace, trained: dict) -> None:
-    """Raise `UserError` if a run to resume has other settings; its epochs may become more."""
+    """Raise `UserError` if the settings are not those `trained` of a run; epochs may be more."""
     asked = settings_of(args)
     other = [name for name in asked if name != "epochs" and asked[name] != trained[name]]
     if args.epochs < trained["epochs"]:
         other.append("epochs")
     if other:
-        command = shlex.join(["python", sys.argv[0], *flags_of(vars(args) | trained)])
+        flags = vars(args) | trained | {"epochs": max(args.epochs, trained["epochs"])}
+        command = shlex.join(["python", sys.argv[0], *flags_of(flags)])
         raise UserError(
-            f"--resume: the run in {args.save_dir} has another {', '.join(other)}: continue it by "
+            f"--resume: the run in {args.save_dir} differs in {', '.join(other)}: continue it by "
             f"`{command}`, or omit --resume to start a new run"
         )
 
 
 def flags_of(values: dict) -> list[str]:
-    """Return the flags that set `values`, without those that are defaults."""
+    """Return the flags that set `values`, without those that are the parser's defaults."""
     defaults = vars(make_parser().parse_args([]))
     flags = []
     for name, value in values.items():
@@ -239,6 +241,7 @@ def train_one_epoch(network, ema, optimizer, loss_fn, batches: Iterator, step: i
     share if there are several. `step` is the number of training steps before.
     """
     network.train()
+    own = network.module if isinstance(network, DistributedDataParallel) else network
     results, sizes = [], []  # of each batch; reading results synchronizes with a GPU
     for frames, labels in batches:
         spk, mem = network(frames)
@@ -246,7 +249,7 @@ def train_one_epoch(network, ema, optimizer, loss_fn, batches: Iterator, step: i
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        getattr(network, "module", network).clamp_decays()  # the one in DistributedDataParallel
+        own.clamp_decays()
         update_ema(ema, network, step)
         step += 1
         correct = (models.predict(spk.detach(), mem.detach(), ema.config.readout) == labels).sum()
@@ -330,7 +333,7 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, last: dict
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}")
     if last:
         resume(args, data, last, network, ema, optimizer)
-    elif rank() == 0:  # the files of an earlier run are kept, the one that makes it a run first
+    elif rank() == 0:  # an earlier run's files are renamed, first the one that --resume reads
         names = ("history.json", "test_metrics.json", "predictions.csv")
         checkpoints = (checkpoint_path(args, which) for which in ("last", "best"))
         utils.keep_earlier_files(*checkpoints, *(log_path(args, name) for name in names))
@@ -463,16 +466,16 @@ def save(args, data: Data, earlier: dict, entry: dict, network, ema, optimizer) 
         "training": {"network": network.state_dict(), "optimizer": optimizer.state_dict()},
     }
     utils.save_tensors(checkpoint_path(args, "last"), last)
-    write_parts(args, last)
+    write_best_and_history(args, last)
     return last
 
 
-def write_parts(args: argparse.Namespace, last: dict) -> None:
-    """Write what others read of a run: its best checkpoint, and its history."""
+def write_best_and_history(args: argparse.Namespace, last: dict) -> None:
+    """Write what of the last checkpoint is read by others than --resume."""
     utils.save_tensors(checkpoint_path(args, "best"), best_of(last))
     path = log_path(args, "history.json")
     logged = utils.read_json(path) or []
-    if logged != last["history"][: len(logged)]:  # of a run with another save_dir
+    if logged != last["history"][: len(logged)]:  # that of another run
         utils.keep_earlier_files(path)
     utils.write_json(path, last["history"])
 
@@ -500,15 +503,16 @@ def resume(args, data: Data, last: dict, network, ema, optimizer) -> None:
     models.load_weights(ema, last["network"])
     optimizer.load_state_dict(last["training"]["optimizer"])
     history, planned = last["history"], last["settings"]["epochs"]
-    now = models.how_it_runs(network) | {"processes": world_size()}
-    if changes := models.describe_changes(now, history[-1], now):
-        utils.warn(f"resumed otherwise than before, which gives other numbers: {changes}")
     left = "" if len(history) < args.epochs else ": nothing is left to train"
+    now = models.how_it_runs(network) | {"processes": world_size()}
+    changes = models.describe_changes(now, history[-1], names=now)
+    if changes and not left:
+        utils.warn(f"resumed otherwise than before, which gives other numbers: {changes}")
     print(f"resume      after epoch {len(history)} of {args.epochs}{left}")
     if args.scheduler and args.epochs != planned:
         print(f"schedule    planned over {planned} epochs, goes on over {args.epochs}")
     if left and rank() == 0:
-        write_parts(args, last)
+        write_best_and_history(args, last)
 
 
 # --- Testing --------------------------------------------------------------------------------------
@@ -598,6 +602,7 @@ def print_metrics(metrics: dict) -> None:
     args = argparse.Namespace(**metrics["settings"])
     over_time, step_ms = metrics["accuracy_over_time"], milliseconds_per_step(args)
     after = [int(end) for end in saccade_ends(args) if end >= 1]
+    times = [f"{over_time[t - 1]:.2%} at {t * step_ms:.0f} ms" for t in after]
     exit_at = next(e for e in metrics["early_exit"] if e["threshold"] == EXIT_THRESHOLD)
     exits = f"{exit_at['mean_steps']:.1f} of {len(over_time)} steps"
     by_readout = [f"{name} {x:.2%}" for name, x in metrics["accuracy_by_readout"].items()]
@@ -612,8 +617,7 @@ def print_metrics(metrics: dict) -> None:
         "test accuracy": f"{metrics['accuracy']:.2%} of {describe_test(metrics)}",
         "test loss": f"{metrics['loss']:.4f}",
         "by readout": "   ".join(by_readout),
-        "over time": "   ".join(f"{over_time[t - 1]:.2%} at {t * step_ms:.0f} ms" for t in after)
-        or "of no fixed duration",
+        "over time": "   ".join(times) or "of no fixed duration",
         f"exit at {EXIT_THRESHOLD:.0%}": f"{exit_at['accuracy']:.2%} after {exits}",
         "cost per recording": cost,
         "precision, neurons": f"{metrics['precision']}, {metrics['neuron_backend']}",
@@ -750,8 +754,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(parser, argv, args, device, data: Data | None = None) -> tuple[dict, Data | None]:
     """Train and test one network, or test it alone; return metrics and recordings.
 
-    `data` are recordings that may be those that the flags name. Of several processes, the first one
-    tests, and returns metrics.
+    `data` are the recordings of the seed before, if any. The first process alone returns metrics.
     """
     if args.test_only and rank() > 0:
         return {}, None
@@ -771,7 +774,7 @@ def run(parser, argv, args, device, data: Data | None = None) -> tuple[dict, Dat
         except KeyboardInterrupt:
             hint = "To go on after the last finished epoch, repeat the command with --resume."
             raise KeyboardInterrupt(hint) from None
-        return test(args, data, device, best_of(last)) if rank() == 0 else {}, data
+        return (test(args, data, device, best_of(last)) if rank() == 0 else {}), data
 
 
 def hold_folders(args: argparse.Namespace):
@@ -783,7 +786,7 @@ def hold_folders(args: argparse.Namespace):
 
 
 def print_next(argv: list[str], args: argparse.Namespace) -> None:
-    """Print the commands that test and draw what the command `argv` trained."""
+    """Print the commands that test and draw the network of the command `argv`."""
     if not args.visualize:
         # argparse takes --res for --resume, too.
         words = [word for word in argv if not (word[:5] == "--res" and "--resume".startswith(word))]
@@ -819,15 +822,18 @@ def print_seeds(tests: list[dict], path: Path) -> None:
     """Print mean and standard deviation of the accuracies; write a row for each seed."""
     rows = []
     for metrics in tests:
-        results = {name: metrics[name] for name in ("epoch", "loss", "accuracy")}
+        results = {"epoch": metrics["epoch"], "test_loss": metrics["loss"]}
+        results["accuracy"] = metrics["accuracy"]
         for readout, accuracy in metrics["accuracy_by_readout"].items():
             results[f"accuracy_{readout}"] = accuracy
         conditions = metrics["trained_on"] | metrics["tested_on"] | metrics["settings"]
         conditions |= {name: metrics[name] for name in ("precision", "neuron_backend")}
         rows.append(results | conditions)
-    other = {name for name in conditions for row in rows if row[name] != rows[0][name]} - {"seed"}
-    if other:
-        utils.warn(f"these networks differ in more than their seed: {', '.join(sorted(other))}")
+    if len({row["seed"] for row in rows}) < len(rows):
+        utils.warn("two of these networks are of the same seed")
+    differing = {name for name in conditions for row in rows if row[name] != rows[0][name]}
+    if other := sorted(differing - {"seed"}):
+        utils.warn(f"these networks differ in more than their seed: {', '.join(other)}")
     utils.keep_earlier_files(path)
     utils.write_csv(path, rows)
     print(f"{f'{len(rows)} seeds':20} mean ± standard deviation")

@@ -124,13 +124,9 @@ def add_device_flags(parser) -> None:
     """Add the flags that say on what a network runs, and how."""
     device = "where to compute (default: cuda where there is one)"
     add_flag(parser, "--device", None, device, choices=["cuda", "cpu", "mps"])
-    precision = (
-        "type of the layers; auto: as the network was trained, if the hardware computes it; "
-    )
-    precision += "if new, bf16 where the hardware computes it, else fp32"
+    precision = "type of the layers; auto: as trained; if new, bf16 if that is fast here, else fp32"
     add_flag(parser, "--precision", "auto", precision, choices=["auto", "bf16", "fp32"])
-    backend = "fused: compiled neurons; step: snnTorch's neurons, step by step; "
-    backend += "auto: as the network was trained, if new fused"
+    backend = "fused: compiled neurons; step: snnTorch's, step by step; auto: as trained, or fused"
     add_flag(parser, "--neuron_backend", "auto", backend, choices=["auto", "fused", "step"])
 
 
@@ -195,8 +191,8 @@ def init_distributed(device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        hours = datetime.timedelta(hours=2)  # while the first process downloads, bins, tests
-        distributed.init_process_group(backend, timeout=hours)
+        timeout = datetime.timedelta(hours=2)  # while the first process downloads, bins, tests
+        distributed.init_process_group(backend, timeout=timeout)
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -350,16 +346,12 @@ def load_checkpoint(
 ) -> dict:
     """Read a checkpoint that `train_nmnist.py` wrote onto the CPU; no code in it is run.
 
-    It holds `settings`, `data`, `versions`, `history` and `network`; that of the last epoch also
-    `best_network` and `training`. Raises `UserError` if the file is missing, can't be read, lacks
-    one of these `parts` or `settings`, has other settings than are `expected`, or its network is
-    not finite.
+    It holds `settings`, `data`, `versions`, `history` and `network`; the last checkpoint of a run
+    also `best_network` and `training`. Raises `UserError` if the file is missing, can't be read,
+    lacks one of these `parts` or `settings`, has not the settings that are `expected`, or its
+    network is not finite.
     """
-    name = Path(path).stem.rpartition("_")[0]  # without 'best' or 'last'
-    flags = f"--model {name.removesuffix('_relu')} --save_dir {Path(path).parent}"
-    if name.endswith("_relu"):
-        flags += " --no_spikes"
-    train = f"train a network with `python train_nmnist.py {flags}`"
+    train = f"train a network in {Path(path).parent}, or repeat its training command with --resume"
     if not Path(path).exists():
         raise UserError(f"no checkpoint at {path}: {train}")
     try:
@@ -377,13 +369,13 @@ def what_is_wrong(checkpoint: dict, parts, settings, expected: dict) -> str:
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         return "was written by another version of this project"
     found = checkpoint["settings"]
-    missing = [name for name in parts if name not in checkpoint]
+    missing = [name for name in ("data", "versions", *parts) if name not in checkpoint]
     missing += [name for name in settings if name not in found]
     if missing or not checkpoint["history"]:
         return f"holds no {', '.join(missing) or 'history'}"
     for name, value in expected.items():
         if found[name] != value:
-            return f"holds another network, of --{name} {found[name]}"
+            return f"holds another network, whose {name} is {found[name]}"
     return "" if is_finite(checkpoint["network"]) else "holds weights that are not finite"
 
 

@@ -604,7 +604,7 @@ def test_a_run_holds_its_folder_until_ctrl_c_ends_it_in_one_line(tmp_path, made_
     assert "repeat the command with --resume" in last_line
     assert not [path for path in files_in(tmp_path) if path.name.startswith(".")]
     saved = len(checkpoint(tmp_path)["history"])
-    with pytest.raises(utils.UserError, match="has another epochs: continue it by"):
+    with pytest.raises(utils.UserError, match="differs in epochs: continue it by"):
         train(tmp_path, made_data_dir, *STEP, "--resume", "--epochs", saved + 1)
     assert len(checkpoint(tmp_path)["history"]) == saved
 
@@ -750,7 +750,7 @@ def test_a_new_run_that_is_killed_at_once_does_not_go_on_as_the_one_before(
         width = checkpoint(folder)["settings"]["width"] if last.exists() else None
         widths.add(width)
         if width == 2:
-            with pytest.raises(utils.UserError, match=r"has another width, lr: .*--width=2"):
+            with pytest.raises(utils.UserError, match=r"differs in width, lr: .*--width=2"):
                 train(folder, made_data_dir, *flags, "--resume")
             assert sorted(contents(folder).values()) == sorted(wide)
             train(folder, made_data_dir, *flags)
@@ -768,15 +768,13 @@ def test_a_resumed_run_refuses_other_settings(trained, made_data_dir, capsys):
     flags = ["--model", model, "--epochs", 5, "--resume"]
     settings = {k: v for k, v in OTHER.items() if k != "alpha" or model == "resnet"}
     for name, value in (settings | {"epochs": 4}).items():
-        message = (
-            rf"{folder}/checkpoints has another {name}: continue it by `python \S+ .*--resume`"
-        )
+        message = rf"{folder}/checkpoints differs in {name}: continue it by `python \S+ .*--resume`"
         with pytest.raises(utils.UserError, match=message) as error:
             train(folder, made_data_dir, *flags, *typed({name: value}))
         message = str(error.value)
         assert message.endswith(", or omit --resume to start a new run")
         pasted = shlex.split(message[message.index("`") + 1 : message.rindex("`")])[2:]
-    with pytest.raises(utils.UserError, match="has another batch_size, val_split, time_steps:"):
+    with pytest.raises(utils.UserError, match="differs in batch_size, val_split, time_steps:"):
         main(folder, made_data_dir, "--model", model, "--resume")
     assert contents(folder) == before
     train_nmnist.main(pasted)
@@ -834,8 +832,8 @@ def test_a_checkpoint_of_another_network_is_refused_in_every_script(
     no_steps = {name: value for name, value in whole["settings"].items() if name != "time_steps"}
     cut = whole["network"] | {"fc1.weight": torch.zeros(3, 3)}
     files = {
-        "holds another network, of --model resnet": resnet,
-        "holds another network, of --no_spikes True": whole
+        "holds another network, whose model is resnet": resnet,
+        "holds another network, whose no_spikes is True": whole
         | {"settings": whole["settings"] | {"no_spikes": True}},
         "holds no time_steps": whole | {"settings": no_steps},
         "holds no history": whole | {"history": []},
@@ -1191,7 +1189,9 @@ def test_several_seeds_end_with_a_table(tmp_path, made_data_dir, capsys):
     assert metrics[0]["loss"] != metrics[1]["loss"]
     rows = read_csv(many / "logs" / "cnn_seeds.csv")
     assert [int(row["seed"]) for row in rows] == [3, 7]
-    assert [float(row["accuracy"]) for row in rows] == [m["accuracy"] for m in metrics]
+    for name, metric in (("accuracy", "accuracy"), ("test_loss", "loss"), ("epoch", "epoch")):
+        assert [float(row[name]) for row in rows] == [m[metric] for m in metrics]
+    assert {row["loss"] for row in rows} == {"ce"}
     for name in ("membrane", "rate", "latency"):
         values = [m["accuracy_by_readout"][name] for m in metrics]
         assert [float(row[f"accuracy_{name}"]) for row in rows] == values
@@ -1413,13 +1413,16 @@ def test_what_a_script_does_not_know_is_told_in_one_line(
     tmp_path, made_data_dir, my_net, monkeypatch, capsys
 ):
     flags = ["--model", my_net, "--epochs", 1]
-    with pytest.raises(utils.UserError, match=r"--model my_net --save_dir \S*checkpoints`"):
+    with pytest.raises(
+        utils.UserError,
+        match=r"no checkpoint at \S*my_net_best.pt: train a network in \S*checkpoints, or",
+    ):
         train(tmp_path, made_data_dir, "--model", my_net, "--test_only")
     train(tmp_path, made_data_dir, *flags, "--loss", "margin")
     monkeypatch.delitem(train_nmnist.LOSSES, "margin")
     with pytest.raises(utils.UserError, match="--loss margin: this script does not add it"):
         main(tmp_path, made_data_dir, "--model", my_net, "--test_only")
-    with pytest.raises(utils.UserError, match=r"has another loss: .* --loss=margin"):
+    with pytest.raises(utils.UserError, match=r"differs in loss: .* --loss=margin"):
         train(tmp_path, made_data_dir, *flags, "--resume")
     train(tmp_path, made_data_dir, *flags)
     # The network is changed meanwhile, then by a neuron that cannot be stepped.
@@ -1602,9 +1605,12 @@ def test_a_table_of_networks_that_differ_in_more_than_their_seed_says_so(
     assert "these networks differ in more than their seed: time_steps\n" in captured.err
     rows = read_csv(tmp_path / "log" / "cnn_seeds.csv")
     assert [(row["seed"], row["time_steps"]) for row in rows] == [("0", "2"), ("1", "3")]
-    shutil.copytree(tmp_path / "save" / "seed_0", tmp_path / "save" / "seed_2")
-    main(tmp_path, made_data_dir, "--test_only", "--seed", 0, 2, *folders)
-    assert re.search("ignored +--seed 2: .*seed_2 was trained with 0", capsys.readouterr().out)
+    shutil.copytree(tmp_path / "save" / "seed_1", tmp_path / "save" / "seed_2")
+    for seeds, told in (((0, 1, 2), "more than their seed: time_steps"), ((1, 2), "the same seed")):
+        main(tmp_path, made_data_dir, "--test_only", "--seed", *seeds, *folders)
+        captured = capsys.readouterr()
+        assert re.search("ignored +--seed 2: the network was trained with 1", captured.out)
+        assert told in captured.err
 
 
 def test_a_folder_that_cannot_be_made_is_found_before_training(tmp_path, made_data_dir):

@@ -194,7 +194,7 @@ class Exploit:
 def test_files_that_are_not_checkpoints_are_refused_by_name_and_never_run(tmp_path):
     marker, network = tmp_path / "marker", {"weight": torch.ones(2)}
     whole = {"format": utils.CHECKPOINT_FORMAT, "network": network}
-    whole |= {"settings": {"model": "cnn"}, "history": [{"epoch": 1}]}
+    whole |= {"settings": {}, "history": [{"epoch": 1}], "data": {}, "versions": {}}
     contents = {
         "other": {"other": 1},
         "list": [1, 2],
@@ -218,7 +218,7 @@ def test_files_that_are_not_checkpoints_are_refused_by_name_and_never_run(tmp_pa
         message = str(error.value)
         assert str(path) in message
         assert "\n" not in message
-        assert "train a network with `python train_nmnist.py" in message
+        assert f"train a network in {tmp_path}, or repeat its training command with" in message
         assert ("another version of this project" in message) == (name in ("older", "newer"))
         assert ("not finite" in message) == (name in ("nan", "infinite"))
     assert not marker.exists()
@@ -227,7 +227,7 @@ def test_files_that_are_not_checkpoints_are_refused_by_name_and_never_run(tmp_pa
 def test_checkpoints_that_are_cut_short_are_refused_by_name(tmp_path):
     path = tmp_path / "cnn_last.pt"
     whole = {"format": utils.CHECKPOINT_FORMAT, "network": {"weight": torch.arange(100.0)}}
-    whole |= {"settings": {}, "history": [{"epoch": 1}]}
+    whole |= {"settings": {}, "history": [{"epoch": 1}], "data": {}, "versions": {}}
     utils.save_tensors(path, whole)
     content = path.read_bytes()
     assert torch.equal(utils.load_checkpoint(path)["network"]["weight"], torch.arange(100.0))
