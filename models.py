@@ -497,7 +497,7 @@ def restore_network(checkpoint: dict, device="cpu", neuron_backend="auto", preci
     load_weights(network, checkpoint["network"])
     network = network.to(device).eval()
     if changes := describe_changes(how_it_runs(network), trained, ("precision", "neuron_backend")):
-        warn(f"the network runs otherwise than in its training: {changes}")
+        print(f"WARNING: the network runs otherwise than when trained: {changes}", file=sys.stderr)
         network.note = f" ({changes})"
     return network
 

@@ -356,6 +356,8 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, last: dict
             trained = train_one_epoch(parallel, ema, optimizer, loss_fn, batches, step, bar)
         speed = len(order) / (time.perf_counter() - start)
         if rank() == 0:
+            # Also what training changes in buffers, such as a threshold that adapts.
+            ema.load_state_dict(dict(network.named_buffers()), strict=False)
             entry = {"epoch": epoch} | trained
             entry |= validate(args, data, ema, order[:NORM_RECORDINGS], val_indices)
             check_finite(args, entry, network, ema)
@@ -505,8 +507,7 @@ def resume(args, data: Data, last: dict, network, ema, optimizer) -> None:
     history, planned = last["history"], last["settings"]["epochs"]
     left = "" if len(history) < args.epochs else ": nothing is left to train"
     now = models.how_it_runs(network) | {"processes": world_size()}
-    changes = models.describe_changes(now, history[-1], names=now)
-    if changes and not left:
+    if not left and (changes := models.describe_changes(now, history[-1], names=now)):
         utils.warn(f"resumed otherwise than before, which gives other numbers: {changes}")
     print(f"resume      after epoch {len(history)} of {args.epochs}{left}")
     if args.scheduler and args.epochs != planned:
@@ -745,7 +746,8 @@ def main(argv: list[str] | None = None) -> None:
             metrics, _ = run(parser, argv, args, device)
             if rank() == 0:
                 print_metrics(metrics)
-                print_next(argv, args)
+                if argv == sys.argv[1:] and Path(sys.argv[0]).is_file():  # else nothing was typed
+                    print_next(argv, args)
     except models.NetworkError as error:
         raise UserError(f"--model {args.model}: {error}") from None
     utils.leave_distributed()

@@ -1078,9 +1078,8 @@ def test_what_was_trained_in_bf16_is_tested_in_fp32_where_that_is_faster(
         lambda: visualize_activations.main(["--device=cpu", "--visualize_all", *folders]),
         lambda: restore_network(checkpoint(tmp_path)),
     ):
-        warn.cache_clear()
         test()
-        told = "WARNING: the network runs otherwise than in its training: precision: fp32, was bf16"
+        told = "WARNING: the network runs otherwise than when trained: precision: fp32, was bf16"
         assert capsys.readouterr().err.splitlines()[0] == told
     assert read_log(tmp_path, "cnn_test_metrics.json")["precision"] == "fp32"
     assert read_log(tmp_path, "cnn_test_metrics.1.json") == before
@@ -1351,6 +1350,27 @@ def margin(spk, mem, labels):
     return torch.nn.functional.multi_margin_loss(mem.mean(0), labels)
 
 
+class Adapts(snn.Leaky):
+    """A neuron whose threshold rises while it is trained."""
+
+    def forward(self, *inputs):
+        self.threshold += 0.01 * self.training
+        return super().forward(*inputs)
+
+
+def test_what_training_changes_in_buffers_is_tested_and_resumed(
+    tmp_path, made_data_dir, my_net, monkeypatch
+):
+    monkeypatch.setattr(MyNet, "make_lif", lambda self, shape: Adapts(0.5))
+    flags = [*STEP, "--model", my_net, "--batch_size", 96, "--epochs"]
+    train(tmp_path, made_data_dir, *flags, 1)
+    train(tmp_path, made_data_dir, *flags, 3, "--resume")
+    last = checkpoint(tmp_path, model=my_net)
+    assert last["training"]["network"]["lif3.neuron.threshold"].item() == pytest.approx(1.06)
+    # Two steps an epoch; norms are measured in another pass of two steps.
+    assert last["network"]["lif3.neuron.threshold"].item() == pytest.approx(1.08)
+
+
 @pytest.fixture
 def my_net(monkeypatch):
     """The name of a network of one's own, beside a loss of one's own."""
@@ -1533,8 +1553,10 @@ def test_a_training_step_waits_for_nothing(made_data_dir, device, model, precisi
 @pytest.fixture
 def one_epoch(tmp_path, made_data_dir, capsys, monkeypatch):
     """The folder of a network that was trained for an epoch; its output is in `capsys`."""
-    monkeypatch.setattr(sys, "argv", ["own.py"])
-    train(tmp_path, made_data_dir, *STEP, "--epochs", 1)
+    (tmp_path / "own.py").touch()
+    flags = flags_for(tmp_path, made_data_dir, *SHORT, *STEP, "--epochs", 1)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "own.py"), *flags])
+    train_nmnist.main()
     return tmp_path
 
 
@@ -1542,8 +1564,9 @@ def test_the_end_of_training_names_the_command_that_draws(one_epoch, made_data_d
     """That of one's own script; there is none that draws its layers."""
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next")]
     (command,) = [line.removeprefix("next ").split() for line in lines]
-    assert command[:2] == ["python", "own.py"]
-    main(one_epoch, made_data_dir, *BY_STEP, *command[2:])
+    assert command[:2] == ["python", str(one_epoch / "own.py")]
+    train_nmnist.main(command[2:])
+    assert "next" not in capsys.readouterr().out  # by a script: nothing was typed
     assert (one_epoch / "logs" / "cnn_samples.png").is_file()
 
 
