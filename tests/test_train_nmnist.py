@@ -1088,34 +1088,40 @@ def test_what_was_trained_in_bf16_is_tested_in_fp32_where_that_is_faster(
         in_training = name == "training_results.png"
         assert ("SpikingCNN (precision: fp32, was bf16)" in title) != in_training
     train(tmp_path, made_data_dir, *STEP, "--epochs", 2, "--resume")
-    assert (
-        "resumed otherwise than before, which gives other numbers: precision: fp32, was bf16"
-        in (capsys.readouterr().err)
-    )
+    told = "resumed otherwise than before, which gives other numbers: precision: fp32, was bf16\n"
+    assert told in capsys.readouterr().err
+    entries = read_log(tmp_path, "cnn_history.json")
+    assert [entry["precision"] for entry in entries] == ["bf16", "fp32"]
 
 
 def test_other_ways_to_run_are_told_and_their_results_kept(tmp_path, made_data_dir, capsys):
     train(tmp_path, made_data_dir, *STEP, "--epochs", 1, "--precision", "fp32")
-    first = contents(tmp_path / "logs")
+    first, trained = contents(tmp_path / "logs"), read_log(tmp_path, "cnn_test_metrics.json")
     for n, flags in enumerate((["--precision", "bf16"], ["--neuron_backend", "fused"]), start=1):
         main(tmp_path, made_data_dir, "--test_only", *flags)
         metrics = read_log(tmp_path, "cnn_test_metrics.json")
         assert metrics[flags[0][2:]] == flags[1]
-        assert table(capsys.readouterr().out)["precision, neurons"] == (
-            f"{metrics['precision']}, {metrics['neuron_backend']}"
-        )
+        assert metrics["loss"] == pytest.approx(trained["loss"], rel=0.05)
+        output = capsys.readouterr().out
+        how = f"{metrics['precision']}, {metrics['neuron_backend']}"
+        assert table(output)["precision, neurons"] == how
+        assert "ignored" not in output
         for name in ("cnn_test_metrics{}.json", "cnn_predictions{}.csv"):
             kept = tmp_path / "logs" / name.format(f".{n}")
             assert (n > 1) or kept.read_bytes() == first[tmp_path / "logs" / name.format("")]
     assert len(list((tmp_path / "logs").glob("cnn_predictions.?.csv"))) == 2
     torch.set_num_threads(2)
     try:
-        train(tmp_path, made_data_dir, *STEP, "--epochs", 2, "--resume")
+        flags = ["--precision", "bf16", "--neuron_backend", "fused", "--time_steps", 2]
+        train(tmp_path, made_data_dir, *flags, "--epochs", 2, "--resume")
     finally:
         torch.set_num_threads(1)
-    told = "WARNING: resumed otherwise than before, which gives other numbers: threads: 2, was 1\n"
+    told = "WARNING: resumed otherwise than before, which gives other numbers: precision: bf16, "
+    told += "was fp32; neuron_backend: fused, was step; threads: 2, was 1\n"
     assert told in capsys.readouterr().err
-    assert [entry["threads"] for entry in read_log(tmp_path, "cnn_history.json")] == [1, 2]
+    entries = read_log(tmp_path, "cnn_history.json")
+    how = [[e[name] for name in ("precision", "neuron_backend", "threads")] for e in entries]
+    assert how == [["fp32", "step", 1], ["bf16", "fused", 2]]
 
 
 def test_a_test_on_other_data_says_so_and_keeps_the_metrics(tmp_path, made_data_dir, capsys):
