@@ -77,12 +77,8 @@ def add_network_flags(group) -> None:
     share = number(float, 0, 1)
     flag("--model", default.model, "network", choices=list(models.NETWORKS))
     flag("--beta", default.beta, "decay of the membrane potential per step", type=share)
-    flag(
-        "--threshold",
-        default.threshold,
-        "potential above which a neuron fires",
-        type=number(float, 1e-6),
-    )
+    threshold = "potential above which a neuron fires"
+    flag("--threshold", default.threshold, threshold, type=number(float, 1e-6))
     alpha = "decay per step of ALIF's adaptation and of the synaptic current (resnet)"
     flag("--alpha", default.alpha, alpha, type=share)
     dropout = "probability of dropping a neuron of the last hidden layer, for a whole recording"
@@ -327,16 +323,13 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, last: dict
     ema = copy.deepcopy(network)  # the moving average is validated and tested
     parallel = utils.data_parallel(network, device)
     optimizer, loss_fn = make_optimizer(args, network), LOSSES[args.loss]
-    print(
-        f"network     {network.title}, {num_parameters(network):,} parameters, {network.precision}"
-    )
+    size = num_parameters(network)
+    print(f"network     {network.title}, {size:,} parameters, {network.precision}")
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}")
     if last:
         resume(args, data, last, network, ema, optimizer)
-    elif rank() == 0:  # an earlier run's files are renamed, first the one that --resume reads
-        names = ("history.json", "test_metrics.json", "predictions.csv")
-        checkpoints = (checkpoint_path(args, which) for which in ("last", "best"))
-        utils.keep_earlier_files(*checkpoints, *(log_path(args, name) for name in names))
+    elif rank() == 0:
+        keep_earlier_run(args)
 
     for epoch in range(len(last.get("history", [])) + 1, args.epochs + 1):
         start = time.perf_counter()
@@ -493,6 +486,13 @@ def best_of(last: dict) -> dict:
 def best_epoch(history: list[dict]) -> int:
     """Return the epoch with the best validation accuracy, and of these the smallest loss."""
     return max(history, key=lambda entry: (entry["val_accuracy"], -entry["val_loss"]))["epoch"]
+
+
+def keep_earlier_run(args: argparse.Namespace) -> None:
+    """Rename the files of an earlier run of this network, first the one that --resume reads."""
+    checkpoints = [checkpoint_path(args, which) for which in ("last", "best")]
+    names = ("history.json", "test_metrics.json", "predictions.csv")
+    utils.keep_earlier_files(*checkpoints, *(log_path(args, name) for name in names))
 
 
 def resume(args, data: Data, last: dict, network, ema, optimizer) -> None:
