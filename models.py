@@ -13,7 +13,7 @@ they change the speed, and results by no more than rounding. Measuring activity 
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -496,7 +496,9 @@ def restore_network(checkpoint: dict, device="cpu", neuron_backend="auto", preci
     network = build_model(NetworkConfig.from_settings(checkpoint["settings"]), **options)
     load_weights(network, checkpoint["network"])
     network = network.to(device).eval()
-    if changes := describe_changes(how_it_runs(network), trained, ("precision", "neuron_backend")):
+    how = how_it_runs(network)
+    now = {name: how[name] for name in ("precision", "neuron_backend")}
+    if changes := describe_changes(now, trained):
         print(f"WARNING: the network runs otherwise than when trained: {changes}", file=sys.stderr)
         network.note = f" ({changes})"
     return network
@@ -510,18 +512,19 @@ def run_options(
     For a new network, by what is fastest on `device`; for one that was trained, by what was used
     then, as an entry `trained` of its history says, unless `device` is slow at it.
     """
-    trained = trained or {"precision": "bf16", "neuron_backend": "fused"}
     if device.type == "cuda":
         computes_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         computes_bf16 = features.get("amx_tile") or features.get("avx512_bf16")
     if precision == "auto":
-        precision = trained["precision"] if computes_bf16 else "fp32"
+        wanted = trained["precision"] if trained else "bf16"
+        precision = wanted if computes_bf16 else "fp32"
     elif precision == "bf16" and not computes_bf16:
         warn(f"--precision bf16: this {device.type} has no fast bf16, fp32 is faster")
     if neuron_backend == "auto":
-        neuron_backend = "step" if trained["neuron_backend"] == "step" else "fused"
+        stepped = trained and trained["neuron_backend"] == "step"
+        neuron_backend = "step" if stepped else "fused"
     if neuron_backend == "fused" and device.type == "mps":  # for which no kernel was written
         warn("on mps, neurons run step by step")
         neuron_backend = "step"
@@ -538,9 +541,9 @@ def how_it_runs(network: SpikingNetwork) -> dict[str, str | int]:
     }
 
 
-def describe_changes(now: dict, before: dict, names: Iterable[str]) -> str:
-    """Return which values differ: 'precision: fp32, was bf16; threads: 1, was 2'."""
-    changed = [name for name in names if now[name] != before.get(name)]
+def describe_changes(now: dict, before: dict) -> str:
+    """Return which values of `now` differ: 'precision: fp32, was bf16; threads: 1, was 2'."""
+    changed = [name for name in now if now[name] != before.get(name)]
     return "; ".join(f"{name}: {now[name]}, was {before.get(name)}" for name in changed)
 
 
@@ -563,20 +566,18 @@ def stepped_layers(network: SpikingNetwork) -> list[str]:
 
 
 def describe_backend(network: SpikingNetwork) -> str:
-    """Return how neurons run: 'fused', 'fused, uncompiled', 'step', or 'ReLU' without spikes.
+    """Return how neurons run: 'fused', 'uncompiled' (without a compiler), 'step', or 'relu'.
 
-    If kernels support only some of them, it is 'fused, but step by step: lif1 (Lapicque)'.
+    If kernels support only some of them, it is 'fused+step' or 'uncompiled+step'.
     """
     if network.config.no_spikes:
-        return "ReLU"
+        return "relu"
     stepped = stepped_layers(network)
     if len(stepped) == len(network.neuron_layers()):
         return "step"
     kernel, _ = get_kernels(next(network.parameters()).device, network.dtype)
-    text = "fused, uncompiled" if kernel is forward_kernel else "fused"
-    if stepped:
-        text += f", but step by step: {', '.join(stepped)}"
-    return text
+    backend = "uncompiled" if kernel is forward_kernel else "fused"
+    return f"{backend}+step" if stepped else backend
 
 
 @functools.cache  # once

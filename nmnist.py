@@ -570,24 +570,49 @@ class Data:
     train: Frames | None
     test: Frames
     test_files: list[str]  # relative to the folder of the test part
-    flags: dict  # that named it
+    flags: dict  # that name it
 
-    def describe(self) -> dict[str, str]:
+    def describe(self, splits: Sequence[str] = SPLITS) -> dict:
         """Return what tells a data set from another; copied or touched files are the same data."""
-        description = {"source": self.source, "data set": self.name}
-        for name, part in (("training part", self.train), ("test part", self.test)):
-            if part is not None:
-                description[name] = f"{len(part):,} recordings ({part.fingerprint})"
+        description = {"source": self.source, "data_set": self.name}
+        for split in splits:
+            frames = self.train if split == "train" else self.test
+            description[f"{split}_recordings"] = len(frames)
+            description[f"{split}_fingerprint"] = frames.fingerprint
         return description
 
+    @property
+    def step_ms(self) -> float | None:
+        """The nominal duration of a time step; None with `--bin_by events`, where it varies."""
+        ends = self._saccade_ends_ms()
+        return ends[-1] / self.test.time_steps if ends else None
 
-def load_data(args, device, splits=SPLITS, loaded: Data | None = None) -> Data:
-    """Open, bin and move to `device` the recordings that the flags name, if not yet `loaded`."""
-    names = utils.flag_names(add_data_flags, add_frame_flags)
-    flags = {name: getattr(args, name) for name in names}
+    def saccade_ends(self) -> list[float]:
+        """Return where saccades end, in time steps; [] where steps have no fixed duration."""
+        ends = self._saccade_ends_ms()
+        return [end * self.test.time_steps / ends[-1] for end in ends]
+
+    def _saccade_ends_ms(self) -> tuple[int, ...]:
+        if self.flags["bin_by"] == "events":
+            return ()
+        return SACCADE_ENDS[:1] if self.flags["first_saccade_only"] else SACCADE_ENDS
+
+
+def load_data(args, device, splits=SPLITS, trained_on=None, loaded: Data | None = None) -> Data:
+    """Open, bin and move to `device` the recordings that the flags name, if not yet `loaded`.
+
+    `trained_on` is `Data.describe()` of those that a network was trained on: `--dataset auto` takes
+    simulated ones again if they are in data_dir, also where N-MNIST is there meanwhile.
+    """
+    flags = {}
+    for name in utils.flag_names(add_data_flags, add_frame_flags):
+        flags[name] = getattr(args, name)
+    was_simulated = trained_on and trained_on["source"] == "simulated"
+    if args.dataset == "auto" and was_simulated and (Path(args.data_dir) / SIMULATED).is_dir():
+        flags["dataset"] = "simulated"
     if loaded and loaded.flags == flags:
         return loaded
-    parts, frames = open_by_flags(args, splits), {}
+    parts, frames = open_by_flags(argparse.Namespace(**flags), splits), {}
     for part in parts:
         binned = load_frames(part, args.time_steps, args.denoise, args.bin_by)
         frames[part.split] = binned.to(device)
@@ -595,7 +620,10 @@ def load_data(args, device, splits=SPLITS, loaded: Data | None = None) -> Data:
     repeated = int(torch.isin(test.hashes, train.hashes).sum()) if train is not None else 0
     if repeated:
         utils.warn(f"{repeated:,} test recordings are also in the training part")
-    name = part.name + ", frames of equal event count" * (args.bin_by == "events")
+    name = part.name
+    if args.bin_by == "events":
+        name += ", frames of equal event count"
+    flags["dataset"] = part.source
     files = [str(path.relative_to(part.folder)) for path in part.files]
     return Data(name, part.source, train, test, files, flags)
 
@@ -606,25 +634,17 @@ def open_by_flags(args: argparse.Namespace, splits: Sequence[str] = SPLITS) -> l
     return open_recordings(args.data_dir, args.dataset, splits, **options)
 
 
-def trained_dataset(data_dir: str | Path, dataset: str, trained: dict[str, str]) -> str:
-    """Return `dataset`, or for 'auto' 'simulated' if a network was trained on these recordings.
-
-    `trained` is `Data.describe()` of the training. They must be in `data_dir`: a user who was
-    offline, and has N-MNIST now, tests on what the network was trained on.
-    """
-    simulated = trained.get("source") == "simulated" and (Path(data_dir) / SIMULATED).is_dir()
-    return "simulated" if dataset == "auto" and simulated else dataset
-
-
-def describe_difference(tested: dict[str, str], trained: dict[str, str]) -> str:
-    """Return how the recordings of a test differ from those of the training, '' if they do not.
+def describe_tested(tested: dict, trained: dict) -> str:
+    """Return the name of recordings that a network is tested on; if it was trained on others, so.
 
     Both are `Data.describe()`.
     """
-    if tested["data set"] != trained["data set"]:
-        return f"TRAINED on {trained['data set']}"
-    same = tested["test part"] == trained["test part"]
-    return "" if same else "not the test part of the training"
+    name = tested["data_set"]
+    if name != trained["data_set"]:
+        return f"{name} (TRAINED on {trained['data_set']})"
+    if tested["test_fingerprint"] != trained["test_fingerprint"]:
+        return f"{name} (not the test part of the training)"
+    return name
 
 
 def split_validation(

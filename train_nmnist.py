@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import snntorch.functional as SF
@@ -41,176 +42,18 @@ from nmnist import Data, Frames
 from utils import UserError, add_flag, number, rank, world_size
 
 DEFAULT_LR = {"adam": 5e-3, "adamw": 5e-3, "sgd": 0.1}
-EMA_STEPS = 100  # training steps over which the weights are averaged, at most
+# The weights are averaged over about the last ninth of the training steps, at most the last 100.
+EMA_PART = 9
+EMA_STEPS = 100
 NORM_RECORDINGS = 1000  # training recordings on which norms are measured before an evaluation
 # Confidence thresholds of early exits, and the one that is printed.
 EXIT_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
-EXIT_THRESHOLD = 0.9
+PRINTED_EXIT = 0.9
 # The count of a neuron that spikes at every step, for the loss of spike counts. Counts of up to T
 # would soon saturate the softmax, whose gradient then vanishes.
 COUNT_RANGE = 5.0
 # Flags without effect under --no_spikes.
 NEED_SPIKES = ("beta", "threshold", "alpha", "readout", "learn_beta")
-
-# --- Flags ----------------------------------------------------------------------------------------
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all flags: the settings, and how to run."""
-    parser = utils.make_parser(__doc__)
-    add_network_flags(parser.add_argument_group("network"))
-    add_training_flags(parser.add_argument_group("training"))
-    nmnist.add_frame_flags(parser.add_argument_group("frames"))
-    add_running_flags(parser.add_argument_group("running"))
-    return parser
-
-
-def settings_of(args: argparse.Namespace) -> dict:
-    """Return the settings among the flags: all that shapes a trained network."""
-    names = utils.flag_names(add_network_flags, add_training_flags, nmnist.add_frame_flags)
-    return {name: getattr(args, name) for name in names}
-
-
-def add_network_flags(group) -> None:
-    """Add the flags of `NetworkConfig`."""
-    flag, default = functools.partial(add_flag, group), models.NetworkConfig()
-    share = number(float, 0, 1)
-    flag("--model", default.model, "network", choices=list(models.NETWORKS))
-    flag("--beta", default.beta, "decay of the membrane potential per step", type=share)
-    threshold = "potential above which a neuron fires"
-    flag("--threshold", default.threshold, threshold, type=number(float, 1e-6))
-    alpha = "decay per step of ALIF's adaptation and of the synaptic current (resnet)"
-    flag("--alpha", default.alpha, alpha, type=share)
-    dropout = "probability of dropping a neuron of the last hidden layer, for a whole recording"
-    flag("--dropout", default.dropout, dropout, type=number(float, 0, 0.999))
-    flag("--width", default.width, "factor on channels and hidden layer", type=number(int, 1, 64))
-    readout = "what decides: the mean membrane potential, the most spikes, or the first spike"
-    flag("--readout", default.readout, readout, choices=models.READOUTS)
-    flag("--learn_beta", False, "learn one beta per layer")
-    flag("--no_spikes", False, "ReLU in place of neurons; its files are named <model>_relu_...")
-
-
-def add_training_flags(group) -> None:
-    """Add the flags that say how to train."""
-    flag, positive = functools.partial(add_flag, group), number(int, 1)
-    flag("--epochs", 10, "passes over the training recordings", type=positive)
-    flag("--batch_size", 128, "recordings per training step", type=positive)
-    rates = ", ".join(f"{lr} for {name}" for name, lr in DEFAULT_LR.items())
-    flag("--lr", None, f"learning rate (default: {rates})", type=number(float, 1e-9))
-    flag("--weight_decay", 0.0, "weight decay of connections alone", type=number(float, 0))
-    flag("--optimizer", "adam", "optimizer", choices=list(DEFAULT_LR))
-    loss = "ce: cross entropy of the membrane potentials at every step; mse: squared error of the "
-    loss += "spike counts; count: cross entropy of the spike counts"
-    flag("--loss", "ce", loss, choices=list(LOSSES))
-    flag("--scheduler", False, "lower the learning rate along a half cosine")
-    flag("--no_augment", False, "train on the recordings as they are, without random shift, ...")
-    share = "share of training recordings for validation"
-    flag("--val_split", 0.1, share, type=number(float, 0.0001, 0.9999))
-    seed = "seed of all random numbers; of several, each trains a network"
-    flag("--seed", 0, seed, type=number(int, 0, 2**32 - 1), nargs="+")
-
-
-def add_running_flags(group) -> None:
-    """Add the flags that say where and how to run, and what to read and write."""
-    flag = functools.partial(add_flag, group)
-    nmnist.add_data_flags(group)
-    flag("--save_dir", "./checkpoints", "folder of the checkpoints")
-    flag("--log_dir", "./logs", "folder of history, metrics and figures")
-    utils.add_device_flags(group)
-    flag("--resume", False, "go on with the run of this command in save_dir, if there is one")
-    flag("--test_only", False, "test the best checkpoint, without training")
-    flag("--visualize", False, "write figures to log_dir")
-
-
-def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with status 2 if flags contradict one another."""
-    default = parser.parse_args([])
-    for name in NEED_SPIKES:
-        if args.no_spikes and getattr(args, name) != getattr(default, name):
-            parser.error(f"argument --{name}: not allowed with argument --no_spikes")
-    if models.NETWORKS[args.model] is models.SpikingCNN and args.alpha != default.alpha:
-        parser.error("argument --alpha: --model cnn has no neurons that use it")
-    if args.test_only and args.resume:
-        parser.error("argument --resume: not allowed with argument --test_only")
-    if args.batch_size // world_size() * args.time_steps < 2:
-        parser.error("argument --batch_size: too small, norms need two frames in each process")
-
-
-def take_settings(parser, argv: list[str], args: argparse.Namespace, trained: dict) -> None:
-    """Give `args` the settings of a network to test; print which flags in `argv` are ignored."""
-    # With the network's settings as defaults, what still differs was typed.
-    parser.set_defaults(**trained)
-    typed = parser.parse_args(argv)
-    if isinstance(typed.seed, list):
-        typed.seed = args.seed
-    trained = trained | {"batch_size": typed.batch_size}  # a test may have another
-    for name, value in trained.items():
-        asked = getattr(typed, name)
-        if asked != value:
-            print(f"ignored     --{name} {asked}: the network was trained with {value}")
-        setattr(args, name, value)
-    if args.loss not in LOSSES:
-        raise UserError(f"--loss {args.loss}: this script does not add it to LOSSES")
-
-
-def check_same_command(args: argparse.Namespace, trained: dict) -> None:
-    """Raise `UserError` if the settings are not those `trained` of a run; epochs may be more."""
-    asked = settings_of(args)
-    other = [name for name in asked if name != "epochs" and asked[name] != trained[name]]
-    if args.epochs < trained["epochs"]:
-        other.append("epochs")
-    if other:
-        flags = vars(args) | trained | {"epochs": max(args.epochs, trained["epochs"])}
-        command = shlex.join(["python", sys.argv[0], *flags_of(flags)])
-        raise UserError(
-            f"--resume: the run in {args.save_dir} differs in {', '.join(other)}: continue it by "
-            f"`{command}`, or omit --resume to start a new run"
-        )
-
-
-def flags_of(values: dict) -> list[str]:
-    """Return the flags that set `values`, without those that are the parser's defaults."""
-    defaults = vars(make_parser().parse_args([]))
-    flags = []
-    for name, value in values.items():
-        if value != defaults[name]:
-            flags.append(f"--{name}" if value is True else f"--{name}={value}")
-    return flags
-
-
-def network_config(args: argparse.Namespace) -> models.NetworkConfig:
-    """Return the flags that say what the network is."""
-    return models.NetworkConfig.from_settings(vars(args))
-
-
-def load_checkpoint(args: argparse.Namespace, which: str, *parts: str) -> dict:
-    """Return the checkpoint of the 'last' epoch, or of the 'best' validation."""
-    expected = {"model": args.model, "no_spikes": args.no_spikes}
-    return utils.load_checkpoint(checkpoint_path(args, which), parts, settings_of(args), **expected)
-
-
-def load_last(args: argparse.Namespace) -> dict:
-    """Return the checkpoint to resume, {} if training starts from scratch."""
-    if not args.resume:
-        return {}
-    path = checkpoint_path(args, "last")
-    if not path.exists():
-        print(f"resume      no checkpoint at {path} yet: training starts from scratch")
-        return {}
-    last = load_checkpoint(args, "last", "best_network", "training")
-    check_same_command(args, last["settings"])
-    return last
-
-
-def checkpoint_path(args: argparse.Namespace, which: str) -> Path:
-    """Return the path of the checkpoint of the 'last' epoch, or of the 'best' validation."""
-    return Path(args.save_dir) / f"{network_config(args).name}_{which}.pt"
-
-
-def log_path(args: argparse.Namespace, name: str) -> Path:
-    """Return the path of a file of this network in log_dir."""
-    return Path(args.log_dir) / f"{network_config(args).name}_{name}"
-
 
 # --- Losses ---------------------------------------------------------------------------------------
 
@@ -227,6 +70,118 @@ LOSSES = {
     "count": lambda spk, mem, labels: SF.ce_count_loss()(spk * (COUNT_RANGE / len(spk)), labels),
 }
 
+# --- Flags and files ------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all flags: the settings, and how to run."""
+    parser = utils.make_parser(__doc__)
+    add_network_flags(parser.add_argument_group("network"))
+    add_training_flags(parser.add_argument_group("training"))
+    nmnist.add_frame_flags(parser.add_argument_group("frames"))
+    add_running_flags(parser.add_argument_group("running"))
+    return parser
+
+
+def add_network_flags(group) -> None:
+    """Add the flags of `NetworkConfig`."""
+    default = models.NetworkConfig()
+    flag = functools.partial(add_flag, group)
+    decay, positive, share = number(float, 0, 1), number(float, 1e-6), number(float, 0, 0.999)
+    flag("--model", default.model, "network", choices=models.NETWORKS)
+    flag("--beta", default.beta, "decay of the membrane potential per step", type=decay)
+    flag("--threshold", default.threshold, "potential above which a neuron fires", type=positive)
+    flag("--alpha", default.alpha, "decay of adaptation and synaptic current (resnet)", type=decay)
+    flag("--dropout", default.dropout, "probability of dropping a last hidden neuron", type=share)
+    flag("--width", default.width, "factor on channels and hidden layer", type=number(int, 1, 64))
+    flag("--readout", default.readout, "what decides, in the end", choices=models.READOUTS)
+    flag("--learn_beta", False, "learn one beta per layer")
+    flag("--no_spikes", False, "ReLU in place of neurons; its files are named <model>_relu_...")
+
+
+def add_training_flags(group) -> None:
+    """Add the flags that say how to train."""
+    flag = functools.partial(add_flag, group)
+    rates = ", ".join(f"{lr} for {name}" for name, lr in DEFAULT_LR.items())
+    share, seed = number(float, 0.0001, 0.9999), number(int, 0, 2**32 - 1)
+    flag("--epochs", 10, "passes over the training recordings", type=number(int, 1))
+    flag("--batch_size", 128, "recordings per training step", type=number(int, 1))
+    flag("--lr", None, f"learning rate (default: {rates})", type=number(float, 1e-9))
+    flag("--weight_decay", 0.0, "weight decay of connections alone", type=number(float, 0))
+    flag("--optimizer", "adam", "optimizer", choices=DEFAULT_LR)
+    flag("--loss", "ce", "loss of potentials (ce) or spike counts (count, mse)", choices=LOSSES)
+    flag("--scheduler", False, "lower the learning rate along a half cosine")
+    flag("--no_augment", False, "train on the recordings as they are, without random shift, ...")
+    flag("--val_split", 0.1, "share of training recordings for validation", type=share)
+    flag("--seed", 0, "seed of all random numbers; several: one network each", type=seed, nargs="+")
+
+
+def add_running_flags(group) -> None:
+    """Add the flags that say where and how to run, and what to read and write."""
+    flag = functools.partial(add_flag, group)
+    nmnist.add_data_flags(group)
+    flag("--save_dir", "./checkpoints", "folder of the checkpoints")
+    flag("--log_dir", "./logs", "folder of history, metrics and figures")
+    utils.add_device_flags(group)
+    flag("--resume", False, "go on with the run of this command in save_dir, if there is one")
+    flag("--test_only", False, "test the best checkpoint, without training")
+    flag("--visualize", False, "write figures to log_dir")
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with status 2 if flags contradict one another."""
+    changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    for name in NEED_SPIKES:
+        if args.no_spikes and name in changed:
+            parser.error(f"argument --{name}: not allowed with argument --no_spikes")
+    if models.NETWORKS[args.model] is models.SpikingCNN and "alpha" in changed:
+        parser.error("argument --alpha: --model cnn has no neurons that use it")
+    if args.test_only and args.resume:
+        parser.error("argument --resume: not allowed with argument --test_only")
+    if args.batch_size // world_size() * args.time_steps < 2:
+        parser.error("argument --batch_size: too small, norms need two frames in each process")
+
+
+def flags_of(values: dict) -> list[str]:
+    """Return the flags that set `values`, without those that are the parser's defaults."""
+    defaults = vars(make_parser().parse_args([]))
+    flags = []
+    for name, value in values.items():
+        if value != defaults[name]:
+            flags.append(f"--{name}" if value is True else f"--{name}={value}")
+    return flags
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """Return the settings among the flags: all that shapes a trained network."""
+    names = utils.flag_names(add_network_flags, add_training_flags, nmnist.add_frame_flags)
+    return {name: getattr(args, name) for name in names}
+
+
+class RunFiles:
+    """Where the files of a network's run are."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.name = models.NetworkConfig.from_settings(vars(args)).name
+        self.save_dir, self.log_dir = Path(args.save_dir), Path(args.log_dir)
+        self.last = self.save_dir / f"{self.name}_last.pt"  # the run
+        self.best = self.save_dir / f"{self.name}_best.pt"  # the part of it that is tested
+        self.history = self.log_dir / f"{self.name}_history.json"
+        self.metrics = self.log_dir / f"{self.name}_test_metrics.json"
+        self.predictions = self.log_dir / f"{self.name}_predictions.csv"
+        self.seeds = self.log_dir / f"{self.name}_seeds.csv"
+
+    def figure(self, name: str) -> Path:
+        """Return the path of a figure of this network."""
+        return self.log_dir / f"{self.name}_{name}.png"
+
+    def hold(self, test_only: bool):
+        """Return a context that refuses another such run; a test may go beside a training."""
+        if test_only:
+            return utils.hold_folders(f"{self.name}_test", log_dir=self.log_dir)
+        return utils.hold_folders(self.name, save_dir=self.save_dir, log_dir=self.log_dir)
+
+
 # --- Training -------------------------------------------------------------------------------------
 
 
@@ -234,11 +189,12 @@ def train_one_epoch(network, ema, optimizer, loss_fn, batches: Iterator, step: i
     """Train on `batches` of (frames, labels); return the mean `train_loss` and `train_accuracy`.
 
     Both are of the network while it changes, on recordings that may be augmented, of this process's
-    share if there are several. `step` is the number of training steps before.
+    share if there are several. `step` is the number of training steps before. Nothing reads a value
+    back from a GPU, which would wait for it, but the bar when it is redrawn.
     """
     network.train()
     own = network.module if isinstance(network, DistributedDataParallel) else network
-    results, sizes = [], []  # of each batch; reading results synchronizes with a GPU
+    results, sizes = [], []
     for frames, labels in batches:
         spk, mem = network(frames)
         loss = loss_fn(spk, mem, labels).mean()
@@ -248,21 +204,12 @@ def train_one_epoch(network, ema, optimizer, loss_fn, batches: Iterator, step: i
         own.clamp_decays()
         update_ema(ema, network, step)
         step += 1
-        correct = (models.predict(spk.detach(), mem.detach(), ema.config.readout) == labels).sum()
+        correct = (models.predict(spk.detach(), mem.detach(), own.config.readout) == labels).sum()
         results.append(torch.stack([loss.detach(), correct]))
         sizes.append(len(labels))
         if bar.update(len(labels) * world_size()):  # True where the bar was redrawn
-            means = mean_results(results, sizes)
-            text = {
-                "loss": f"{means['train_loss']:.4f}",
-                "accuracy": f"{means['train_accuracy']:.2%}",
-            }
-            bar.set_postfix(text, refresh=False)
-    return mean_results(results, sizes)
-
-
-def mean_results(results: list[torch.Tensor], sizes: list[int]) -> dict:
-    """Return `train_loss` and `train_accuracy` of batches: (loss, correct predictions), sizes."""
+            accuracy = f"{correct.item() / len(labels):.2%}"
+            bar.set_postfix(loss=f"{loss.item():.4f}", accuracy=accuracy, refresh=False)
     losses, correct = zip(*torch.stack(results).tolist(), strict=True)
     loss = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
     return {"train_loss": loss, "train_accuracy": sum(correct) / sum(sizes)}
@@ -272,21 +219,27 @@ def mean_results(results: list[torch.Tensor], sizes: list[int]) -> dict:
 def update_ema(ema: SpikingNetwork, network: torch.nn.Module, step: int) -> None:
     """Update the exponential moving average of the weights after training step `step`, from 0.
 
-    It averages over about the last tenth of the steps, at most EMA_STEPS, which removes noise as
-    lowering the learning rate would. torch's AveragedModel would synchronize with a GPU each step.
+    It removes noise as lowering the learning rate would. torch's AveragedModel reads a value back.
     """
-    weight = max(9 / (9 + step), 1 / EMA_STEPS)
+    weight = max(EMA_PART / (EMA_PART + step), 1 / EMA_STEPS)
     for average, value in zip(ema.parameters(), network.parameters(), strict=True):
         average.lerp_(value, weight)
 
 
-@torch.no_grad()
-def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, name: str) -> dict:
-    """Run the network over the recordings `indices` [N], without training; `name` is for the bar.
+class Evaluation(NamedTuple):
+    """What a network does with N recordings."""
 
-    Returns mean `loss`, `accuracy`, `labels` [N], the output neurons' `spk` and `mem` [T, N, 10],
-    and `predictions` [T, N]: the digit that the network's readout predicts after each step.
-    """
+    loss: float
+    accuracy: float
+    labels: torch.Tensor  # [N]
+    spk: torch.Tensor  # [T, N, 10], of the output neurons, as is mem
+    mem: torch.Tensor
+    predictions: torch.Tensor  # [T, N]: by the network's readout, after each step
+
+
+@torch.no_grad()
+def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, name: str) -> Evaluation:
+    """Run the network over the recordings `indices` [N], without training, under a bar `name`."""
     network.eval()
     total_loss, spks, mems = 0.0, [], []
     with progress(name, len(indices)) as bar:
@@ -299,37 +252,34 @@ def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, name: s
     spk, mem = torch.cat(spks, dim=1), torch.cat(mems, dim=1)
     labels = frames.labels.cpu()[indices].long()
     predictions = models.predict(spk, mem, network.config.readout, over_time=True)
-    return {
-        "loss": total_loss / len(labels),
-        "accuracy": mean_of(predictions[-1] == labels),
-        "labels": labels,
-        "spk": spk,
-        "mem": mem,
-        "predictions": predictions,
-    }
+    accuracy = mean_of(predictions[-1] == labels)
+    return Evaluation(total_loss / len(labels), accuracy, labels, spk, mem, predictions)
 
 
-def train(args: argparse.Namespace, data: Data, device: torch.device, last: dict) -> dict:
+def train(args, files: RunFiles, data: Data, device: torch.device, last: dict) -> dict:
     """Train for the epochs that are left; after each, write checkpoints and history.
 
     `last` is the last checkpoint of the run to resume, {} for a new one. Returns the new one.
     """
-    labels = data.train.labels
+    labels, settings = data.train.labels, settings_of(args)
     train_indices, val_indices = nmnist.split_validation(labels, args.val_split, args.seed)
     utils.set_seed(args.seed)
-    before = last["history"][-1] if last else None
-    options = models.run_options(device, args.neuron_backend, args.precision, before)
-    network = models.build_model(network_config(args), **options).to(device)
+    config = models.NetworkConfig.from_settings(settings)
+    trained = last["history"][-1] if last else None
+    options = models.run_options(device, args.neuron_backend, args.precision, trained)
+    network = models.build_model(config, **options).to(device)
     ema = copy.deepcopy(network)  # the moving average is validated and tested
     parallel = utils.data_parallel(network, device)
-    optimizer, loss_fn = make_optimizer(args, network), LOSSES[args.loss]
-    size = num_parameters(network)
+    optimizer = make_optimizer(network, args.optimizer, args.lr, args.weight_decay)
+    loss_fn, size = LOSSES[args.loss], num_parameters(network)
     print(f"network     {network.title}, {size:,} parameters, {network.precision}")
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}")
     if last:
-        resume(args, data, last, network, ema, optimizer)
+        resume(last, data, network, ema, optimizer, args.epochs)
     elif rank() == 0:
-        keep_earlier_run(args)
+        # First the one that --resume reads.
+        earlier = files.last, files.best, files.history, files.metrics, files.predictions
+        utils.keep_earlier_files(*earlier)
 
     for epoch in range(len(last.get("history", [])) + 1, args.epochs + 1):
         start = time.perf_counter()
@@ -343,77 +293,74 @@ def train(args: argparse.Namespace, data: Data, device: torch.device, last: dict
             lr *= (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batches = training_batches(args, data.train, order, network.dtype)
+        augment = not args.no_augment
+        batches = training_batches(data.train, order, args.batch_size, network.dtype, augment)
         step = (epoch - 1) * math.ceil(len(order) / args.batch_size)
         with progress(f"epoch {epoch}/{args.epochs}", len(order)) as bar:
-            trained = train_one_epoch(parallel, ema, optimizer, loss_fn, batches, step, bar)
+            results = train_one_epoch(parallel, ema, optimizer, loss_fn, batches, step, bar)
         speed = len(order) / (time.perf_counter() - start)
         if rank() == 0:
             # Also what training changes in buffers, such as a threshold that adapts.
             ema.load_state_dict(dict(network.named_buffers()), strict=False)
-            entry = {"epoch": epoch} | trained
-            entry |= validate(args, data, ema, order[:NORM_RECORDINGS], val_indices)
-            check_finite(args, entry, network, ema)
-            entry |= {"lr": lr} | models.how_it_runs(network) | {"processes": world_size()}
-            entry |= {"seconds": time.perf_counter() - start, "recordings_per_second": speed}
-            last = save(args, data, last, entry, network, ema, optimizer)
+            norm_indices = order[:NORM_RECORDINGS]
+            entry = {
+                "epoch": epoch,
+                **results,
+                **validate(ema, data, norm_indices, val_indices, loss_fn, args.batch_size),
+                "lr": lr,
+                **models.how_it_runs(network),
+                "processes": world_size(),
+                "seconds": time.perf_counter() - start,
+                "recordings_per_second": speed,
+            }
+            last = save(files, settings, data, last, entry, network, ema, optimizer)
             print_epoch(entry, args.epochs)
         utils.wait_for_all()
     return last
 
 
-def validate(args, data: Data, ema: SpikingNetwork, norm_indices, val_indices) -> dict:
+def validate(ema, data: Data, norm_indices, val_indices, loss_fn, batch_size: int) -> dict:
     """Measure norms; return loss and accuracy on validation and test recordings, a temperature."""
     # The statistics that averaged weights need, in batches of about one size, since update_bn
     # weighs them alike, and not smaller than asked.
-    chunks = norm_indices.tensor_split(max(1, len(norm_indices) // args.batch_size))
+    chunks = norm_indices.tensor_split(max(1, len(norm_indices) // batch_size))
     update_bn((data.train.batch(chunk, ema.dtype) for chunk in chunks), ema)
-    test_indices, loss_fn = torch.arange(len(data.test)), LOSSES[args.loss]
-    val = evaluate(ema, data.train, val_indices, loss_fn, args.batch_size, "val")
-    test = evaluate(ema, data.test, test_indices, loss_fn, args.batch_size, "test")
-    scores = models.digit_scores(val["spk"], val["mem"], args.readout)
+    val = evaluate(ema, data.train, val_indices, loss_fn, batch_size, "val")
+    test = evaluate(ema, data.test, torch.arange(len(data.test)), loss_fn, batch_size, "test")
+    scores = models.digit_scores(val.spk, val.mem, ema.config.readout)
     return {
-        "val_loss": val["loss"],
-        "val_accuracy": val["accuracy"],
-        "test_loss": test["loss"],
-        "test_accuracy": test["accuracy"],
-        "val_temperature": models.fit_temperature(scores, val["labels"]),
+        "val_loss": val.loss,
+        "val_accuracy": val.accuracy,
+        "test_loss": test.loss,
+        "test_accuracy": test.accuracy,
+        "val_temperature": models.fit_temperature(scores, val.labels),
     }
 
 
-def check_finite(args, entry: dict, network: SpikingNetwork, ema: SpikingNetwork) -> None:
-    """Raise `UserError` if an epoch's losses or the weights after it are not finite."""
-    losses = entry["train_loss"] + entry["val_loss"]
-    if not (math.isfinite(losses) and utils.is_finite(network.state_dict(), ema.state_dict())):
-        kept = f"{checkpoint_path(args, 'last')} holds epoch {entry['epoch'] - 1}"
-        kept = kept if entry["epoch"] > 1 else "no epoch was finished"
-        raise UserError(f"loss or weights not finite: choose a smaller --lr; {kept}")
-
-
-def training_batches(args, frames: Frames, order: torch.Tensor, dtype: torch.dtype) -> Iterator:
+def training_batches(frames: Frames, order, batch_size: int, dtype, augment: bool) -> Iterator:
     """Yield this process's share of each batch of the recordings `order`: frames and labels."""
-    for chunk in order.split(args.batch_size):
+    for chunk in order.split(batch_size):
         if len(chunk) // world_size() * frames.time_steps >= 2:  # what norms need
-            yield frames.batch(chunk[rank() :: world_size()], dtype, augment=not args.no_augment)
+            yield frames.batch(chunk[rank() :: world_size()], dtype, augment)
 
 
-def make_optimizer(args: argparse.Namespace, network: SpikingNetwork) -> torch.optim.Optimizer:
+def make_optimizer(network, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """Return the optimizer of `--optimizer`; norms, beta and the like do not decay."""
     connections, others = [], []
-    for name, parameter in network.named_parameters():
-        owner = network.get_submodule(name.rpartition(".")[0])
+    for parameter_name, parameter in network.named_parameters():
+        owner = network.get_submodule(parameter_name.rpartition(".")[0])
         if parameter.dim() > 1 and not isinstance(owner, SpikingNeuron):
             connections.append(parameter)
         else:
             others.append(parameter)
     groups = [
-        {"params": connections, "weight_decay": args.weight_decay},
+        {"params": connections, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, args.lr, momentum=0.9, fused=True)
-    adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    return adam(groups, args.lr, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr, momentum=0.9, fused=True)
+    adam = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+    return adam(groups, lr, fused=True)
 
 
 def progress(text: str, num_recordings: int) -> tqdm:
@@ -443,151 +390,195 @@ def mean_of(values: torch.Tensor) -> float:
 # --- Saving and resuming --------------------------------------------------------------------------
 
 
-def save(args, data: Data, earlier: dict, entry: dict, network, ema, optimizer) -> dict:
+def save(files, settings: dict, data: Data, earlier: dict, entry: dict, network, ema, optimizer):
     """Write the run after an epoch, of which `entry` tells; return its new last checkpoint.
 
-    `earlier` is the one before, {} after the first epoch.
+    `earlier` is the one before, {} after the first epoch. The best checkpoint is a part of it.
+    Raises `UserError` if losses or weights are not finite.
     """
+    results_finite = all(math.isfinite(x) for x in entry.values() if isinstance(x, float))
+    if not (results_finite and utils.is_finite(network.state_dict(), ema.state_dict())):
+        what = f"loss or weights not finite in epoch {entry['epoch']}: choose a smaller --lr"
+        raise UserError(f"{what}; epochs before are in {files.last}")
     history = [*earlier.get("history", []), entry]
-    weights = {name: value.to("cpu", copy=True) for name, value in ema.state_dict().items()}
-    last = {
+    checkpoint = {
         "format": utils.CHECKPOINT_FORMAT,
-        "settings": settings_of(args),
+        "settings": settings,
         "data": data.describe(),
         "versions": utils.versions(),
         "history": history,
-        "network": weights,
-        "best_network": weights if best_epoch(history) == len(history) else earlier["best_network"],
+        "network": {name: value.to("cpu", copy=True) for name, value in ema.state_dict().items()},
+    }
+    best_entry = max(history, key=lambda entry: (entry["val_accuracy"], -entry["val_loss"]))
+    best = checkpoint
+    if best_entry is not entry:
+        best = {**earlier["best"], "settings": settings}  # --epochs may have been raised
+    last = {
+        **checkpoint,
+        "best": best,
         "training": {"network": network.state_dict(), "optimizer": optimizer.state_dict()},
     }
-    utils.save_tensors(checkpoint_path(args, "last"), last)
-    write_best_and_history(args, last)
+    utils.save_tensors(files.last, last)
+    write_best_and_history(files, last)
     return last
 
 
-def write_best_and_history(args: argparse.Namespace, last: dict) -> None:
-    """Write what of the last checkpoint is read by others than --resume."""
-    utils.save_tensors(checkpoint_path(args, "best"), best_of(last))
-    path = log_path(args, "history.json")
-    logged = utils.read_json(path) or []
+def write_best_and_history(files: RunFiles, last: dict) -> None:
+    """Write the parts of the last checkpoint that others read."""
+    utils.save_tensors(files.best, last["best"])
+    logged = utils.read_json(files.history) or []
     if logged != last["history"][: len(logged)]:  # that of another run
-        utils.keep_earlier_files(path)
-    utils.write_json(path, last["history"])
+        utils.keep_earlier_files(files.history)
+    utils.write_json(files.history, last["history"])
 
 
-def best_of(last: dict) -> dict:
-    """Return the best checkpoint, a part of the last one: what is tested, and what led to it."""
-    best = {name: last[name] for name in ("format", "settings", "data", "versions")}
-    best["history"] = last["history"][: best_epoch(last["history"])]
-    best["network"] = last["best_network"]
-    return best
+def read_checkpoint(args: argparse.Namespace, path: Path, parts=()) -> dict:
+    """Return a checkpoint of the network that the flags name."""
+    names = settings_of(args)
+    return utils.load_checkpoint(path, parts, names, model=args.model, no_spikes=args.no_spikes)
 
 
-def best_epoch(history: list[dict]) -> int:
-    """Return the epoch with the best validation accuracy, and of these the smallest loss."""
-    return max(history, key=lambda entry: (entry["val_accuracy"], -entry["val_loss"]))["epoch"]
+def load_last(args: argparse.Namespace, files: RunFiles) -> dict:
+    """Return the checkpoint to resume, {} if there is none yet.
+
+    Raises `UserError` if its settings are others than those of the command; epochs may be more.
+    """
+    if not files.last.exists():
+        print(f"resume      no checkpoint at {files.last} yet: training starts from scratch")
+        return {}
+    last = read_checkpoint(args, files.last, ["best", "training"])
+    settings = last["settings"]
+    same_epochs = {"epochs": min(args.epochs, settings["epochs"])}
+    if changes := models.describe_changes({**settings_of(args), **same_epochs}, settings):
+        flags = {**vars(args), **settings, "epochs": max(args.epochs, settings["epochs"])}
+        command = shlex.join(["python", sys.argv[0], *flags_of(flags)])
+        raise UserError(
+            f"--resume: not the settings of the run in {files.save_dir} ({changes}): continue it "
+            f"by `{command}`, or omit --resume to start a new run"
+        )
+    return last
 
 
-def keep_earlier_run(args: argparse.Namespace) -> None:
-    """Rename the files of an earlier run of this network, first the one that --resume reads."""
-    checkpoints = [checkpoint_path(args, which) for which in ("last", "best")]
-    names = ("history.json", "test_metrics.json", "predictions.csv")
-    utils.keep_earlier_files(*checkpoints, *(log_path(args, name) for name in names))
+def resume(last: dict, data: Data, network, ema, optimizer, epochs: int) -> None:
+    """Load what `save` wrote; print where the run goes on, and what changed.
 
-
-def resume(args, data: Data, last: dict, network, ema, optimizer) -> None:
-    """Put back what `save` wrote. Raises `UserError` if it was trained on other recordings."""
-    for name, here in data.describe().items():
-        trained = last["data"].get(name)
-        if here != trained:
-            raise UserError(f"--resume: trained with another {name}: {trained}; here it is {here}")
+    Raises `UserError` if the run was trained on other recordings.
+    """
+    if changes := models.describe_changes(data.describe(), last["data"]):
+        raise UserError(f"--resume: the run was trained on other recordings: {changes}")
     models.load_weights(network, last["training"]["network"])
     models.load_weights(ema, last["network"])
     optimizer.load_state_dict(last["training"]["optimizer"])
-    history, planned = last["history"], last["settings"]["epochs"]
-    left = "" if len(history) < args.epochs else ": nothing is left to train"
-    now = models.how_it_runs(network) | {"processes": world_size()}
-    if not left and (changes := models.describe_changes(now, history[-1], names=now)):
+    done, planned = len(last["history"]), last["settings"]["epochs"]
+    if done == epochs:
+        print(f"resume      after epoch {done} of {epochs}: nothing is left to train")
+        return
+    print(f"resume      after epoch {done} of {epochs}")
+    if last["settings"]["scheduler"] and epochs != planned:
+        print(f"schedule    planned over {planned} epochs, goes on over {epochs}")
+    now = {**models.how_it_runs(network), "processes": world_size()}
+    if changes := models.describe_changes(now, last["history"][-1]):
         utils.warn(f"resumed otherwise than before, which gives other numbers: {changes}")
-    print(f"resume      after epoch {len(history)} of {args.epochs}{left}")
-    if args.scheduler and args.epochs != planned:
-        print(f"schedule    planned over {planned} epochs, goes on over {args.epochs}")
-    if left and rank() == 0:
-        write_best_and_history(args, last)
 
 
 # --- Testing --------------------------------------------------------------------------------------
 
 
-def test(args: argparse.Namespace, data: Data, device: torch.device, checkpoint: dict) -> dict:
-    """Test a checkpoint's network; write and return its metrics, and draw figures if asked."""
+def test(args, files: RunFiles, data: Data, device: torch.device, checkpoint: dict) -> dict:
+    """Test a checkpoint's network; print, write and return its metrics, and draw if asked."""
     network = models.restore_network(checkpoint, device, args.neuron_backend, args.precision)
+    indices, loss_fn = torch.arange(len(data.test)), LOSSES[args.loss]
     with ActivityMeter(network) as meter:
-        indices, loss_fn = torch.arange(len(data.test)), LOSSES[args.loss]
         result = evaluate(network, data.test, indices, loss_fn, args.batch_size, "test")
-    spk, mem, labels, predictions = (result[k] for k in ("spk", "mem", "labels", "predictions"))
-    best = checkpoint["history"][-1]
-    scores = models.digit_scores(spk, mem, args.readout) / best["val_temperature"]
-    confidences = torch.softmax(scores, -1).amax(-1)  # of the digit that is predicted, [T, N]
-    readouts = (args.readout,) if args.no_spikes else models.READOUTS
-    by_readout = {name: models.predict(spk, mem, name) for name in readouts}
-    ties = {}  # by readout: the share of recordings of which several digits lead in the end
-    for name in readouts[1:]:
-        leaders = models.leaders(models.digit_scores(spk, mem, name)[-1])
-        ties[name] = mean_of(leaders.sum(-1) > 1)
-    layers = meter.layers()
+    entry, how = checkpoint["history"][-1], models.how_it_runs(network)
+    scores = models.digit_scores(result.spk, result.mem, args.readout) / entry["val_temperature"]
+    confidences = torch.softmax(scores, -1).amax(-1)  # of the predictions, [T, N]
+    readouts = [args.readout] if args.no_spikes else models.READOUTS
+    digits = {name: models.predict(result.spk, result.mem, name) for name in readouts}
+    tested_on = data.describe(["test"])
+    recordings = nmnist.describe_tested(tested_on, checkpoint["data"])
+    tested = f"{len(indices):,} test recordings of {recordings}"
+    print(f"checkpoint  {files.best}, epoch {entry['epoch']}")
+    print(f"run as      {how['precision']}, neurons {how['neuron_backend']}")
+    print(f"accuracy    {result.accuracy:.2%} of {tested}")
+    print(f"loss        {result.loss:.4f}")
     metrics = {
-        "accuracy": result["accuracy"],
-        "loss": result["loss"],
-        "num_recordings": len(labels),
+        "accuracy": result.accuracy,
+        "loss": result.loss,
+        "num_recordings": len(indices),
         "num_blank": data.test.num_blank,
-        "accuracy_by_readout": {k: mean_of(digits == labels) for k, digits in by_readout.items()},
-        "ties": ties,
-        "confusion_matrix": confusion_matrix(labels, predictions[-1], labels=range(10)).tolist(),
-        "accuracy_over_time": (predictions == labels).double().mean(1).tolist(),
-        "early_exit": early_exits(confidences, predictions, labels, meter),
-        "layers": layers,
-        "energy_uj": models.energy_uj(layers),
-        "not_counted": sorted(meter.not_counted),
+        **measure_accuracy(result, digits, data),
+        "early_exit": measure_early_exits(confidences, result, meter),
+        **measure_cost(meter),
         "parameters": num_parameters(network),
-        "tested_on": {k: v for k, v in data.describe().items() if k != "training part"},
+        "tested_on": tested_on,
         "trained_on": checkpoint["data"],
-        "checkpoint": str(checkpoint_path(args, "best")),
+        "checkpoint": str(files.best),
         "network_hash": utils.fingerprint(checkpoint["network"]),
-        "epoch": best["epoch"],
-        "val_accuracy": best["val_accuracy"],
-        "temperature": best["val_temperature"],
-        "training_seconds": sum(entry["seconds"] for entry in checkpoint["history"]),
+        "epoch": entry["epoch"],
+        "val_accuracy": entry["val_accuracy"],
+        "temperature": entry["val_temperature"],
+        "training_seconds": sum(epoch["seconds"] for epoch in checkpoint["history"]),
         "settings": checkpoint["settings"],
         "versions": {"trained": checkpoint["versions"], "tested": utils.versions()},
         "device_name": utils.describe_device(device),
-    } | models.how_it_runs(network)
-    columns = {"file": data.test_files, "label": labels.tolist()}
-    columns |= {name: digits.tolist() for name, digits in by_readout.items()}
-    columns["confidence"] = [f"{value:.6f}" for value in confidences[-1].tolist()]
-    columns[f"early_exit_step_{EXIT_THRESHOLD}"] = exit_steps(confidences, EXIT_THRESHOLD).tolist()
-    write_results(args, metrics, columns)
+        **how,
+    }
+    write_metrics(files, metrics)
+    write_predictions(files.predictions, data, digits, confidences)
     if args.visualize:
-        visualize(args, metrics, checkpoint["history"], network)
-        title = f"{network.title}{network.note} on {data.name}, test recordings"
-        draw_samples(args, data.test, predictions[-1], confidences[-1], title)
+        name = f"{network.title}{network.note}"
+        draw_training(files, network, checkpoint)
+        draw_test(files, data, metrics, f"{name}: {result.accuracy:.2%} of {tested}")
+        draw_samples(files, data, digits[args.readout], confidences[-1], f"{name} on {data.name}")
     return metrics
 
 
-def early_exits(confidences, predictions, labels, meter: ActivityMeter) -> list[dict]:
+def measure_accuracy(result: Evaluation, digits: dict, data: Data) -> dict:
+    """Return accuracies by readout and over time, and a confusion matrix; print accuracies.
+
+    `digits` are the predictions [N] of each readout.
+    """
+    labels, predictions = result.labels, result.predictions
+    by_readout, ties = {}, {}
+    for readout, predicted in digits.items():
+        by_readout[readout] = mean_of(predicted == labels)
+        if readout != "membrane":  # the share of recordings of which several digits lead in the end
+            scores = models.digit_scores(result.spk, result.mem, readout)[-1]
+            ties[readout] = mean_of(models.leaders(scores).sum(-1) > 1)
+    over_time = (predictions == labels).double().mean(1).tolist()
+    after = []
+    for step in map(int, data.saccade_ends()):
+        if step >= 1:
+            after.append(f"{over_time[step - 1]:.2%} at {step * data.step_ms:.0f} ms")
+    print("by readout  " + "   ".join(f"{name} {x:.2%}" for name, x in by_readout.items()))
+    print("over time   " + ("   ".join(after) or "steps of no fixed duration"))
+    return {
+        "accuracy_by_readout": by_readout,
+        "ties": ties,
+        "confusion_matrix": confusion_matrix(labels, predictions[-1], labels=range(10)).tolist(),
+        "accuracy_over_time": over_time,
+    }
+
+
+def measure_early_exits(confidences, result: Evaluation, meter: ActivityMeter) -> list[dict]:
     """Return what is reached if each recording is decided once its confidence passes a threshold.
 
-    For each of `EXIT_THRESHOLDS`: accuracy, mean time steps, and synaptic operations until then.
-    Confidences and predictions are [T, N].
+    For each of `EXIT_THRESHOLDS`: accuracy, mean time steps, and synaptic operations until then;
+    for `PRINTED_EXIT` it is printed. Confidences are [T, N].
     """
     entries = []
     for threshold in EXIT_THRESHOLDS:
         steps = exit_steps(confidences, threshold)
-        correct = predictions.gather(0, steps[None] - 1)[0] == labels
+        correct = result.predictions.gather(0, steps[None] - 1)[0] == result.labels
         entry = {"threshold": threshold, "accuracy": mean_of(correct), "mean_steps": mean_of(steps)}
         if not meter.network.config.no_spikes:
             entry["synaptic_operations"] = meter.operations_until(steps)
         entries.append(entry)
+        if threshold == PRINTED_EXIT:
+            decided = f"{entry['accuracy']:.2%} correct if decided at {threshold:.0%} confidence"
+            after = f"{entry['mean_steps']:.1f} of {len(confidences)} steps"
+            print(f"early exit  {decided}, after {after} on average")
     return entries
 
 
@@ -598,136 +589,109 @@ def exit_steps(confidences: torch.Tensor, threshold: float) -> torch.Tensor:
     return passed.int().argmax(0) + 1
 
 
-def print_metrics(metrics: dict) -> None:
-    """Print the test metrics as a short table, and what stands out."""
-    args = argparse.Namespace(**metrics["settings"])
-    over_time, step_ms = metrics["accuracy_over_time"], milliseconds_per_step(args)
-    after = [int(end) for end in saccade_ends(args) if end >= 1]
-    times = [f"{over_time[t - 1]:.2%} at {t * step_ms:.0f} ms" for t in after]
-    exit_at = next(e for e in metrics["early_exit"] if e["threshold"] == EXIT_THRESHOLD)
-    exits = f"{exit_at['mean_steps']:.1f} of {len(over_time)} steps"
-    by_readout = [f"{name} {x:.2%}" for name, x in metrics["accuracy_by_readout"].items()]
-    layers, energy = metrics["layers"], metrics["energy_uj"]
+def measure_cost(meter: ActivityMeter) -> dict:
+    """Return what each layer does in a recording and what it costs; print it, and what stands out.
+
+    Costs are synaptic operations, multiply-accumulates (MACs) and an estimate of the energy.
+    """
+    layers = meter.layers()
+    energy = models.energy_uj(layers)
     macs = sum(layer["macs"] for layer in layers.values()) / 1e6
     cost = f"{macs:.2f} million MACs, {energy['without_spikes']:.3g} uJ at 45 nm"
     if "spiking" in energy:
         operations = sum(layer["synaptic_operations"] for layer in layers.values()) / 1e6
-        spikes = f"{operations:.2f} million synaptic operations, {energy['spiking']:.3g} uJ"
-        cost = f"{spikes}; without spikes {cost}"
-    rows = {
-        "test accuracy": f"{metrics['accuracy']:.2%} of {describe_test(metrics)}",
-        "test loss": f"{metrics['loss']:.4f}",
-        "by readout": "   ".join(by_readout),
-        "over time": "   ".join(times) or "of no fixed duration",
-        f"exit at {EXIT_THRESHOLD:.0%}": f"{exit_at['accuracy']:.2%} after {exits}",
-        "cost per recording": cost,
-        "precision, neurons": f"{metrics['precision']}, {metrics['neuron_backend']}",
-        "checkpoint": f"{metrics['checkpoint']}, epoch {metrics['epoch']}",
-    }
-    for title, value in rows.items():
-        print(f"{title:20} {value}")
+        spiking = f"{operations:.2f} million synaptic operations, {energy['spiking']:.3g} uJ"
+        cost = f"{spiking}; without spikes {cost}"
+    print(f"cost        {cost}")
     columns = list(dict.fromkeys(column for layer in layers.values() for column in layer))
-    print(f"{'layer':20}" + "".join(f"{column.replace('_', ' '):>21}" for column in columns))
+    print(f"{'layer':12}" + "".join(f"{column.replace('_', ' '):>21}" for column in columns))
     for name, layer in layers.items():
         cells = []
         for column in columns:
-            digits = 0 if column in ("neurons", "macs", "synaptic_operations") else 3
-            cells.append(f"{layer[column]:,.{digits}f}" if column in layer else "")
-        print(f"{name:20}" + "".join(f"{cell:>21}" for cell in cells))
-    if metrics["not_counted"]:
-        names = ", ".join(metrics["not_counted"])
-        utils.warn(f"operations, MACs and energy leave out the connections of {names}")
+            decimals = 0 if column in ("neurons", "macs", "synaptic_operations") else 3
+            cells.append(f"{layer[column]:,.{decimals}f}" if column in layer else "")
+        print(f"{name:12}" + "".join(f"{cell:>21}" for cell in cells))
     for name, layer in layers.items():
         if layer.get("firing_rate") in (0, 1):
             what = "never fire" if layer["firing_rate"] == 0 else "fire at every step"
             utils.warn(f"neurons of {name} {what}: try --threshold, --beta, --lr or more --epochs")
+    not_counted = sorted(meter.not_counted)
+    if not_counted:
+        names = ", ".join(not_counted)
+        utils.warn(f"operations, MACs and energy leave out the connections of {names}")
+    return {"layers": layers, "energy_uj": energy, "not_counted": not_counted}
 
 
-def describe_test(metrics: dict) -> str:
-    """Return what a network was tested on, and whether it was trained on something else."""
-    other = nmnist.describe_difference(metrics["tested_on"], metrics["trained_on"])
-    name = metrics["tested_on"]["data set"]
-    return f"{metrics['num_recordings']:,} test recordings of {name}" + (other and f"; {other}")
+def write_metrics(files: RunFiles, metrics: dict) -> None:
+    """Write the metrics; earlier results are kept if they are not of the same test."""
+    earlier = utils.read_json(files.metrics) or {}
+    same_test = ("network_hash", "tested_on", "device", "precision", "neuron_backend")
+    if any(earlier.get(name) != metrics[name] for name in same_test):
+        utils.keep_earlier_files(files.metrics, files.predictions)
+    utils.write_json(files.metrics, metrics)
+    print(f"metrics     {files.metrics}")
 
 
-def write_results(args: argparse.Namespace, metrics: dict, columns: dict[str, list]) -> None:
-    """Write metrics and predictions; earlier ones are kept if they are not of the same test."""
-    paths = log_path(args, "test_metrics.json"), log_path(args, "predictions.csv")
-    earlier = utils.read_json(paths[0]) or {}
-    names = ("network_hash", "tested_on", "device", "precision", "neuron_backend")
-    if any(earlier.get(name) != metrics[name] for name in names):
-        utils.keep_earlier_files(*paths)
-    utils.write_json(paths[0], metrics)
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    utils.write_csv(paths[1], rows)
-    print(f"{'metrics':20} {paths[0]}\n{'predictions':20} {paths[1]}")
+def write_predictions(path: Path, data: Data, digits: dict, confidences: torch.Tensor) -> None:
+    """Write label, predictions and confidence of each test recording."""
+    columns = {"file": data.test_files, "label": data.test.labels.tolist()}
+    for readout, predicted in digits.items():
+        columns[readout] = predicted.tolist()
+    columns["confidence"] = [f"{confidence:.6f}" for confidence in confidences[-1].tolist()]
+    columns[f"early_exit_step_{PRINTED_EXIT}"] = exit_steps(confidences, PRINTED_EXIT).tolist()
+    utils.write_csv(path, columns)
+    print(f"predictions {path}")
 
 
-def milliseconds_per_step(args: argparse.Namespace) -> float | None:
-    """Return the nominal duration of a time step; None with `--bin_by events`, where it varies."""
-    if args.bin_by == "events":
-        return None
-    return nmnist.SACCADE_ENDS[0 if args.first_saccade_only else -1] / args.time_steps
-
-
-def saccade_ends(args: argparse.Namespace) -> list[float]:
-    """Return where a recording's saccades end, in steps; [] where steps have no fixed duration."""
-    ends = nmnist.SACCADE_ENDS[:1] if args.first_saccade_only else nmnist.SACCADE_ENDS
-    return [end * args.time_steps / ends[-1] for end in ends] if args.bin_by == "time" else []
-
-
-def visualize(args, metrics: dict, history: list[dict], network: SpikingNetwork) -> None:
-    """Write the figures of training and of the test."""
-    # log_dir's history goes on after the best epoch, if it is that of the same run.
-    logged = utils.read_json(log_path(args, "history.json")) or []
-    history = logged if logged[: len(history)] == history else history
-    trained = f"{network.title} on {metrics['trained_on']['data set']}"
-    utils.plot_history(history, trained, Path(args.log_dir) / "training_results.png")
-    name = network.title + network.note
-    title = f"{name}: {metrics['accuracy']:.2%} of {describe_test(metrics)}"
-    counts = np.array(metrics["confusion_matrix"])
-    utils.plot_confusion_matrix(counts, title, log_path(args, "confusion_matrix.png"))
-    utils.plot_accuracy_over_time(
-        np.array(metrics["accuracy_over_time"]),
-        metrics["early_exit"],
-        saccade_ends(args)[:-1],
-        milliseconds_per_step(args),
-        title,
-        log_path(args, "accuracy_over_time.png"),
-    )
-    if args.model == "resnet":
+def draw_training(files: RunFiles, network: SpikingNetwork, checkpoint: dict) -> None:
+    """Draw the history, and what a ResNet has learned first."""
+    history, logged = checkpoint["history"], utils.read_json(files.history) or []
+    if logged[: len(history)] == history:  # the same run, which went on after the best epoch
+        history = logged
+    title = f"{network.title} on {checkpoint['data']['data_set']}"
+    utils.plot_history(history, title, files.log_dir / "training_results.png")
+    if network.config.model == "resnet":
         weight = network.conv1.weight.detach().cpu()
-        title = f"{trained}\nthe {len(weight)} filters of conv1, 3 x 3 pixels each"
-        utils.plot_filters(weight, title, log_path(args, "filters.png"))
+        title += f"\nthe {len(weight)} filters of conv1, 3 x 3 pixels each"
+        utils.plot_filters(weight, title, files.figure("filters"))
 
 
-def draw_samples(args, frames: Frames, predictions, confidences, title: str) -> None:
+def draw_test(files: RunFiles, data: Data, metrics: dict, title: str) -> None:
+    """Draw the confusion matrix and the accuracy over time."""
+    counts = np.array(metrics["confusion_matrix"])
+    utils.plot_confusion_matrix(counts, title, files.figure("confusion_matrix"))
+    over_time, exits = np.array(metrics["accuracy_over_time"]), metrics["early_exit"]
+    ends, path = data.saccade_ends()[:-1], files.figure("accuracy_over_time")
+    utils.plot_accuracy_over_time(over_time, exits, ends, data.step_ms, title, path)
+
+
+def draw_samples(files: RunFiles, data: Data, predictions, confidences, name: str) -> None:
     """Draw 20 test recordings with true and predicted digit: mistakes first, the digits in turn.
 
     The events are from the middle of the first saccade: over a whole recording ON and OFF cover
     one another.
     """
-    labels, predictions = frames.labels.cpu().numpy(), predictions.numpy()
+    labels, predictions = data.test.labels.cpu().numpy(), predictions.numpy()
     indices = utils.mistakes_first(labels, predictions, 20)
-    sequences = frames.batch(torch.from_numpy(indices))[0]
-    end = (saccade_ends(args) or [args.time_steps / 3])[0]
-    first, last = int(0.37 * end), math.ceil(0.615 * end)  # 37 to 62 of 100 ms
-    images = sequences[first:last].sum(0).cpu().numpy()
+    sequences, _ = data.test.batch(torch.from_numpy(indices))
+    end = data.saccade_ends()[0] if data.saccade_ends() else len(sequences) / 3
+    start, stop = int(0.37 * end), math.ceil(0.615 * end)  # 37 to 62 of 100 ms
+    images = sequences[start:stop].sum(0).cpu().numpy()
     texts = []
     for i in indices:
-        mark = "" if labels[i] == predictions[i] else "mistake: "
-        what = f"{mark}{labels[i]} read as {predictions[i]}"
-        texts.append(f"{what}\nconfidence {confidences[i]:.0%}, no. {i}")
-    mistakes = int((labels != predictions).sum())
-    shown = f"{min(mistakes, len(indices))} of {mistakes} mistakes, then correct ones"
-    title += f"\n{shown}; events in the middle of the first saccade"
-    utils.plot_predictions(images, texts, title, log_path(args, "samples.png"))
+        digits = f"{labels[i]} read as {predictions[i]}"
+        texts.append(f"{digits}\nconfidence {confidences[i]:.0%}, no. {i}")
+    mistakes = labels != predictions
+    title = f"{name}, test recordings, of {mistakes.sum()} mistakes first\n"
+    title += "events in the middle of the first saccade"
+    utils.plot_predictions(images, texts, mistakes[indices], title, files.figure("samples"))
 
 
 # --- The script -----------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Train and test the networks that the flags `argv` name, or those of the command line."""
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -737,63 +701,76 @@ def main(argv: list[str] | None = None) -> None:
     check_flags(parser, args)
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     print(f"device      {utils.describe_device(device)}{processes}")
-    seeds = list(dict.fromkeys(args.seed)) if isinstance(args.seed, list) else [args.seed]
+    seeds = args.seed if isinstance(args.seed, list) else [args.seed]
+    if args.test_only and rank() > 0:
+        utils.leave_distributed()  # one process tests
+        return
     try:
         if len(seeds) > 1:
-            run_seeds(parser, argv, args, seeds, device)
+            run_seeds(args, argv, device, seeds)
         else:
             args.seed = seeds[0]
-            metrics, _ = run(parser, argv, args, device)
-            if rank() == 0:
-                print_metrics(metrics)
-                if argv == sys.argv[1:] and Path(sys.argv[0]).is_file():  # else nothing was typed
-                    print_next(argv, args)
+            run(args, argv, device)
+            print_next(args, argv)
     except models.NetworkError as error:
         raise UserError(f"--model {args.model}: {error}") from None
     utils.leave_distributed()
 
 
-def run(parser, argv, args, device, data: Data | None = None) -> tuple[dict, Data | None]:
+def run(args, argv: list[str], device, loaded: Data | None = None) -> tuple[dict, Data]:
     """Train and test one network, or test it alone; return metrics and recordings.
 
-    `data` are the recordings of the seed before, if any. The first process alone returns metrics.
+    `loaded` are the recordings of the seed before, if any. The first process alone tests.
     """
-    if args.test_only and rank() > 0:
-        return {}, None
-    with hold_folders(args):
+    files = RunFiles(args)
+    with files.hold(args.test_only):
         if args.test_only:
-            checkpoint = load_checkpoint(args, "best")
-            take_settings(parser, argv, args, checkpoint["settings"])
-            args.dataset = nmnist.trained_dataset(args.data_dir, args.dataset, checkpoint["data"])
-            data = nmnist.load_data(args, device, ["test"], data)
-            return test(args, data, device, checkpoint), data
-        last = load_last(args)
-        args.dataset = nmnist.trained_dataset(args.data_dir, args.dataset, last.get("data", {}))
-        with utils.first_process_first():  # it downloads and bins, the others read the cache
-            data = nmnist.load_data(args, device, loaded=data)
-        try:
-            last = train(args, data, device, last)
-        except KeyboardInterrupt:
-            hint = "To go on after the last finished epoch, repeat the command with --resume."
-            raise KeyboardInterrupt(hint) from None
-        return (test(args, data, device, best_of(last)) if rank() == 0 else {}), data
+            checkpoint = read_checkpoint(args, files.best)
+            take_settings(args, argv, checkpoint["settings"])
+            data = nmnist.load_data(args, device, ["test"], checkpoint["data"], loaded)
+        else:
+            last = utils.of_first_process(lambda: load_last(args, files)) if args.resume else {}
+            with utils.first_process_first():  # it downloads and bins, the others read the cache
+                data = nmnist.load_data(args, device, nmnist.SPLITS, last.get("data"), loaded)
+            try:
+                last = train(args, files, data, device, last)
+            except KeyboardInterrupt:
+                hint = "To go on after the last finished epoch, repeat the command with --resume."
+                raise KeyboardInterrupt(hint) from None
+            if rank() > 0:
+                return {}, data
+            write_best_and_history(files, last)  # also if nothing was left to train
+            checkpoint = last["best"]
+        return test(args, files, data, device, checkpoint), data
 
 
-def hold_folders(args: argparse.Namespace):
-    """Hold the folders that are written to, in which other such runs are refused."""
-    name = network_config(args).name
-    if args.test_only:
-        return utils.hold_folders(f"{name}_test", log_dir=args.log_dir)
-    return utils.hold_folders(name, save_dir=args.save_dir, log_dir=args.log_dir)
+def take_settings(args: argparse.Namespace, argv: list[str], trained: dict) -> None:
+    """Give `args` the settings of a network to test; print which flags in `argv` are ignored."""
+    parser = make_parser()
+    parser.set_defaults(**trained)
+    asked = parser.parse_args(argv)  # what differs from these defaults was typed
+    if isinstance(asked.seed, list):
+        asked.seed = args.seed
+    for name, value in trained.items():
+        if name == "batch_size":
+            continue  # a test may have another
+        if getattr(asked, name) != value:
+            ignored = f"--{name} {getattr(asked, name)}"
+            print(f"ignored     {ignored}: the network was trained with {value}")
+        setattr(args, name, value)
+    args.batch_size = asked.batch_size
+    if args.loss not in LOSSES:
+        raise UserError(f"--loss {args.loss}: this script does not add it to LOSSES")
 
 
-def print_next(argv: list[str], args: argparse.Namespace) -> None:
+def print_next(args: argparse.Namespace, argv: list[str]) -> None:
     """Print the commands that test and draw the network of the command `argv`."""
+    if argv != sys.argv[1:] or not Path(sys.argv[0]).is_file():
+        return  # this is no command that was typed
     if not args.visualize:
-        # argparse takes --res for --resume, too.
-        words = [word for word in argv if not (word[:5] == "--res" and "--resume".startswith(word))]
-        words += ["--visualize"] if args.test_only else ["--test_only", "--visualize"]
-        print("next        " + shlex.join(["python", sys.argv[0], *words]))
+        words = [word for word in argv if word not in ("--resume", "--test_only")]
+        command = ["python", sys.argv[0], *words, "--test_only", "--visualize"]
+        print(f"next        {shlex.join(command)}")
     script = Path(sys.argv[0])
     if script.resolve() == Path(__file__).resolve() and not args.no_spikes:
         names = utils.flag_names(nmnist.add_data_flags, utils.add_device_flags)
@@ -802,47 +779,48 @@ def print_next(argv: list[str], args: argparse.Namespace) -> None:
         print("next        " + shlex.join(["python", str(script), *flags, "--visualize_all"]))
 
 
-def run_seeds(parser, argv, args: argparse.Namespace, seeds: list[int], device) -> None:
+def run_seeds(args: argparse.Namespace, argv: list[str], device, seeds: list[int]) -> None:
     """Run the script for each seed, in folders of its own; print and write a table of the tests."""
-    tests, data = [], None
-    with hold_folders(args):
+    files, tests, data = RunFiles(args), [], None
+    with files.hold(args.test_only):
         for seed in seeds:
             print(f"seed        {seed}")
-            own = argparse.Namespace(**vars(args) | {"seed": seed})
-            own.save_dir = str(Path(args.save_dir, f"seed_{seed}"))
-            own.log_dir = str(Path(args.log_dir, f"seed_{seed}"))
-            metrics, data = run(parser, argv, own, device, data)
-            args.dataset = own.dataset  # that of the first one's checkpoint, if there is one
-            if rank() == 0:
-                print(f"accuracy    {metrics['accuracy']:.2%} of {describe_test(metrics)}")
-                tests.append(metrics)
+            own = copy.copy(args)
+            own.seed = seed
+            own.save_dir = str(files.save_dir / f"seed_{seed}")
+            own.log_dir = str(files.log_dir / f"seed_{seed}")
+            metrics, data = run(own, argv, device, data)
+            args.dataset = data.source  # the same for all, also if it was auto
+            tests.append(metrics)
         if rank() == 0:
-            print_seeds(tests, log_path(args, "seeds.csv"))
+            print_seeds(tests, files.seeds)
 
 
 def print_seeds(tests: list[dict], path: Path) -> None:
     """Print mean and standard deviation of the accuracies; write a row for each seed."""
     rows = []
     for metrics in tests:
-        results = {"epoch": metrics["epoch"], "test_loss": metrics["loss"]}
-        results["accuracy"] = metrics["accuracy"]
+        row = {"epoch": metrics["epoch"], "test_loss": metrics["loss"]}
+        row["accuracy"] = metrics["accuracy"]
         for readout, accuracy in metrics["accuracy_by_readout"].items():
-            results[f"accuracy_{readout}"] = accuracy
-        conditions = metrics["trained_on"] | metrics["tested_on"] | metrics["settings"]
-        conditions |= {name: metrics[name] for name in ("precision", "neuron_backend")}
-        rows.append(results | conditions)
+            row[f"accuracy_{readout}"] = accuracy
+        for name in ("precision", "neuron_backend"):
+            row[name] = metrics[name]
+        rows.append({**row, **metrics["trained_on"], **metrics["tested_on"], **metrics["settings"]})
+    accuracies = [name for name in rows[0] if name.startswith("accuracy")]
     if len({row["seed"] for row in rows}) < len(rows):
         utils.warn("two of these networks are of the same seed")
-    differing = {name for name in conditions for row in rows if row[name] != rows[0][name]}
-    if other := sorted(differing - {"seed"}):
+    differing = {name for row in rows for name in row if row[name] != rows[0][name]}
+    if other := sorted(differing - {"seed", "epoch", "test_loss", *accuracies}):
         utils.warn(f"these networks differ in more than their seed: {', '.join(other)}")
-    utils.keep_earlier_files(path)
-    utils.write_csv(path, rows)
-    print(f"{f'{len(rows)} seeds':20} mean ± standard deviation")
-    for name in (name for name in rows[0] if name.startswith("accuracy")):
+    print(f"seeds       {len(rows)}, mean ± standard deviation")
+    for name in accuracies:
         values = 100 * np.array([row[name] for row in rows])
-        print(f"{name:20} {values.mean():.2f} ± {values.std(ddof=1):.2f}%")
-    print(f"seeds       {path}")
+        label = name.removeprefix("accuracy_")
+        print(f"{label:12}{values.mean():.2f} ± {values.std(ddof=1):.2f}%")
+    utils.keep_earlier_files(path)
+    utils.write_csv(path, {name: [row[name] for row in rows] for name in rows[0]})
+    print(f"table       {path}")
 
 
 if __name__ == "__main__":

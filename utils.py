@@ -1,11 +1,11 @@
-"""What every script needs: errors, flags, seeds, device, several processes, files, checkpoints, and
-the plots of training and testing."""
+"""What every script needs, then the plots of training and testing."""
 
 import argparse
 import contextlib
 import csv
 import ctypes
 import datetime
+import functools
 import hashlib
 import io
 import itertools
@@ -31,7 +31,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# --- Scripts and their flags ----------------------------------------------------------------------
+# --- Errors and flags -----------------------------------------------------------------------------
 
 
 class UserError(Exception):
@@ -68,10 +68,13 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def make_parser(docstring: str, **options) -> argparse.ArgumentParser:
+def make_parser(docstring: str) -> argparse.ArgumentParser:
     """Return a parser whose --help starts with a script's docstring, as it is written."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=docstring, formatter_class=formatter, **options)
+    return argparse.ArgumentParser(
+        description=docstring,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def add_flag(parser, flag: str, default, text: str, **options) -> None:
@@ -81,20 +84,21 @@ def add_flag(parser, flag: str, default, text: str, **options) -> None:
     """
     if default is False:
         parser.add_argument(flag, action="store_true", help=text)
-    else:
-        text += "" if default is None else " (default: %(default)s)"
-        parser.add_argument(flag, default=default, help=text, **options)
+        return
+    if default is not None:
+        text += " (default: %(default)s)"
+    parser.add_argument(flag, default=default, help=text, **options)
 
 
-def number(kind: type, low: float, high: float = math.inf):
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
     """Make an argparse type: a finite number from `low` to `high`, both included."""
 
-    def parse(text: str):
+    def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a valid {kind.__name__}") from None
-        if not low <= value <= high or value == math.inf:
+        if value == math.inf or not low <= value <= high:
             limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limits}")
         return value
@@ -110,7 +114,7 @@ def flag_names(*adders: Callable) -> list[str]:
     return list(vars(parser.parse_args([])))
 
 
-# --- Seeds and device -----------------------------------------------------------------------------
+# --- Device and seeds -----------------------------------------------------------------------------
 
 
 def set_seed(*parts: int) -> None:
@@ -122,12 +126,13 @@ def set_seed(*parts: int) -> None:
 
 def add_device_flags(parser) -> None:
     """Add the flags that say on what a network runs, and how."""
+    flag = functools.partial(add_flag, parser)
     device = "where to compute (default: cuda where there is one)"
-    add_flag(parser, "--device", None, device, choices=["cuda", "cpu", "mps"])
-    precision = "type of the layers; auto: as trained; if new, bf16 if that is fast here, else fp32"
-    add_flag(parser, "--precision", "auto", precision, choices=["auto", "bf16", "fp32"])
+    flag("--device", None, device, choices=["cuda", "cpu", "mps"])
+    precision = "of the layers; auto: as trained; if new, bf16 if that is fast here, else fp32"
+    flag("--precision", "auto", precision, choices=["auto", "bf16", "fp32"])
     backend = "fused: compiled neurons; step: snnTorch's, step by step; auto: as trained, or fused"
-    add_flag(parser, "--neuron_backend", "auto", backend, choices=["auto", "fused", "step"])
+    flag("--neuron_backend", "auto", backend, choices=["auto", "fused", "step"])
 
 
 def prepare_device(name: str | None) -> torch.device:
@@ -135,20 +140,21 @@ def prepare_device(name: str | None) -> torch.device:
 
     Raises `UserError` if this machine has no such device.
     """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(name, True):
         raise UserError(f"--device {name}: PyTorch finds no such device here; choose cpu")
-    if name == "mps":
-        return torch.device("mps")
-    if name != "cpu" and available["cuda"]:
-        torch.set_float32_matmul_precision("high")  # TF32 for products of float32 matrices
-        torch.backends.cudnn.benchmark = True  # tries convolution algorithms once for each shape
-        index = int(os.environ["LOCAL_RANK"]) if launched() else 0
-        if index >= torch.cuda.device_count():
-            raise UserError("torchrun: more processes than GPUs; start fewer, or --device cpu")
-        return torch.device("cuda", index)
-    keep_freed_memory()
-    return torch.device("cpu")
+    if name == "cpu":
+        keep_freed_memory()
+    if name != "cuda":
+        return torch.device(name)
+    torch.set_float32_matmul_precision("high")  # TF32 for products of float32 matrices
+    torch.backends.cudnn.benchmark = True  # tries convolution algorithms once for each shape
+    index = int(os.environ["LOCAL_RANK"]) if launched() else 0
+    if index >= torch.cuda.device_count():
+        raise UserError("torchrun: more processes than GPUs; start fewer, or --device cpu")
+    return torch.device("cuda", index)
 
 
 def keep_freed_memory() -> None:
@@ -213,6 +219,14 @@ def wait_for_all() -> None:
         distributed.barrier()
 
 
+def of_first_process(function: Callable):
+    """Return, in every process, what `function` returns in the first one."""
+    results = [function() if rank() == 0 else None]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(results)
+    return results[0]
+
+
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
     """Run a block in the first process, then in the others."""
@@ -236,7 +250,7 @@ def data_parallel(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def leave_distributed() -> None:
-    """Leave the other processes."""
+    """End what `init_distributed` began."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -246,7 +260,7 @@ def leave_distributed() -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an `OSError` name `path` if it names no file, as that of a full disk."""
+    """Add `path` to an `OSError` that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -287,12 +301,12 @@ def read_json(path: str | Path):
         return None
 
 
-def write_csv(path: str | Path, rows: list[dict]) -> None:
-    """Write rows of the same keys to `path` as CSV with a header, atomically."""
+def write_csv(path: str | Path, columns: dict[str, list]) -> None:
+    """Write columns, by name, to `path` as CSV with a header, atomically."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
 
 
 def save_tensors(path: str | Path, content: dict) -> None:
@@ -317,13 +331,15 @@ def keep_earlier_files(*paths: Path) -> None:
 
 @contextlib.contextmanager
 def hold_folders(name: str, **folders: str | Path) -> Iterator[None]:
-    """Hold folders, by flag, for the run `name`, in the first process.
+    """Let no other run `name` use these folders, which are given by flag.
 
-    Raises `UserError` if one can't be written to, or is held by another such run; a killed process
-    holds nothing.
+    Raises `UserError` if one can't be written to, or is in use; a killed process uses nothing. Of
+    several processes, the first one does it.
     """
+    if rank() > 0:
+        folders = {}
     with contextlib.ExitStack() as held:
-        for flag, folder in folders.items() if rank() == 0 else ():
+        for flag, folder in folders.items():
             try:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 held.enter_context(FileLock(Path(folder) / f".{name}_{flag}.lock", timeout=2))
@@ -338,7 +354,7 @@ def hold_folders(name: str, **folders: str | Path) -> Iterator[None]:
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
-CHECKPOINT_FORMAT = 9  # increased if older checkpoints can't be used
+CHECKPOINT_FORMAT = 10  # increased if older checkpoints can't be used
 
 
 def load_checkpoint(
@@ -347,36 +363,29 @@ def load_checkpoint(
     """Read a checkpoint that `train_nmnist.py` wrote onto the CPU; no code in it is run.
 
     It holds `settings`, `data`, `versions`, `history` and `network`; the last checkpoint of a run
-    also `best_network` and `training`. Raises `UserError` if the file is missing, can't be read,
-    lacks one of these `parts` or `settings`, has not the settings that are `expected`, or its
-    network is not finite.
+    also `best` and `training`. Raises `UserError` if the file is missing, can't be read, lacks one
+    of these `parts` or `settings`, has not the settings that are `expected`, or its network is not
+    finite.
     """
     train = f"train a network in {Path(path).parent}, or repeat its training command with --resume"
     if not Path(path).exists():
         raise UserError(f"no checkpoint at {path}: {train}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        wrong = what_is_wrong(checkpoint, parts, settings, expected)
+        if checkpoint["format"] != CHECKPOINT_FORMAT:
+            raise ValueError("it was written by another version of this project")
+        found = {**checkpoint, **checkpoint["settings"]}
+        for name in ("data", "versions", "history", "network", *parts, *settings):
+            if name not in found or found[name] == []:
+                raise ValueError(f"it has no {name}")
+        for name, value in expected.items():
+            if found[name] != value:
+                raise ValueError(f"it is another network's, whose {name} is {found[name]}")
+        if not is_finite(checkpoint["network"]):
+            raise ValueError("its weights are not finite")
     except Exception as error:  # torch raises many types
-        wrong = f"can't be read as a checkpoint ({first_line(error)})"
-    if wrong:
-        raise UserError(f"{path} {wrong}: {train}")
+        raise UserError(f"{path} can't be used: {first_line(error)}; {train}") from None
     return checkpoint
-
-
-def what_is_wrong(checkpoint: dict, parts, settings, expected: dict) -> str:
-    """Return why `load_checkpoint` refuses a checkpoint, '' if it does not."""
-    if checkpoint["format"] != CHECKPOINT_FORMAT:
-        return "was written by another version of this project"
-    found = checkpoint["settings"]
-    missing = [name for name in ("data", "versions", *parts) if name not in checkpoint]
-    missing += [name for name in settings if name not in found]
-    if missing or not checkpoint["history"]:
-        return f"holds no {', '.join(missing) or 'history'}"
-    for name, value in expected.items():
-        if found[name] != value:
-            return f"holds another network, whose {name} is {found[name]}"
-    return "" if is_finite(checkpoint["network"]) else "holds weights that are not finite"
 
 
 def is_finite(*states: dict[str, torch.Tensor]) -> bool:
@@ -499,20 +508,19 @@ def mistakes_first(labels: np.ndarray, predictions: np.ndarray, num_shown: int) 
     return np.lexsort((labels, take_turns(labels + 10 * correct), correct))[:num_shown]
 
 
-def plot_predictions(images: np.ndarray, texts: list[str], title: str, path: Path) -> None:
-    """Draw event images [N, 2, 34, 34], each below its text; those of mistakes are coloured."""
+def plot_predictions(images: np.ndarray, texts: list[str], mistakes, title: str, path) -> None:
+    """Draw event images [N, 2, 34, 34], each below its text, coloured where `mistakes` [N]."""
     columns = min(5, len(images))
     rows = math.ceil(len(images) / columns)
     size = (1.9 * columns, 2.2 * rows + 1.2)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     full = np.quantile(images[images > 0], 0.9) if images.any() else 1
-    for axis, image, text in itertools.zip_longest(axes.flat, images, texts):
-        if image is None:
-            axis.set_axis_off()
-            continue
+    for axis in axes.flat[len(images) :]:
+        axis.set_axis_off()
+    for axis, image, text, mistake in zip(axes.flat, images, texts, mistakes, strict=False):
         axis.imshow(event_image(image, full), interpolation="nearest")
         show_border(axis)
-        axis.set_title(text, fontsize=9, color=ORANGE if "mistake" in text else "black")
+        axis.set_title(text, fontsize=9, color=ORANGE if mistake else "black")
     figure.suptitle(title)
     polarity_legend(figure)
     save_figure(figure, path)

@@ -180,7 +180,7 @@ def training_settings(args: argparse.Namespace) -> tuple[argparse.Namespace, tor
 
 def make_network(settings: argparse.Namespace, device: torch.device) -> models.SpikingNetwork:
     """Return a new network as `train_nmnist.py` makes it."""
-    config = train_nmnist.network_config(settings)
+    config = models.NetworkConfig.from_settings(vars(settings))
     options = models.run_options(device, settings.neuron_backend, settings.precision)
     return models.build_model(config, **options).to(device)
 
@@ -195,7 +195,7 @@ def make_recordings(folder: Path, number: int) -> nmnist.NMNIST:
 
 def training_step(network, frames, labels, settings: argparse.Namespace) -> Callable:
     """Return a function that makes a training step of `network` on a batch."""
-    optimizer = train_nmnist.make_optimizer(settings, network)
+    optimizer = train_nmnist.make_optimizer(network, "adam", lr=5e-3, weight_decay=0.0)
     loss_fn = train_nmnist.LOSSES[settings.loss]
 
     def step():
@@ -222,11 +222,12 @@ def inference(network, frames) -> Callable:
 def training_epoch(network, frames: nmnist.Frames, settings: argparse.Namespace) -> Callable:
     """Return a function that trains for an epoch: augmented batches, moving average, accuracy."""
     ema, loss_fn = copy.deepcopy(network), train_nmnist.LOSSES[settings.loss]
-    optimizer = train_nmnist.make_optimizer(settings, network)
+    optimizer = train_nmnist.make_optimizer(network, "adam", lr=5e-3, weight_decay=0.0)
 
     def epoch():
         order, bar = torch.randperm(len(frames)), tqdm(disable=True)
-        batches = train_nmnist.training_batches(settings, frames, order, network.dtype)
+        size = settings.batch_size
+        batches = train_nmnist.training_batches(frames, order, size, network.dtype, augment=True)
         train_nmnist.train_one_epoch(network, ema, optimizer, loss_fn, batches, 0, bar)
 
     return epoch

@@ -890,7 +890,7 @@ def test_fingerprints_tell_contents_and_labels_but_not_dates_nor_options(tmp_pat
     relabelled = load_data(copy)
     for other in (changed, relabelled):
         differ = [name for name, value in other.describe().items() if first[name] != value]
-        assert differ == ["training part"]
+        assert differ == ["train_fingerprint"]
     assert changed.train.fingerprint != relabelled.train.fingerprint
     options = load_data(copy, "--first_saccade_only", "--stabilize", "--bin_by", "events")
     assert options.describe() != relabelled.describe()
@@ -906,17 +906,6 @@ def test_test_recordings_that_are_also_in_the_training_part_are_told(tmp_path, c
     load_data(tmp_path)
     warning = "WARNING: 2 test recordings are also in the training part"
     assert warning in capsys.readouterr().err
-
-
-def test_a_network_of_simulated_recordings_is_tested_on_them_where_they_are(tmp_path):
-    def trained_dataset(dataset, trained):
-        return nmnist.trained_dataset(tmp_path, dataset, {"source": trained})
-
-    assert trained_dataset("auto", "simulated") == "auto"
-    (tmp_path / "SimulatedNMNIST").mkdir()
-    assert trained_dataset("auto", "simulated") == "simulated"
-    assert trained_dataset("auto", "nmnist") == "auto"
-    assert trained_dataset("nmnist", "simulated") == "nmnist"
 
 
 def test_validation_is_stratified_and_fixed_by_the_seed():

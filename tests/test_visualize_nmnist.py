@@ -142,12 +142,3 @@ def test_denoising_that_leaves_no_events_is_refused(tmp_path):
     message = r"00001\.bin has no events left: choose a longer --denoise"
     with pytest.raises(utils.UserError, match=message):
         draw(tmp_path, "--denoise", 1000, "--output_dir", tmp_path / "out")
-
-
-@pytest.mark.parametrize("script", ["nmnist.py", "train_nmnist.py"])
-def test_scripts_start_whatever_backend_the_environment_names(script, monkeypatch):
-    """As a notebook's shell names its own."""
-    monkeypatch.setenv("MPLBACKEND", "module://nowhere")
-    result = run(sys.executable, script, "--help")
-    assert result.returncode == 0, result.stderr
-    assert f"python {script}" in result.stdout
