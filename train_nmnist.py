@@ -70,7 +70,7 @@ LOSSES = {
     "count": lambda spk, mem, labels: SF.ce_count_loss()(spk * (COUNT_RANGE / len(spk)), labels),
 }
 
-# --- Flags and files ------------------------------------------------------------------------------
+# --- Flags ----------------------------------------------------------------------------------------
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -94,7 +94,12 @@ def add_network_flags(group) -> None:
     flag("--alpha", default.alpha, "decay of adaptation and synaptic current (resnet)", type=decay)
     flag("--dropout", default.dropout, "probability of dropping a last hidden neuron", type=share)
     flag("--width", default.width, "factor on channels and hidden layer", type=number(int, 1, 64))
-    flag("--readout", default.readout, "what decides, in the end", choices=models.READOUTS)
+    flag(
+        "--readout",
+        default.readout,
+        "what decides: the mean membrane potential, the most spikes, or the first spike",
+        choices=models.READOUTS,
+    )
     flag("--learn_beta", False, "learn one beta per layer")
     flag("--no_spikes", False, "ReLU in place of neurons; its files are named <model>_relu_...")
 
@@ -109,7 +114,12 @@ def add_training_flags(group) -> None:
     flag("--lr", None, f"learning rate (default: {rates})", type=number(float, 1e-9))
     flag("--weight_decay", 0.0, "weight decay of connections alone", type=number(float, 0))
     flag("--optimizer", "adam", "optimizer", choices=DEFAULT_LR)
-    flag("--loss", "ce", "loss of potentials (ce) or spike counts (count, mse)", choices=LOSSES)
+    flag(
+        "--loss",
+        "ce",
+        "cross entropy of potentials (ce) or spike counts (count); squared error of counts (mse)",
+        choices=LOSSES,
+    )
     flag("--scheduler", False, "lower the learning rate along a half cosine")
     flag("--no_augment", False, "train on the recordings as they are, without random shift, ...")
     flag("--val_split", 0.1, "share of training recordings for validation", type=share)
@@ -126,60 +136,6 @@ def add_running_flags(group) -> None:
     flag("--resume", False, "go on with the run of this command in save_dir, if there is one")
     flag("--test_only", False, "test the best checkpoint, without training")
     flag("--visualize", False, "write figures to log_dir")
-
-
-def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with status 2 if flags contradict one another."""
-    changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    for name in NEED_SPIKES:
-        if args.no_spikes and name in changed:
-            parser.error(f"argument --{name}: not allowed with argument --no_spikes")
-    if models.NETWORKS[args.model] is models.SpikingCNN and "alpha" in changed:
-        parser.error("argument --alpha: --model cnn has no neurons that use it")
-    if args.test_only and args.resume:
-        parser.error("argument --resume: not allowed with argument --test_only")
-    if args.batch_size // world_size() * args.time_steps < 2:
-        parser.error("argument --batch_size: too small, norms need two frames in each process")
-
-
-def flags_of(values: dict) -> list[str]:
-    """Return the flags that set `values`, without those that are the parser's defaults."""
-    defaults = vars(make_parser().parse_args([]))
-    flags = []
-    for name, value in values.items():
-        if value != defaults[name]:
-            flags.append(f"--{name}" if value is True else f"--{name}={value}")
-    return flags
-
-
-def settings_of(args: argparse.Namespace) -> dict:
-    """Return the settings among the flags: all that shapes a trained network."""
-    names = utils.flag_names(add_network_flags, add_training_flags, nmnist.add_frame_flags)
-    return {name: getattr(args, name) for name in names}
-
-
-class RunFiles:
-    """Where the files of a network's run are."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.name = models.NetworkConfig.from_settings(vars(args)).name
-        self.save_dir, self.log_dir = Path(args.save_dir), Path(args.log_dir)
-        self.last = self.save_dir / f"{self.name}_last.pt"  # the run
-        self.best = self.save_dir / f"{self.name}_best.pt"  # the part of it that is tested
-        self.history = self.log_dir / f"{self.name}_history.json"
-        self.metrics = self.log_dir / f"{self.name}_test_metrics.json"
-        self.predictions = self.log_dir / f"{self.name}_predictions.csv"
-        self.seeds = self.log_dir / f"{self.name}_seeds.csv"
-
-    def figure(self, name: str) -> Path:
-        """Return the path of a figure of this network."""
-        return self.log_dir / f"{self.name}_{name}.png"
-
-    def hold(self, test_only: bool):
-        """Return a context that refuses another such run; a test may go beside a training."""
-        if test_only:
-            return utils.hold_folders(f"{self.name}_test", log_dir=self.log_dir)
-        return utils.hold_folders(self.name, save_dir=self.save_dir, log_dir=self.log_dir)
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -256,7 +212,7 @@ def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, name: s
     return Evaluation(total_loss / len(labels), accuracy, labels, spk, mem, predictions)
 
 
-def train(args, files: RunFiles, data: Data, device: torch.device, last: dict) -> dict:
+def train(args, files: "RunFiles", data: Data, device, last: dict) -> dict:
     """Train for the epochs that are left; after each, write checkpoints and history.
 
     `last` is the last checkpoint of the run to resume, {} for a new one. Returns the new one.
@@ -265,13 +221,14 @@ def train(args, files: RunFiles, data: Data, device: torch.device, last: dict) -
     train_indices, val_indices = nmnist.split_validation(labels, args.val_split, args.seed)
     utils.set_seed(args.seed)
     config = models.NetworkConfig.from_settings(settings)
-    trained = last["history"][-1] if last else None
-    options = models.run_options(device, args.neuron_backend, args.precision, trained)
+    last_entry = last["history"][-1] if last else None
+    options = models.run_options(device, args.neuron_backend, args.precision, last_entry)
     network = models.build_model(config, **options).to(device)
     ema = copy.deepcopy(network)  # the moving average is validated and tested
     parallel = utils.data_parallel(network, device)
     optimizer = make_optimizer(network, args.optimizer, args.lr, args.weight_decay)
-    loss_fn, size = LOSSES[args.loss], num_parameters(network)
+    loss_fn = LOSSES[args.loss]
+    size = sum(parameter.numel() for parameter in network.parameters())
     print(f"network     {network.title}, {size:,} parameters, {network.precision}")
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}")
     if last:
@@ -377,17 +334,36 @@ def print_epoch(entry: dict, epochs: int) -> None:
     print("   ".join(parts), flush=True)
 
 
-def num_parameters(network: SpikingNetwork) -> int:
-    """Return the number of learned numbers."""
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
 def mean_of(values: torch.Tensor) -> float:
     """Return the mean of numbers or truth values [N]."""
     return values.double().mean().item()
 
 
 # --- Saving and resuming --------------------------------------------------------------------------
+
+
+class RunFiles:
+    """Where the files of a network's run are."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.name = models.NetworkConfig.from_settings(vars(args)).name
+        self.save_dir, self.log_dir = Path(args.save_dir), Path(args.log_dir)
+        self.last = self.save_dir / f"{self.name}_last.pt"  # the run
+        self.best = self.save_dir / f"{self.name}_best.pt"  # the part of it that is tested
+        self.history = self.log_dir / f"{self.name}_history.json"
+        self.metrics = self.log_dir / f"{self.name}_test_metrics.json"
+        self.predictions = self.log_dir / f"{self.name}_predictions.csv"
+        self.seeds = self.log_dir / f"{self.name}_seeds.csv"
+
+    def figure(self, name: str) -> Path:
+        """Return the path of a figure of this network."""
+        return self.log_dir / f"{self.name}_{name}.png"
+
+    def hold(self, test_only: bool):
+        """Return a context that refuses another such run; a test may go beside a training."""
+        if test_only:
+            return utils.hold_folders(f"{self.name}_test", log_dir=self.log_dir)
+        return utils.hold_folders(self.name, save_dir=self.save_dir, log_dir=self.log_dir)
 
 
 def save(files, settings: dict, data: Data, earlier: dict, entry: dict, network, ema, optimizer):
@@ -510,7 +486,7 @@ def test(args, files: RunFiles, data: Data, device: torch.device, checkpoint: di
         **measure_accuracy(result, digits, data),
         "early_exit": measure_early_exits(confidences, result, meter),
         **measure_cost(meter),
-        "parameters": num_parameters(network),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "tested_on": tested_on,
         "trained_on": checkpoint["data"],
         "checkpoint": str(files.best),
@@ -698,7 +674,7 @@ def main(argv: list[str] | None = None) -> None:
     args.lr = args.lr or DEFAULT_LR[args.optimizer]
     device = utils.prepare_device(args.device)
     utils.init_distributed(device)
-    check_flags(parser, args)
+    check_flags(parser, args)  # which needs the number of processes
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     print(f"device      {utils.describe_device(device)}{processes}")
     seeds = args.seed if isinstance(args.seed, list) else [args.seed]
@@ -726,7 +702,7 @@ def run(args, argv: list[str], device, loaded: Data | None = None) -> tuple[dict
     with files.hold(args.test_only):
         if args.test_only:
             checkpoint = read_checkpoint(args, files.best)
-            take_settings(args, argv, checkpoint["settings"])
+            args = take_settings(args, argv, checkpoint["settings"])
             data = nmnist.load_data(args, device, ["test"], checkpoint["data"], loaded)
         else:
             last = utils.of_first_process(lambda: load_last(args, files)) if args.resume else {}
@@ -744,23 +720,86 @@ def run(args, argv: list[str], device, loaded: Data | None = None) -> tuple[dict
         return test(args, files, data, device, checkpoint), data
 
 
-def take_settings(args: argparse.Namespace, argv: list[str], trained: dict) -> None:
-    """Give `args` the settings of a network to test; print which flags in `argv` are ignored."""
+def settings_of(args: argparse.Namespace) -> dict:
+    """Return the settings among the flags: all that shapes a trained network."""
+    names = utils.flag_names(add_network_flags, add_training_flags, nmnist.add_frame_flags)
+    return {name: getattr(args, name) for name in names}
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with status 2 if flags contradict one another."""
+    changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    for name in NEED_SPIKES:
+        if args.no_spikes and name in changed:
+            parser.error(f"argument --{name}: not allowed with argument --no_spikes")
+    if models.NETWORKS[args.model] is models.SpikingCNN and "alpha" in changed:
+        parser.error("argument --alpha: --model cnn has no neurons that use it")
+    if args.test_only and args.resume:
+        parser.error("argument --resume: not allowed with argument --test_only")
+    if args.batch_size // world_size() * args.time_steps < 2:
+        parser.error("argument --batch_size: too small, norms need two frames in each process")
+
+
+def take_settings(args, argv: list[str], settings: dict) -> argparse.Namespace:
+    """Return `args` with the settings of a network to test; print which flags are ignored."""
     parser = make_parser()
-    parser.set_defaults(**trained)
+    parser.set_defaults(**settings)
     asked = parser.parse_args(argv)  # what differs from these defaults was typed
     if isinstance(asked.seed, list):
         asked.seed = args.seed
-    for name, value in trained.items():
-        if name == "batch_size":
-            continue  # a test may have another
-        if getattr(asked, name) != value:
+    for name, value in settings.items():
+        if name != "batch_size" and getattr(asked, name) != value:
             ignored = f"--{name} {getattr(asked, name)}"
             print(f"ignored     {ignored}: the network was trained with {value}")
-        setattr(args, name, value)
-    args.batch_size = asked.batch_size
-    if args.loss not in LOSSES:
-        raise UserError(f"--loss {args.loss}: this script does not add it to LOSSES")
+    if settings["loss"] not in LOSSES:
+        raise UserError(f"--loss {settings['loss']}: this script does not add it to LOSSES")
+    # A test may have another batch size, on a machine of less memory.
+    return argparse.Namespace(**{**vars(args), **settings, "batch_size": asked.batch_size})
+
+
+def run_seeds(args: argparse.Namespace, argv: list[str], device, seeds: list[int]) -> None:
+    """Run the script for each seed, in folders of its own; print and write a table of the tests."""
+    files, tests, data = RunFiles(args), [], None
+    with files.hold(args.test_only):
+        for seed in seeds:
+            print(f"seed        {seed}")
+            own = {
+                "seed": seed,
+                "save_dir": str(files.save_dir / f"seed_{seed}"),
+                "log_dir": str(files.log_dir / f"seed_{seed}"),
+                "dataset": data.source if data else args.dataset,  # the same for all
+            }
+            own_args = argparse.Namespace(**{**vars(args), **own})
+            metrics, data = run(own_args, argv, device, data)
+            tests.append(metrics)
+        if rank() == 0:
+            print_seeds(tests, files.seeds)
+
+
+def print_seeds(tests: list[dict], path: Path) -> None:
+    """Print mean and standard deviation of the accuracies; write a row for each seed."""
+    rows = []
+    for metrics in tests:
+        row = {"epoch": metrics["epoch"], "test_loss": metrics["loss"]}
+        for name in ("precision", "neuron_backend", "accuracy"):
+            row[name] = metrics[name]
+        for readout, accuracy in metrics["accuracy_by_readout"].items():
+            row[f"accuracy_{readout}"] = accuracy
+        rows.append({**row, **metrics["trained_on"], **metrics["tested_on"], **metrics["settings"]})
+    accuracies = [name for name in rows[0] if name.startswith("accuracy")]
+    if len({row["seed"] for row in rows}) < len(rows):
+        utils.warn("two of these networks are of the same seed")
+    differing = {name for row in rows for name in row if row[name] != rows[0][name]}
+    if other := sorted(differing - {"seed", "epoch", "test_loss", *accuracies}):
+        utils.warn(f"these networks differ in more than their seed: {', '.join(other)}")
+    print(f"seeds       {len(rows)}, mean ± standard deviation")
+    for name in accuracies:
+        values = 100 * np.array([row[name] for row in rows])
+        label = name.removeprefix("accuracy_")
+        print(f"{label:12}{values.mean():.2f} ± {values.std(ddof=1):.2f}%")
+    utils.keep_earlier_files(path)
+    utils.write_csv(path, {name: [row[name] for row in rows] for name in rows[0]})
+    print(f"table       {path}")
 
 
 def print_next(args: argparse.Namespace, argv: list[str]) -> None:
@@ -779,48 +818,14 @@ def print_next(args: argparse.Namespace, argv: list[str]) -> None:
         print("next        " + shlex.join(["python", str(script), *flags, "--visualize_all"]))
 
 
-def run_seeds(args: argparse.Namespace, argv: list[str], device, seeds: list[int]) -> None:
-    """Run the script for each seed, in folders of its own; print and write a table of the tests."""
-    files, tests, data = RunFiles(args), [], None
-    with files.hold(args.test_only):
-        for seed in seeds:
-            print(f"seed        {seed}")
-            own = copy.copy(args)
-            own.seed = seed
-            own.save_dir = str(files.save_dir / f"seed_{seed}")
-            own.log_dir = str(files.log_dir / f"seed_{seed}")
-            metrics, data = run(own, argv, device, data)
-            args.dataset = data.source  # the same for all, also if it was auto
-            tests.append(metrics)
-        if rank() == 0:
-            print_seeds(tests, files.seeds)
-
-
-def print_seeds(tests: list[dict], path: Path) -> None:
-    """Print mean and standard deviation of the accuracies; write a row for each seed."""
-    rows = []
-    for metrics in tests:
-        row = {"epoch": metrics["epoch"], "test_loss": metrics["loss"]}
-        row["accuracy"] = metrics["accuracy"]
-        for readout, accuracy in metrics["accuracy_by_readout"].items():
-            row[f"accuracy_{readout}"] = accuracy
-        for name in ("precision", "neuron_backend"):
-            row[name] = metrics[name]
-        rows.append({**row, **metrics["trained_on"], **metrics["tested_on"], **metrics["settings"]})
-    accuracies = [name for name in rows[0] if name.startswith("accuracy")]
-    if len({row["seed"] for row in rows}) < len(rows):
-        utils.warn("two of these networks are of the same seed")
-    differing = {name for row in rows for name in row if row[name] != rows[0][name]}
-    if other := sorted(differing - {"seed", "epoch", "test_loss", *accuracies}):
-        utils.warn(f"these networks differ in more than their seed: {', '.join(other)}")
-    print(f"seeds       {len(rows)}, mean ± standard deviation")
-    for name in accuracies:
-        values = 100 * np.array([row[name] for row in rows])
-        label = name.removeprefix("accuracy_")
-        print(f"{label:12}{values.mean():.2f} ± {values.std(ddof=1):.2f}%")
-    utils.keep_earlier_files(path)
-    utils.write_csv(path, {name: [row[name] for row in rows] for name in rows[0]})
-    print(f"table       {path}")
+def flags_of(values: dict) -> list[str]:
+    """Return the flags that set `values`, without those that are the parser's defaults."""
+    defaults = vars(make_parser().parse_args([]))
+    flags = []
+    for name, value in values.items():
+        if value != defaults[name]:
+            flags.append(f"--{name}" if value is True else f"--{name}={value}")
+    return flags
 
 
 if __name__ == "__main__":

@@ -94,15 +94,13 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     """Make an argparse type: a finite number from `low` to `high`, both included."""
 
     def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a valid {kind.__name__}") from None
+        value = kind(text)
         if value == math.inf or not low <= value <= high:
             limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limits}")
         return value
 
+    parse.__name__ = kind.__name__  # which argparse names if the text is no number
     return parse
 
 
@@ -116,6 +114,10 @@ def flag_names(*adders: Callable) -> list[str]:
 
 # --- Device and seeds -----------------------------------------------------------------------------
 
+DEVICES = ("cuda", "cpu", "mps")
+PRECISIONS = ("auto", "bf16", "fp32")
+BACKENDS = ("auto", "fused", "step")  # compiled, or snnTorch's neurons step by step
+
 
 def set_seed(*parts: int) -> None:
     """Seed torch's generators from integers, so that (seed, epoch) gives a stream of its own."""
@@ -127,12 +129,9 @@ def set_seed(*parts: int) -> None:
 def add_device_flags(parser) -> None:
     """Add the flags that say on what a network runs, and how."""
     flag = functools.partial(add_flag, parser)
-    device = "where to compute (default: cuda where there is one)"
-    flag("--device", None, device, choices=["cuda", "cpu", "mps"])
-    precision = "of the layers; auto: as trained; if new, bf16 if that is fast here, else fp32"
-    flag("--precision", "auto", precision, choices=["auto", "bf16", "fp32"])
-    backend = "fused: compiled neurons; step: snnTorch's, step by step; auto: as trained, or fused"
-    flag("--neuron_backend", "auto", backend, choices=["auto", "fused", "step"])
+    flag("--device", None, "where to compute (default: cuda where there is one)", choices=DEVICES)
+    flag("--precision", "auto", "of layers; auto: as trained, or the fastest", choices=PRECISIONS)
+    flag("--neuron_backend", "auto", "of neurons; auto: as trained, or fused", choices=BACKENDS)
 
 
 def prepare_device(name: str | None) -> torch.device:
