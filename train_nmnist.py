@@ -658,7 +658,7 @@ def draw_samples(files: RunFiles, data: Data, predictions, confidences, name: st
         digits = f"{labels[i]} read as {predictions[i]}"
         texts.append(f"{digits}\nconfidence {confidences[i]:.0%}, no. {i}")
     mistakes = labels != predictions
-    title = f"{name}, test recordings, of {mistakes.sum()} mistakes first\n"
+    title = f"{name}: test recordings, mistakes first, in orange ({mistakes.sum()} in all)\n"
     title += "events in the middle of the first saccade"
     utils.plot_predictions(images, texts, mistakes[indices], title, files.figure("samples"))
 
