@@ -496,8 +496,7 @@ def restore_network(checkpoint: dict, device="cpu", neuron_backend="auto", preci
     network = build_model(NetworkConfig.from_settings(checkpoint["settings"]), **options)
     load_weights(network, checkpoint["network"])
     network = network.to(device).eval()
-    how = how_it_runs(network)
-    now = {name: how[name] for name in ("precision", "neuron_backend")}
+    now = {"precision": network.precision, "neuron_backend": describe_backend(network)}
     if changes := describe_changes(now, trained):
         print(f"WARNING: the network runs otherwise than when trained: {changes}", file=sys.stderr)
         network.note = f" ({changes})"

@@ -571,6 +571,8 @@ class Data:
     test: Frames
     test_files: list[str]  # relative to the folder of the test part
     flags: dict  # that name it
+    step_ms: float | None  # nominal duration of a time step; None if it varies
+    saccade_ends: list[float]  # in time steps; [] if these vary
 
     def describe(self, splits: Sequence[str] = SPLITS) -> dict:
         """Return what tells a data set from another; copied or touched files are the same data."""
@@ -581,22 +583,6 @@ class Data:
             description[f"{split}_fingerprint"] = frames.fingerprint
         return description
 
-    @property
-    def step_ms(self) -> float | None:
-        """The nominal duration of a time step; None with `--bin_by events`, where it varies."""
-        ends = self._saccade_ends_ms()
-        return ends[-1] / self.test.time_steps if ends else None
-
-    def saccade_ends(self) -> list[float]:
-        """Return where saccades end, in time steps; [] where steps have no fixed duration."""
-        ends = self._saccade_ends_ms()
-        return [end * self.test.time_steps / ends[-1] for end in ends]
-
-    def _saccade_ends_ms(self) -> tuple[int, ...]:
-        if self.flags["bin_by"] == "events":
-            return ()
-        return SACCADE_ENDS[:1] if self.flags["first_saccade_only"] else SACCADE_ENDS
-
 
 def load_data(args, device, splits=SPLITS, trained_on=None, loaded: Data | None = None) -> Data:
     """Open, bin and move to `device` the recordings that the flags name, if not yet `loaded`.
@@ -604,9 +590,8 @@ def load_data(args, device, splits=SPLITS, trained_on=None, loaded: Data | None 
     `trained_on` is `Data.describe()` of those that a network was trained on: `--dataset auto` takes
     simulated ones again if they are in data_dir, also where N-MNIST is there meanwhile.
     """
-    flags = {}
-    for name in utils.flag_names(add_data_flags, add_frame_flags):
-        flags[name] = getattr(args, name)
+    names = utils.flag_names(add_data_flags, add_frame_flags)
+    flags = {name: getattr(args, name) for name in names}
     was_simulated = trained_on and trained_on["source"] == "simulated"
     if args.dataset == "auto" and was_simulated and (Path(args.data_dir) / SIMULATED).is_dir():
         flags["dataset"] = "simulated"
@@ -617,15 +602,19 @@ def load_data(args, device, splits=SPLITS, trained_on=None, loaded: Data | None 
         binned = load_frames(part, args.time_steps, args.denoise, args.bin_by)
         frames[part.split] = binned.to(device)
     train, test, part = frames.get("train"), frames["test"], parts[-1]
-    repeated = int(torch.isin(test.hashes, train.hashes).sum()) if train is not None else 0
-    if repeated:
+    if train is not None and (repeated := int(torch.isin(test.hashes, train.hashes).sum())):
         utils.warn(f"{repeated:,} test recordings are also in the training part")
     name = part.name
     if args.bin_by == "events":
         name += ", frames of equal event count"
     flags["dataset"] = part.source
     files = [str(path.relative_to(part.folder)) for path in part.files]
-    return Data(name, part.source, train, test, files, flags)
+    ends_ms = SACCADE_ENDS[:1] if args.first_saccade_only else SACCADE_ENDS
+    step_ms = ends_ms[-1] / args.time_steps
+    saccade_ends = [end * args.time_steps / ends_ms[-1] for end in ends_ms]
+    if args.bin_by == "events":
+        step_ms, saccade_ends = None, []
+    return Data(name, part.source, train, test, files, flags, step_ms, saccade_ends)
 
 
 def open_by_flags(args: argparse.Namespace, splits: Sequence[str] = SPLITS) -> list[NMNIST]:

@@ -42,14 +42,14 @@ from nmnist import Data, Frames
 from utils import UserError, add_flag, number, rank, world_size
 
 DEFAULT_LR = {"adam": 5e-3, "adamw": 5e-3, "sgd": 0.1}
-# The weights are averaged over about the last ninth of the training steps, at most the last 100.
-EMA_PART = 9
+# The weights are averaged over about the last 1/9 of the training steps, at most the last 100.
+EMA_DIVISOR = 9
 EMA_STEPS = 100
 NORM_RECORDINGS = 1000  # training recordings on which norms are measured before an evaluation
 # Confidence thresholds of early exits, and the one that is printed.
 EXIT_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 PRINTED_EXIT = 0.9
-# The count of a neuron that spikes at every step, for the loss of spike counts. Counts of up to T
+# What T spikes, one at every step, count in the loss of spike counts. Counts of up to T
 # would soon saturate the softmax, whose gradient then vanishes.
 COUNT_RANGE = 5.0
 # Flags without effect under --no_spikes.
@@ -87,7 +87,9 @@ def add_network_flags(group) -> None:
     """Add the flags of `NetworkConfig`."""
     default = models.NetworkConfig()
     flag = functools.partial(add_flag, group)
-    decay, positive, share = number(float, 0, 1), number(float, 1e-6), number(float, 0, 0.999)
+    decay = number(float, 0, 1)
+    positive = number(float, 1e-6)
+    share = number(float, 0, 0.999)
     flag("--model", default.model, "network", choices=models.NETWORKS)
     flag("--beta", default.beta, "decay of the membrane potential per step", type=decay)
     flag("--threshold", default.threshold, "potential above which a neuron fires", type=positive)
@@ -108,7 +110,8 @@ def add_training_flags(group) -> None:
     """Add the flags that say how to train."""
     flag = functools.partial(add_flag, group)
     rates = ", ".join(f"{lr} for {name}" for name, lr in DEFAULT_LR.items())
-    share, seed = number(float, 0.0001, 0.9999), number(int, 0, 2**32 - 1)
+    share = number(float, 0.0001, 0.9999)
+    seed = number(int, 0, 2**32 - 1)
     flag("--epochs", 10, "passes over the training recordings", type=number(int, 1))
     flag("--batch_size", 128, "recordings per training step", type=number(int, 1))
     flag("--lr", None, f"learning rate (default: {rates})", type=number(float, 1e-9))
@@ -121,7 +124,7 @@ def add_training_flags(group) -> None:
         choices=LOSSES,
     )
     flag("--scheduler", False, "lower the learning rate along a half cosine")
-    flag("--no_augment", False, "train on the recordings as they are, without random shift, ...")
+    flag("--no_augment", False, "train on the recordings as they are, without augmentation")
     flag("--val_split", 0.1, "share of training recordings for validation", type=share)
     flag("--seed", 0, "seed of all random numbers; several: one network each", type=seed, nargs="+")
 
@@ -138,6 +141,33 @@ def add_running_flags(group) -> None:
     flag("--visualize", False, "write figures to log_dir")
 
 
+# --- The files of a run ---------------------------------------------------------------------------
+
+
+class RunFiles:
+    """Where the files of a network's run are."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.name = models.NetworkConfig.from_settings(vars(args)).name
+        self.save_dir, self.log_dir = Path(args.save_dir), Path(args.log_dir)
+        self.last = self.save_dir / f"{self.name}_last.pt"  # the run
+        self.best = self.save_dir / f"{self.name}_best.pt"  # the part of it that is tested
+        self.history = self.log_dir / f"{self.name}_history.json"
+        self.metrics = self.log_dir / f"{self.name}_test_metrics.json"
+        self.predictions = self.log_dir / f"{self.name}_predictions.csv"
+        self.seeds = self.log_dir / f"{self.name}_seeds.csv"
+
+    def figure(self, name: str) -> Path:
+        """Return the path of a figure of this network."""
+        return self.log_dir / f"{self.name}_{name}.png"
+
+    def hold(self, test_only: bool):
+        """Return a context that refuses another such run; a test may go beside a training."""
+        if test_only:
+            return utils.hold_folders(f"{self.name}_test", log_dir=self.log_dir)
+        return utils.hold_folders(self.name, save_dir=self.save_dir, log_dir=self.log_dir)
+
+
 # --- Training -------------------------------------------------------------------------------------
 
 
@@ -145,11 +175,11 @@ def train_one_epoch(network, ema, optimizer, loss_fn, batches: Iterator, step: i
     """Train on `batches` of (frames, labels); return the mean `train_loss` and `train_accuracy`.
 
     Both are of the network while it changes, on recordings that may be augmented, of this process's
-    share if there are several. `step` is the number of training steps before. Nothing reads a value
-    back from a GPU, which would wait for it, but the bar when it is redrawn.
+    share if there are several. `step` is the number of training steps before. Nothing synchronizes
+    with a GPU, but the bar when it is redrawn.
     """
     network.train()
-    own = network.module if isinstance(network, DistributedDataParallel) else network
+    raw_network = network.module if isinstance(network, DistributedDataParallel) else network
     results, sizes = [], []
     for frames, labels in batches:
         spk, mem = network(frames)
@@ -157,10 +187,11 @@ def train_one_epoch(network, ema, optimizer, loss_fn, batches: Iterator, step: i
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        own.clamp_decays()
+        raw_network.clamp_decays()
         update_ema(ema, network, step)
         step += 1
-        correct = (models.predict(spk.detach(), mem.detach(), own.config.readout) == labels).sum()
+        predictions = models.predict(spk.detach(), mem.detach(), ema.config.readout)
+        correct = (predictions == labels).sum()
         results.append(torch.stack([loss.detach(), correct]))
         sizes.append(len(labels))
         if bar.update(len(labels) * world_size()):  # True where the bar was redrawn
@@ -175,9 +206,9 @@ def train_one_epoch(network, ema, optimizer, loss_fn, batches: Iterator, step: i
 def update_ema(ema: SpikingNetwork, network: torch.nn.Module, step: int) -> None:
     """Update the exponential moving average of the weights after training step `step`, from 0.
 
-    It removes noise as lowering the learning rate would. torch's AveragedModel reads a value back.
+    It removes noise as a lower learning rate would. torch's AveragedModel synchronizes with a GPU.
     """
-    weight = max(EMA_PART / (EMA_PART + step), 1 / EMA_STEPS)
+    weight = max(EMA_DIVISOR / (EMA_DIVISOR + step), 1 / EMA_STEPS)
     for average, value in zip(ema.parameters(), network.parameters(), strict=True):
         average.lerp_(value, weight)
 
@@ -212,18 +243,19 @@ def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, name: s
     return Evaluation(total_loss / len(labels), accuracy, labels, spk, mem, predictions)
 
 
-def train(args, files: "RunFiles", data: Data, device, last: dict) -> dict:
+def train(args, files: RunFiles, data: Data, device, state: dict) -> dict:
     """Train for the epochs that are left; after each, write checkpoints and history.
 
-    `last` is the last checkpoint of the run to resume, {} for a new one. Returns the new one.
+    `state` is the last checkpoint of the run to resume, {} for a new one. Returns the new one.
     """
-    labels, settings = data.train.labels, settings_of(args)
+    settings = settings_of(args)
+    labels = data.train.labels
     train_indices, val_indices = nmnist.split_validation(labels, args.val_split, args.seed)
-    utils.set_seed(args.seed)
-    config = models.NetworkConfig.from_settings(settings)
-    last_entry = last["history"][-1] if last else None
+    last_entry = state["history"][-1] if state else None
     options = models.run_options(device, args.neuron_backend, args.precision, last_entry)
-    network = models.build_model(config, **options).to(device)
+    utils.set_seed(args.seed)
+    network = models.build_model(models.NetworkConfig.from_settings(settings), **options)
+    network = network.to(device)
     ema = copy.deepcopy(network)  # the moving average is validated and tested
     parallel = utils.data_parallel(network, device)
     optimizer = make_optimizer(network, args.optimizer, args.lr, args.weight_decay)
@@ -231,14 +263,13 @@ def train(args, files: "RunFiles", data: Data, device, last: dict) -> dict:
     size = sum(parameter.numel() for parameter in network.parameters())
     print(f"network     {network.title}, {size:,} parameters, {network.precision}")
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}")
-    if last:
-        resume(last, data, network, ema, optimizer, args.epochs)
-    elif rank() == 0:
-        # First the one that --resume reads.
-        earlier = files.last, files.best, files.history, files.metrics, files.predictions
-        utils.keep_earlier_files(*earlier)
+    if state:
+        resume(state, data, network, ema, optimizer, args.epochs)
+    elif rank() == 0:  # of the run before, first the file that --resume reads
+        before = files.last, files.best, files.history, files.metrics, files.predictions
+        utils.keep_earlier_files(*before)
 
-    for epoch in range(len(last.get("history", [])) + 1, args.epochs + 1):
+    for epoch in range(len(state.get("history", [])) + 1, args.epochs + 1):
         start = time.perf_counter()
         # Seeded again, so that a resumed run draws the numbers of one that was not stopped.
         utils.set_seed(args.seed, epoch)
@@ -270,16 +301,17 @@ def train(args, files: "RunFiles", data: Data, device, last: dict) -> dict:
                 "seconds": time.perf_counter() - start,
                 "recordings_per_second": speed,
             }
-            last = save(files, settings, data, last, entry, network, ema, optimizer)
+            state = save(files, settings, data, state, entry, network, ema, optimizer)
             print_epoch(entry, args.epochs)
-        utils.wait_for_all()
-    return last
+    return state
 
 
 def validate(ema, data: Data, norm_indices, val_indices, loss_fn, batch_size: int) -> dict:
-    """Measure norms; return loss and accuracy on validation and test recordings, a temperature."""
-    # The statistics that averaged weights need, in batches of about one size, since update_bn
-    # weighs them alike, and not smaller than asked.
+    """Return results on validation recordings, which choose the best epoch, and on test recordings.
+
+    Before, norms are measured with the averaged weights.
+    """
+    # In batches of about one size, since update_bn weighs them alike, of at least `batch_size`.
     chunks = norm_indices.tensor_split(max(1, len(norm_indices) // batch_size))
     update_bn((data.train.batch(chunk, ema.dtype) for chunk in chunks), ema)
     val = evaluate(ema, data.train, val_indices, loss_fn, batch_size, "val")
@@ -297,7 +329,7 @@ def validate(ema, data: Data, norm_indices, val_indices, loss_fn, batch_size: in
 def training_batches(frames: Frames, order, batch_size: int, dtype, augment: bool) -> Iterator:
     """Yield this process's share of each batch of the recordings `order`: frames and labels."""
     for chunk in order.split(batch_size):
-        if len(chunk) // world_size() * frames.time_steps >= 2:  # what norms need
+        if len(chunk) // world_size() * frames.time_steps >= 2:  # BatchNorm needs two frames
             yield frames.batch(chunk[rank() :: world_size()], dtype, augment)
 
 
@@ -342,119 +374,98 @@ def mean_of(values: torch.Tensor) -> float:
 # --- Saving and resuming --------------------------------------------------------------------------
 
 
-class RunFiles:
-    """Where the files of a network's run are."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.name = models.NetworkConfig.from_settings(vars(args)).name
-        self.save_dir, self.log_dir = Path(args.save_dir), Path(args.log_dir)
-        self.last = self.save_dir / f"{self.name}_last.pt"  # the run
-        self.best = self.save_dir / f"{self.name}_best.pt"  # the part of it that is tested
-        self.history = self.log_dir / f"{self.name}_history.json"
-        self.metrics = self.log_dir / f"{self.name}_test_metrics.json"
-        self.predictions = self.log_dir / f"{self.name}_predictions.csv"
-        self.seeds = self.log_dir / f"{self.name}_seeds.csv"
-
-    def figure(self, name: str) -> Path:
-        """Return the path of a figure of this network."""
-        return self.log_dir / f"{self.name}_{name}.png"
-
-    def hold(self, test_only: bool):
-        """Return a context that refuses another such run; a test may go beside a training."""
-        if test_only:
-            return utils.hold_folders(f"{self.name}_test", log_dir=self.log_dir)
-        return utils.hold_folders(self.name, save_dir=self.save_dir, log_dir=self.log_dir)
-
-
-def save(files, settings: dict, data: Data, earlier: dict, entry: dict, network, ema, optimizer):
+def save(files, settings: dict, data: Data, state: dict, entry: dict, network, ema, optimizer):
     """Write the run after an epoch, of which `entry` tells; return its new last checkpoint.
 
-    `earlier` is the one before, {} after the first epoch. The best checkpoint is a part of it.
-    Raises `UserError` if losses or weights are not finite.
+    `state` is the one before, {} after the first epoch. The best checkpoint is a part of it. Raises
+    `UserError` if losses or weights are not finite.
     """
     results_finite = all(math.isfinite(x) for x in entry.values() if isinstance(x, float))
     if not (results_finite and utils.is_finite(network.state_dict(), ema.state_dict())):
         what = f"loss or weights not finite in epoch {entry['epoch']}: choose a smaller --lr"
-        raise UserError(f"{what}; epochs before are in {files.last}")
-    history = [*earlier.get("history", []), entry]
+        raise UserError(f"{what}; epochs before it, if any, are in {files.last}")
+    history = [*state.get("history", []), entry]
+    averaged = {name: value.to("cpu", copy=True) for name, value in ema.state_dict().items()}
     checkpoint = {
         "format": utils.CHECKPOINT_FORMAT,
         "settings": settings,
         "data": data.describe(),
         "versions": utils.versions(),
         "history": history,
-        "network": {name: value.to("cpu", copy=True) for name, value in ema.state_dict().items()},
+        "network": averaged,  # what is validated and tested
     }
     best_entry = max(history, key=lambda entry: (entry["val_accuracy"], -entry["val_loss"]))
     best = checkpoint
     if best_entry is not entry:
-        best = {**earlier["best"], "settings": settings}  # --epochs may have been raised
-    last = {
+        best = {**state["best"], "settings": settings}  # --epochs may have been raised
+    state = {
         **checkpoint,
         "best": best,
         "training": {"network": network.state_dict(), "optimizer": optimizer.state_dict()},
     }
-    utils.save_tensors(files.last, last)
-    write_best_and_history(files, last)
-    return last
+    utils.save_tensors(files.last, state)
+    write_best_and_history(files, state)
+    return state
 
 
-def write_best_and_history(files: RunFiles, last: dict) -> None:
-    """Write the parts of the last checkpoint that others read."""
-    utils.save_tensors(files.best, last["best"])
+def write_best_and_history(files: RunFiles, state: dict) -> None:
+    """Write the parts of the last checkpoint that others than --resume read."""
+    utils.save_tensors(files.best, state["best"])
     logged = utils.read_json(files.history) or []
-    if logged != last["history"][: len(logged)]:  # that of another run
+    if logged != state["history"][: len(logged)]:  # that of another run
         utils.keep_earlier_files(files.history)
-    utils.write_json(files.history, last["history"])
+    utils.write_json(files.history, state["history"])
 
 
 def read_checkpoint(args: argparse.Namespace, path: Path, parts=()) -> dict:
     """Return a checkpoint of the network that the flags name."""
-    names = settings_of(args)
-    return utils.load_checkpoint(path, parts, names, model=args.model, no_spikes=args.no_spikes)
+    settings = settings_of(args)
+    return utils.load_checkpoint(path, parts, settings, model=args.model, no_spikes=args.no_spikes)
 
 
-def load_last(args: argparse.Namespace, files: RunFiles) -> dict:
-    """Return the checkpoint to resume, {} if there is none yet.
+def load_state(args: argparse.Namespace, files: RunFiles) -> dict:
+    """Return the last checkpoint of the run to resume, {} if there is none yet.
 
-    Raises `UserError` if its settings are others than those of the command; epochs may be more.
+    Raises `UserError` if its settings differ from those of the command; epochs may be added.
     """
     if not files.last.exists():
         print(f"resume      no checkpoint at {files.last} yet: training starts from scratch")
         return {}
-    last = read_checkpoint(args, files.last, ["best", "training"])
-    settings = last["settings"]
-    same_epochs = {"epochs": min(args.epochs, settings["epochs"])}
-    if changes := models.describe_changes({**settings_of(args), **same_epochs}, settings):
-        flags = {**vars(args), **settings, "epochs": max(args.epochs, settings["epochs"])}
-        command = shlex.join(["python", sys.argv[0], *flags_of(flags)])
+    state = read_checkpoint(args, files.last, ["best", "training"])
+    settings = state["settings"]
+    asked = settings_of(args)
+    asked["epochs"] = min(args.epochs, settings["epochs"])
+    if changes := models.describe_changes(asked, settings):
+        epochs = max(args.epochs, settings["epochs"])
+        flags = flags_of({**vars(args), **settings, "epochs": epochs})
+        command = shlex.join(["python", sys.argv[0], *flags])
         raise UserError(
             f"--resume: not the settings of the run in {files.save_dir} ({changes}): continue it "
             f"by `{command}`, or omit --resume to start a new run"
         )
-    return last
+    return state
 
 
-def resume(last: dict, data: Data, network, ema, optimizer, epochs: int) -> None:
-    """Load what `save` wrote; print where the run goes on, and what changed.
+def resume(state: dict, data: Data, network, ema, optimizer, epochs: int) -> None:
+    """Load what `save` wrote; print where the run continues, and what changed.
 
     Raises `UserError` if the run was trained on other recordings.
     """
-    if changes := models.describe_changes(data.describe(), last["data"]):
+    if changes := models.describe_changes(data.describe(), state["data"]):
         raise UserError(f"--resume: the run was trained on other recordings: {changes}")
-    models.load_weights(network, last["training"]["network"])
-    models.load_weights(ema, last["network"])
-    optimizer.load_state_dict(last["training"]["optimizer"])
-    done, planned = len(last["history"]), last["settings"]["epochs"]
+    models.load_weights(network, state["training"]["network"])
+    models.load_weights(ema, state["network"])
+    optimizer.load_state_dict(state["training"]["optimizer"])
+    done, planned = len(state["history"]), state["settings"]["epochs"]
     if done == epochs:
         print(f"resume      after epoch {done} of {epochs}: nothing is left to train")
         return
     print(f"resume      after epoch {done} of {epochs}")
-    if last["settings"]["scheduler"] and epochs != planned:
-        print(f"schedule    planned over {planned} epochs, goes on over {epochs}")
+    if state["settings"]["scheduler"] and epochs != planned:
+        print(f"schedule    planned over {planned} epochs, continues over {epochs}")
     now = {**models.how_it_runs(network), "processes": world_size()}
-    if changes := models.describe_changes(now, last["history"][-1]):
-        utils.warn(f"resumed otherwise than before, which gives other numbers: {changes}")
+    if changes := models.describe_changes(now, state["history"][-1]):
+        utils.warn(f"resumed with other options, which give other numbers: {changes}")
 
 
 # --- Testing --------------------------------------------------------------------------------------
@@ -463,12 +474,14 @@ def resume(last: dict, data: Data, network, ema, optimizer, epochs: int) -> None
 def test(args, files: RunFiles, data: Data, device: torch.device, checkpoint: dict) -> dict:
     """Test a checkpoint's network; print, write and return its metrics, and draw if asked."""
     network = models.restore_network(checkpoint, device, args.neuron_backend, args.precision)
-    indices, loss_fn = torch.arange(len(data.test)), LOSSES[args.loss]
+    indices = torch.arange(len(data.test))
     with ActivityMeter(network) as meter:
+        loss_fn = LOSSES[args.loss]
         result = evaluate(network, data.test, indices, loss_fn, args.batch_size, "test")
-    entry, how = checkpoint["history"][-1], models.how_it_runs(network)
+    how = models.how_it_runs(network)
+    entry = checkpoint["history"][-1]
     scores = models.digit_scores(result.spk, result.mem, args.readout) / entry["val_temperature"]
-    confidences = torch.softmax(scores, -1).amax(-1)  # of the predictions, [T, N]
+    confidences = torch.softmax(scores, -1).amax(-1)  # [T, N], of the most likely digit
     readouts = [args.readout] if args.no_spikes else models.READOUTS
     digits = {name: models.predict(result.spk, result.mem, name) for name in readouts}
     tested_on = data.describe(["test"])
@@ -500,8 +513,7 @@ def test(args, files: RunFiles, data: Data, device: torch.device, checkpoint: di
         "device_name": utils.describe_device(device),
         **how,
     }
-    write_metrics(files, metrics)
-    write_predictions(files.predictions, data, digits, confidences)
+    write_results(files, metrics, data, digits, confidences)
     if args.visualize:
         name = f"{network.title}{network.note}"
         draw_training(files, network, checkpoint)
@@ -519,14 +531,12 @@ def measure_accuracy(result: Evaluation, digits: dict, data: Data) -> dict:
     by_readout, ties = {}, {}
     for readout, predicted in digits.items():
         by_readout[readout] = mean_of(predicted == labels)
-        if readout != "membrane":  # the share of recordings of which several digits lead in the end
+        if readout != "membrane":  # the share of recordings where digits tie in the end
             scores = models.digit_scores(result.spk, result.mem, readout)[-1]
             ties[readout] = mean_of(models.leaders(scores).sum(-1) > 1)
     over_time = (predictions == labels).double().mean(1).tolist()
-    after = []
-    for step in map(int, data.saccade_ends()):
-        if step >= 1:
-            after.append(f"{over_time[step - 1]:.2%} at {step * data.step_ms:.0f} ms")
+    steps = [int(end) for end in data.saccade_ends if end >= 1]
+    after = [f"{over_time[step - 1]:.2%} at {step * data.step_ms:.0f} ms" for step in steps]
     print("by readout  " + "   ".join(f"{name} {x:.2%}" for name, x in by_readout.items()))
     print("over time   " + ("   ".join(after) or "steps of no fixed duration"))
     return {
@@ -598,30 +608,26 @@ def measure_cost(meter: ActivityMeter) -> dict:
     return {"layers": layers, "energy_uj": energy, "not_counted": not_counted}
 
 
-def write_metrics(files: RunFiles, metrics: dict) -> None:
-    """Write the metrics; earlier results are kept if they are not of the same test."""
+def write_results(files: RunFiles, metrics: dict, data: Data, digits: dict, confidences) -> None:
+    """Write metrics and predictions; earlier ones are kept if they are not of the same test."""
     earlier = utils.read_json(files.metrics) or {}
     same_test = ("network_hash", "tested_on", "device", "precision", "neuron_backend")
     if any(earlier.get(name) != metrics[name] for name in same_test):
         utils.keep_earlier_files(files.metrics, files.predictions)
-    utils.write_json(files.metrics, metrics)
-    print(f"metrics     {files.metrics}")
-
-
-def write_predictions(path: Path, data: Data, digits: dict, confidences: torch.Tensor) -> None:
-    """Write label, predictions and confidence of each test recording."""
     columns = {"file": data.test_files, "label": data.test.labels.tolist()}
     for readout, predicted in digits.items():
         columns[readout] = predicted.tolist()
     columns["confidence"] = [f"{confidence:.6f}" for confidence in confidences[-1].tolist()]
     columns[f"early_exit_step_{PRINTED_EXIT}"] = exit_steps(confidences, PRINTED_EXIT).tolist()
-    utils.write_csv(path, columns)
-    print(f"predictions {path}")
+    utils.write_json(files.metrics, metrics)
+    utils.write_csv(files.predictions, columns)
+    print(f"metrics     {files.metrics}\npredictions {files.predictions}")
 
 
 def draw_training(files: RunFiles, network: SpikingNetwork, checkpoint: dict) -> None:
     """Draw the history, and what a ResNet has learned first."""
-    history, logged = checkpoint["history"], utils.read_json(files.history) or []
+    history = checkpoint["history"]
+    logged = utils.read_json(files.history) or []
     if logged[: len(history)] == history:  # the same run, which went on after the best epoch
         history = logged
     title = f"{network.title} on {checkpoint['data']['data_set']}"
@@ -636,8 +642,10 @@ def draw_test(files: RunFiles, data: Data, metrics: dict, title: str) -> None:
     """Draw the confusion matrix and the accuracy over time."""
     counts = np.array(metrics["confusion_matrix"])
     utils.plot_confusion_matrix(counts, title, files.figure("confusion_matrix"))
-    over_time, exits = np.array(metrics["accuracy_over_time"]), metrics["early_exit"]
-    ends, path = data.saccade_ends()[:-1], files.figure("accuracy_over_time")
+    over_time = np.array(metrics["accuracy_over_time"])
+    exits = metrics["early_exit"]
+    ends = data.saccade_ends[:-1]  # the last is that of the recording
+    path = files.figure("accuracy_over_time")
     utils.plot_accuracy_over_time(over_time, exits, ends, data.step_ms, title, path)
 
 
@@ -650,13 +658,13 @@ def draw_samples(files: RunFiles, data: Data, predictions, confidences, name: st
     labels, predictions = data.test.labels.cpu().numpy(), predictions.numpy()
     indices = utils.mistakes_first(labels, predictions, 20)
     sequences, _ = data.test.batch(torch.from_numpy(indices))
-    end = data.saccade_ends()[0] if data.saccade_ends() else len(sequences) / 3
+    end = data.saccade_ends[0] if data.saccade_ends else len(sequences) / 3
     start, stop = int(0.37 * end), math.ceil(0.615 * end)  # 37 to 62 of 100 ms
     images = sequences[start:stop].sum(0).cpu().numpy()
     texts = []
     for i in indices:
-        digits = f"{labels[i]} read as {predictions[i]}"
-        texts.append(f"{digits}\nconfidence {confidences[i]:.0%}, no. {i}")
+        text = f"{labels[i]} read as {predictions[i]}\nconfidence {confidences[i]:.0%}, no. {i}"
+        texts.append(text)
     mistakes = labels != predictions
     title = f"{name}: test recordings, mistakes first, in orange ({mistakes.sum()} in all)\n"
     title += "events in the middle of the first saccade"
@@ -678,6 +686,7 @@ def main(argv: list[str] | None = None) -> None:
     processes = f", {world_size()} processes" if world_size() > 1 else ""
     print(f"device      {utils.describe_device(device)}{processes}")
     seeds = args.seed if isinstance(args.seed, list) else [args.seed]
+    seeds = list(dict.fromkeys(seeds))  # each once
     if args.test_only and rank() > 0:
         utils.leave_distributed()  # one process tests
         return
@@ -705,18 +714,20 @@ def run(args, argv: list[str], device, loaded: Data | None = None) -> tuple[dict
             args = take_settings(args, argv, checkpoint["settings"])
             data = nmnist.load_data(args, device, ["test"], checkpoint["data"], loaded)
         else:
-            last = utils.of_first_process(lambda: load_last(args, files)) if args.resume else {}
+            state = {}
+            if args.resume:
+                state = utils.of_first_process(lambda: load_state(args, files))
             with utils.first_process_first():  # it downloads and bins, the others read the cache
-                data = nmnist.load_data(args, device, nmnist.SPLITS, last.get("data"), loaded)
+                data = nmnist.load_data(args, device, nmnist.SPLITS, state.get("data"), loaded)
             try:
-                last = train(args, files, data, device, last)
+                state = train(args, files, data, device, state)
             except KeyboardInterrupt:
                 hint = "To go on after the last finished epoch, repeat the command with --resume."
                 raise KeyboardInterrupt(hint) from None
             if rank() > 0:
                 return {}, data
-            write_best_and_history(files, last)  # also if nothing was left to train
-            checkpoint = last["best"]
+            write_best_and_history(files, state)  # also if nothing was left to train
+            checkpoint = state["best"]
         return test(args, files, data, device, checkpoint), data
 
 
@@ -759,18 +770,20 @@ def take_settings(args, argv: list[str], settings: dict) -> argparse.Namespace:
 
 def run_seeds(args: argparse.Namespace, argv: list[str], device, seeds: list[int]) -> None:
     """Run the script for each seed, in folders of its own; print and write a table of the tests."""
-    files, tests, data = RunFiles(args), [], None
+    files = RunFiles(args)
+    tests = []
+    data = None
     with files.hold(args.test_only):
         for seed in seeds:
             print(f"seed        {seed}")
-            own = {
+            overrides = {
                 "seed": seed,
                 "save_dir": str(files.save_dir / f"seed_{seed}"),
                 "log_dir": str(files.log_dir / f"seed_{seed}"),
                 "dataset": data.source if data else args.dataset,  # the same for all
             }
-            own_args = argparse.Namespace(**{**vars(args), **own})
-            metrics, data = run(own_args, argv, device, data)
+            of_seed = argparse.Namespace(**{**vars(args), **overrides})
+            metrics, data = run(of_seed, argv, device, data)
             tests.append(metrics)
         if rank() == 0:
             print_seeds(tests, files.seeds)
@@ -787,16 +800,13 @@ def print_seeds(tests: list[dict], path: Path) -> None:
             row[f"accuracy_{readout}"] = accuracy
         rows.append({**row, **metrics["trained_on"], **metrics["tested_on"], **metrics["settings"]})
     accuracies = [name for name in rows[0] if name.startswith("accuracy")]
-    if len({row["seed"] for row in rows}) < len(rows):
-        utils.warn("two of these networks are of the same seed")
     differing = {name for row in rows for name in row if row[name] != rows[0][name]}
     if other := sorted(differing - {"seed", "epoch", "test_loss", *accuracies}):
         utils.warn(f"these networks differ in more than their seed: {', '.join(other)}")
     print(f"seeds       {len(rows)}, mean ± standard deviation")
     for name in accuracies:
         values = 100 * np.array([row[name] for row in rows])
-        label = name.removeprefix("accuracy_")
-        print(f"{label:12}{values.mean():.2f} ± {values.std(ddof=1):.2f}%")
+        print(f"{name.removeprefix('accuracy_'):12}{values.mean():.2f} ± {values.std(ddof=1):.2f}%")
     utils.keep_earlier_files(path)
     utils.write_csv(path, {name: [row[name] for row in rows] for name in rows[0]})
     print(f"table       {path}")

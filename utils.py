@@ -39,9 +39,9 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`; `UserError` and `OSError` become one line on stderr and status 1.
+    """Run a script's `main`, with a backend and a style for figures.
 
-    Ctrl-C becomes a line, too, and status 130.
+    `UserError` and `OSError` become one line on stderr and status 1, Ctrl-C status 130.
     """
     script = Path(sys.argv[0]).name
     matplotlib.use("Agg")  # no display needed
@@ -135,7 +135,7 @@ def add_device_flags(parser) -> None:
 
 
 def prepare_device(name: str | None) -> torch.device:
-    """Return the device called `name`, for None cuda or else the CPU, and make work on it fast.
+    """Return the device `name`, by default cuda if available, else the CPU; make work on it fast.
 
     Raises `UserError` if this machine has no such device.
     """
@@ -150,7 +150,7 @@ def prepare_device(name: str | None) -> torch.device:
         return torch.device(name)
     torch.set_float32_matmul_precision("high")  # TF32 for products of float32 matrices
     torch.backends.cudnn.benchmark = True  # tries convolution algorithms once for each shape
-    index = int(os.environ["LOCAL_RANK"]) if launched() else 0
+    index = int(os.environ["LOCAL_RANK"]) if distributed.is_torchelastic_launched() else 0
     if index >= torch.cuda.device_count():
         raise UserError("torchrun: more processes than GPUs; start fewer, or --device cpu")
     return torch.device("cuda", index)
@@ -185,14 +185,9 @@ def versions() -> dict[str, str]:
 # --- Several processes ----------------------------------------------------------------------------
 
 
-def launched() -> bool:
-    """Return whether `torchrun` started this process; RANK alone may be set by a cluster."""
-    return distributed.is_torchelastic_launched()
-
-
 def init_distributed(device: torch.device) -> None:
     """Join the processes that `torchrun` started, of which the first alone prints."""
-    if launched():
+    if distributed.is_torchelastic_launched():  # RANK alone may be set by a cluster
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -212,12 +207,6 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def wait_for_all() -> None:
-    """Wait until every process is here."""
-    if distributed.is_initialized():
-        distributed.barrier()
-
-
 def of_first_process(function: Callable):
     """Return, in every process, what `function` returns in the first one."""
     results = [function() if rank() == 0 else None]
@@ -230,10 +219,10 @@ def of_first_process(function: Callable):
 def first_process_first() -> Iterator[None]:
     """Run a block in the first process, then in the others."""
     if rank() > 0:
-        wait_for_all()
+        distributed.barrier()
     yield
-    if rank() == 0:
-        wait_for_all()
+    if rank() == 0 and distributed.is_initialized():
+        distributed.barrier()
 
 
 def data_parallel(network: nn.Module, device: torch.device) -> nn.Module:
@@ -343,7 +332,7 @@ def hold_folders(name: str, **folders: str | Path) -> Iterator[None]:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 held.enter_context(FileLock(Path(folder) / f".{name}_{flag}.lock", timeout=2))
             except Timeout:
-                message = f"--{flag} {folder}: another run of {name} is there: choose another"
+                message = f"--{flag} {folder}: in use by another run of {name}; choose another"
                 raise UserError(message) from None
             except OSError as error:
                 message = f"--{flag} {folder} can't be written to: {error.strerror}"
@@ -363,7 +352,7 @@ def load_checkpoint(
 
     It holds `settings`, `data`, `versions`, `history` and `network`; the last checkpoint of a run
     also `best` and `training`. Raises `UserError` if the file is missing, can't be read, lacks one
-    of these `parts` or `settings`, has not the settings that are `expected`, or its network is not
+    of these `parts` or `settings`, its settings differ from those `expected`, or its network is not
     finite.
     """
     train = f"train a network in {Path(path).parent}, or repeat its training command with --resume"
@@ -436,8 +425,11 @@ def plot_history(history: list[dict], title: str, path: Path) -> None:
     """Draw loss and accuracy over epochs for training, validation and test."""
     figure, (losses, accuracies) = plt.subplots(1, 2, figsize=(10, 4))
     epochs = [entry["epoch"] for entry in history]
-    lines = (("train", "training", "o-"), ("val", "validation", "s-"), ("test", "test", "^--"))
-    for (name, label, marker), colour in zip(lines, (BLUE, ORANGE, GREEN), strict=True):
+    for name, label, marker, colour in (
+        ("train", "training", "o-", BLUE),
+        ("val", "validation", "s-", ORANGE),
+        ("test", "test", "^--", GREEN),
+    ):
         style = {"color": colour, "ms": 4, "label": label}
         losses.plot(epochs, [e[f"{name}_loss"] for e in history], marker, **style)
         accuracies.plot(epochs, [100 * e[f"{name}_accuracy"] for e in history], marker, **style)
@@ -457,10 +449,10 @@ def plot_confusion_matrix(counts: np.ndarray, title: str, path: Path) -> None:
         [f"{n}\n{s:.0f}%" if n else "" for n, s in zip(counts.flat, shares.flat, strict=True)]
     )
     figure, axis = plt.subplots(figsize=(8, 6.8))
-    cells = {"annot": texts.reshape(counts.shape), "fmt": "", "annot_kws": {"fontsize": 8}}
     style = {"cmap": "Blues", "vmin": 0, "vmax": 100, "square": True, "linewidths": 0.5}
-    colour_bar = {"label": "share of the true digit (%)"}
-    sns.heatmap(shares, **cells, **style, cbar_kws=colour_bar, ax=axis)
+    style["annot_kws"] = {"fontsize": 8}
+    style["cbar_kws"] = {"label": "share of the true digit (%)"}
+    sns.heatmap(shares, annot=texts.reshape(counts.shape), fmt="", ax=axis, **style)
     axis.set(xlabel="predicted digit", ylabel="true digit", title=title)
     axis.grid(False)
     save_figure(figure, path)
@@ -493,8 +485,8 @@ def plot_accuracy_over_time(accuracy, early_exits, saccade_ends, step_ms, title,
     save_figure(figure, path)
 
 
-def take_turns(labels: np.ndarray) -> np.ndarray:
-    """Return how many of the labels [N] before each one are the same: the order of turns."""
+def rank_within_label(labels: np.ndarray) -> np.ndarray:
+    """Return how many of the labels [N] before each one are the same."""
     turns = np.zeros(len(labels), int)
     for label in np.unique(labels):
         turns[labels == label] = np.arange((labels == label).sum())
@@ -504,7 +496,7 @@ def take_turns(labels: np.ndarray) -> np.ndarray:
 def mistakes_first(labels: np.ndarray, predictions: np.ndarray, num_shown: int) -> np.ndarray:
     """Return the indices of `num_shown` recordings to draw: mistakes first, the digits in turn."""
     correct = labels == predictions
-    return np.lexsort((labels, take_turns(labels + 10 * correct), correct))[:num_shown]
+    return np.lexsort((labels, rank_within_label(labels + 10 * correct), correct))[:num_shown]
 
 
 def plot_predictions(images: np.ndarray, texts: list[str], mistakes, title: str, path) -> None:

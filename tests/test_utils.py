@@ -152,7 +152,7 @@ def test_a_folder_is_held_by_one_run_of_a_network(tmp_path):
         return utils.hold_folders(name, save_dir=folder)
 
     with hold("cnn"):
-        message = f"--save_dir {tmp_path}: another run of cnn is there"
+        message = f"--save_dir {tmp_path}: in use by another run of cnn"
         with pytest.raises(utils.UserError, match=message), hold("cnn"):
             pass
         with hold("resnet"), hold("cnn", tmp_path / "b"):
