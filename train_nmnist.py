@@ -174,9 +174,8 @@ class RunFiles:
 def train_one_epoch(network, ema, optimizer, loss_fn, batches: Iterator, step: int, bar) -> dict:
     """Train on `batches` of (frames, labels); return the mean `train_loss` and `train_accuracy`.
 
-    Both are of the network while it changes, on recordings that may be augmented, of this process's
-    share if there are several. `step` is the number of training steps before. Nothing synchronizes
-    with a GPU, but the bar when it is redrawn.
+    Both are measured while the network changes, on this process's recordings, as augmented. `step`
+    is the number of training steps before. Only redrawing the bar synchronizes with a GPU.
     """
     network.train()
     raw_network = network.module if isinstance(network, DistributedDataParallel) else network
@@ -225,11 +224,11 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, name: str) -> Evaluation:
-    """Run the network over the recordings `indices` [N], without training, under a bar `name`."""
+def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, text: str) -> Evaluation:
+    """Evaluate the network on the recordings `indices` [N]; `text` labels the progress bar."""
     network.eval()
     total_loss, spks, mems = 0.0, [], []
-    with progress(name, len(indices)) as bar:
+    with progress(text, len(indices)) as bar:
         for x, labels in frames.batches(indices, batch_size, network.dtype):
             spk, mem = network(x)
             total_loss += float(loss_fn(spk, mem, labels).mean()) * len(labels)
@@ -246,7 +245,7 @@ def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, name: s
 def train(args, files: RunFiles, data: Data, device, state: dict) -> dict:
     """Train for the epochs that are left; after each, write checkpoints and history.
 
-    `state` is the last checkpoint of the run to resume, {} for a new one. Returns the new one.
+    `state` is the run's last checkpoint, {} if the run is new. Returns the latest one.
     """
     settings = settings_of(args)
     labels = data.train.labels
@@ -265,9 +264,10 @@ def train(args, files: RunFiles, data: Data, device, state: dict) -> dict:
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}")
     if state:
         resume(state, data, network, ema, optimizer, args.epochs)
-    elif rank() == 0:  # of the run before, first the file that --resume reads
-        before = files.last, files.best, files.history, files.metrics, files.predictions
-        utils.keep_earlier_files(*before)
+    elif rank() == 0:
+        # `last` comes first: --resume must not find that of an earlier run.
+        earlier = files.last, files.best, files.history, files.metrics, files.predictions
+        utils.keep_earlier_files(*earlier)
 
     for epoch in range(len(state.get("history", [])) + 1, args.epochs + 1):
         start = time.perf_counter()
@@ -643,10 +643,9 @@ def draw_test(files: RunFiles, data: Data, metrics: dict, title: str) -> None:
     counts = np.array(metrics["confusion_matrix"])
     utils.plot_confusion_matrix(counts, title, files.figure("confusion_matrix"))
     over_time = np.array(metrics["accuracy_over_time"])
-    exits = metrics["early_exit"]
     ends = data.saccade_ends[:-1]  # the last is that of the recording
     path = files.figure("accuracy_over_time")
-    utils.plot_accuracy_over_time(over_time, exits, ends, data.step_ms, title, path)
+    utils.plot_accuracy_over_time(over_time, metrics["early_exit"], ends, data.step_ms, title, path)
 
 
 def draw_samples(files: RunFiles, data: Data, predictions, confidences, name: str) -> None:
@@ -680,26 +679,24 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     args.lr = args.lr or DEFAULT_LR[args.optimizer]
-    device = utils.prepare_device(args.device)
-    utils.init_distributed(device)
-    check_flags(parser, args)  # which needs the number of processes
-    processes = f", {world_size()} processes" if world_size() > 1 else ""
-    print(f"device      {utils.describe_device(device)}{processes}")
     seeds = args.seed if isinstance(args.seed, list) else [args.seed]
     seeds = list(dict.fromkeys(seeds))  # each once
-    if args.test_only and rank() > 0:
-        utils.leave_distributed()  # one process tests
-        return
-    try:
-        if len(seeds) > 1:
-            run_seeds(args, argv, device, seeds)
-        else:
-            args.seed = seeds[0]
-            run(args, argv, device)
-            print_next(args, argv)
-    except models.NetworkError as error:
-        raise UserError(f"--model {args.model}: {error}") from None
-    utils.leave_distributed()
+    args.seed = seeds[0]
+    device = utils.prepare_device(args.device)
+    with utils.process_group(device):
+        check_flags(parser, args)
+        processes = f", {world_size()} processes" if world_size() > 1 else ""
+        print(f"device      {utils.describe_device(device)}{processes}")
+        if args.test_only and rank() > 0:
+            return  # one process tests
+        try:
+            if len(seeds) > 1:
+                run_seeds(args, argv, device, seeds)
+            else:
+                run(args, argv, device)
+                print_next(args, argv)
+        except models.NetworkError as error:
+            raise UserError(f"--model {args.model}: {error}") from None
 
 
 def run(args, argv: list[str], device, loaded: Data | None = None) -> tuple[dict, Data]:
@@ -717,8 +714,11 @@ def run(args, argv: list[str], device, loaded: Data | None = None) -> tuple[dict
             state = {}
             if args.resume:
                 state = utils.of_first_process(lambda: load_state(args, files))
-            with utils.first_process_first():  # it downloads and bins, the others read the cache
+            with utils.first_process_first():  # on a shared disk, it downloads and bins for all
                 data = nmnist.load_data(args, device, nmnist.SPLITS, state.get("data"), loaded)
+            first = utils.of_first_process(data.describe)
+            if changes := models.describe_changes(data.describe(), first):
+                raise UserError(f"torchrun: not the recordings of the first process: {changes}")
             try:
                 state = train(args, files, data, device, state)
             except KeyboardInterrupt:
@@ -756,7 +756,7 @@ def take_settings(args, argv: list[str], settings: dict) -> argparse.Namespace:
     parser = make_parser()
     parser.set_defaults(**settings)
     asked = parser.parse_args(argv)  # what differs from these defaults was typed
-    if isinstance(asked.seed, list):
+    if isinstance(asked.seed, list):  # as typed
         asked.seed = args.seed
     for name, value in settings.items():
         if name != "batch_size" and getattr(asked, name) != value:

@@ -185,9 +185,11 @@ def versions() -> dict[str, str]:
 # --- Several processes ----------------------------------------------------------------------------
 
 
-def init_distributed(device: torch.device) -> None:
-    """Join the processes that `torchrun` started, of which the first alone prints."""
-    if distributed.is_torchelastic_launched():  # RANK alone may be set by a cluster
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the processes that `torchrun` started, if it did; the first alone prints."""
+    launched = distributed.is_torchelastic_launched()  # RANK alone may be set by a cluster
+    if launched:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -195,6 +197,9 @@ def init_distributed(device: torch.device) -> None:
         distributed.init_process_group(backend, timeout=timeout)
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    yield
+    if launched:
+        distributed.destroy_process_group()
 
 
 def rank() -> int:
@@ -235,12 +240,6 @@ def data_parallel(network: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return DistributedDataParallel(network, forward_sync_buffers=False)
-
-
-def leave_distributed() -> None:
-    """End what `init_distributed` began."""
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -355,9 +354,9 @@ def load_checkpoint(
     of these `parts` or `settings`, its settings differ from those `expected`, or its network is not
     finite.
     """
-    train = f"train a network in {Path(path).parent}, or repeat its training command with --resume"
+    hint = f"train a network in {Path(path).parent}, or repeat its training command with --resume"
     if not Path(path).exists():
-        raise UserError(f"no checkpoint at {path}: {train}")
+        raise UserError(f"no checkpoint at {path}: {hint}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != CHECKPOINT_FORMAT:
@@ -372,7 +371,7 @@ def load_checkpoint(
         if not is_finite(checkpoint["network"]):
             raise ValueError("its weights are not finite")
     except Exception as error:  # torch raises many types
-        raise UserError(f"{path} can't be used: {first_line(error)}; {train}") from None
+        raise UserError(f"{path} can't be used: {first_line(error)}; {hint}") from None
     return checkpoint
 
 

@@ -1381,6 +1381,14 @@ def test_torchrun_trains_and_resumes_seeds_and_one_process_prints_and_writes(
     assert not (tmp_path / "machine_1").exists()
 
 
+def test_processes_of_other_recordings_are_refused(tmp_path, made_data_dir, monkeypatch):
+    """As on two machines, of which one is offline and simulates recordings."""
+    monkeypatch.setattr(utils, "of_first_process", lambda f: {**f(), "train_fingerprint": "other"})
+    with pytest.raises(utils.UserError, match=r"torchrun: .*train_fingerprint: \w+, was other"):
+        train(tmp_path, made_data_dir, *STEP, "--epochs", 1)
+    assert not files_in(tmp_path)
+
+
 @pytest.mark.parametrize("model", ["cnn", "resnet"])
 def test_a_run_goes_on_on_another_device(tmp_path, made_data_dir, device, model):
     flags = ["--model", model, "--device", device.type]
