@@ -83,7 +83,7 @@ def test_number_accepts_its_range_only(kind, limits, good, bad):
     parse = utils.number(kind, **limits)
     assert [parse(text) for text in good] == [kind(text) for text in good]
     for text in bad:
-        with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+        with pytest.raises((argparse.ArgumentTypeError, ValueError), match=text or "''"):
             parse(text)
     assert parse.__name__ == kind.__name__  # as argparse calls it
 
