@@ -566,17 +566,16 @@ class Data:
     """A data set, binned, on the device; `train` is None where the test part alone was loaded."""
 
     name: str  # in files and figures
-    source: str  # 'nmnist' or 'simulated'
     train: Frames | None
     test: Frames
     test_files: list[str]  # relative to the folder of the test part
-    flags: dict  # that name it
+    flags: dict  # that name it; `dataset` is 'nmnist' or 'simulated'
     step_ms: float | None  # nominal duration of a time step; None if it varies
     saccade_ends: list[float]  # in time steps; [] if these vary
 
     def describe(self, splits: Sequence[str] = SPLITS) -> dict:
         """Return what tells a data set from another; copied or touched files are the same data."""
-        description = {"source": self.source, "data_set": self.name}
+        description = {"source": self.flags["dataset"], "data_set": self.name}
         for split in splits:
             frames = self.train if split == "train" else self.test
             description[f"{split}_recordings"] = len(frames)
@@ -609,12 +608,13 @@ def load_data(args, device, splits=SPLITS, trained_on=None, loaded: Data | None 
         name += ", frames of equal event count"
     flags["dataset"] = part.source
     files = [str(path.relative_to(part.folder)) for path in part.files]
-    ends_ms = SACCADE_ENDS[:1] if args.first_saccade_only else SACCADE_ENDS
-    step_ms = ends_ms[-1] / args.time_steps
-    saccade_ends = [end * args.time_steps / ends_ms[-1] for end in ends_ms]
-    if args.bin_by == "events":
-        step_ms, saccade_ends = None, []
-    return Data(name, part.source, train, test, files, flags, step_ms, saccade_ends)
+    step_ms = None
+    saccade_ends = []
+    if args.bin_by == "time":
+        ends_ms = SACCADE_ENDS[:1] if args.first_saccade_only else SACCADE_ENDS
+        step_ms = ends_ms[-1] / args.time_steps
+        saccade_ends = [end * args.time_steps / ends_ms[-1] for end in ends_ms]
+    return Data(name, train, test, files, flags, step_ms, saccade_ends)
 
 
 def open_by_flags(args: argparse.Namespace, splits: Sequence[str] = SPLITS) -> list[NMNIST]:

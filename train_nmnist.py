@@ -263,7 +263,7 @@ def train(args, files: RunFiles, data: Data, device, state: dict) -> dict:
     print(f"network     {network.title}, {size:,} parameters, {network.precision}")
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}")
     if state:
-        resume(state, data, network, ema, optimizer, args.epochs)
+        resume(state, files, data, network, ema, optimizer, args.epochs)
     elif rank() == 0:
         # `last` comes first: --resume must not find that of an earlier run.
         earlier = files.last, files.best, files.history, files.metrics, files.predictions
@@ -417,10 +417,10 @@ def write_best_and_history(files: RunFiles, state: dict) -> None:
     utils.write_json(files.history, state["history"])
 
 
-def read_checkpoint(args: argparse.Namespace, path: Path, parts=()) -> dict:
-    """Return a checkpoint of the network that the flags name."""
-    settings = settings_of(args)
-    return utils.load_checkpoint(path, parts, settings, model=args.model, no_spikes=args.no_spikes)
+def read_checkpoint(settings: dict, path: Path, parts=()) -> dict:
+    """Return a checkpoint of the network that the settings name."""
+    expected = {name: settings[name] for name in ("model", "no_spikes")}
+    return utils.load_checkpoint(path, parts, settings, **expected)
 
 
 def load_state(args: argparse.Namespace, files: RunFiles) -> dict:
@@ -431,9 +431,9 @@ def load_state(args: argparse.Namespace, files: RunFiles) -> dict:
     if not files.last.exists():
         print(f"resume      no checkpoint at {files.last} yet: training starts from scratch")
         return {}
-    state = read_checkpoint(args, files.last, ["best", "training"])
-    settings = state["settings"]
     asked = settings_of(args)
+    state = read_checkpoint(asked, files.last, ["best", "training"])
+    settings = state["settings"]
     asked["epochs"] = min(args.epochs, settings["epochs"])
     if changes := models.describe_changes(asked, settings):
         epochs = max(args.epochs, settings["epochs"])
@@ -446,7 +446,7 @@ def load_state(args: argparse.Namespace, files: RunFiles) -> dict:
     return state
 
 
-def resume(state: dict, data: Data, network, ema, optimizer, epochs: int) -> None:
+def resume(state: dict, files, data: Data, network, ema, optimizer, epochs: int) -> None:
     """Load what `save` wrote; print where the run continues, and what changed.
 
     Raises `UserError` if the run was trained on other recordings.
@@ -459,6 +459,8 @@ def resume(state: dict, data: Data, network, ema, optimizer, epochs: int) -> Non
     done, planned = len(state["history"]), state["settings"]["epochs"]
     if done == epochs:
         print(f"resume      after epoch {done} of {epochs}: nothing is left to train")
+        if rank() == 0:  # what was not written before a kill, or was lost
+            write_best_and_history(files, state)
         return
     print(f"resume      after epoch {done} of {epochs}")
     if state["settings"]["scheduler"] and epochs != planned:
@@ -707,7 +709,7 @@ def run(args, argv: list[str], device, loaded: Data | None = None) -> tuple[dict
     files = RunFiles(args)
     with files.hold(args.test_only):
         if args.test_only:
-            checkpoint = read_checkpoint(args, files.best)
+            checkpoint = read_checkpoint(settings_of(args), files.best)
             args = take_settings(args, argv, checkpoint["settings"])
             data = nmnist.load_data(args, device, ["test"], checkpoint["data"], loaded)
         else:
@@ -726,7 +728,6 @@ def run(args, argv: list[str], device, loaded: Data | None = None) -> tuple[dict
                 raise KeyboardInterrupt(hint) from None
             if rank() > 0:
                 return {}, data
-            write_best_and_history(files, state)  # also if nothing was left to train
             checkpoint = state["best"]
         return test(args, files, data, device, checkpoint), data
 
@@ -780,7 +781,7 @@ def run_seeds(args: argparse.Namespace, argv: list[str], device, seeds: list[int
                 "seed": seed,
                 "save_dir": str(files.save_dir / f"seed_{seed}"),
                 "log_dir": str(files.log_dir / f"seed_{seed}"),
-                "dataset": data.source if data else args.dataset,  # the same for all
+                "dataset": data.flags["dataset"] if data else args.dataset,  # the same for all
             }
             of_seed = argparse.Namespace(**{**vars(args), **overrides})
             metrics, data = run(of_seed, argv, device, data)

@@ -65,7 +65,7 @@ def warn(text: str) -> None:
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error, which libraries describe in many lines or in none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def make_parser(docstring: str) -> argparse.ArgumentParser:

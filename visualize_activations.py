@@ -213,9 +213,9 @@ def main(argv: list[str] | None = None) -> None:
     path = Path(args.save_dir) / f"{args.model}_best.pt"
     needed = [*vars(models.NetworkConfig()), *utils.flag_names(nmnist.add_frame_flags)]
     checkpoint = utils.load_checkpoint(path, (), needed, model=args.model, no_spikes=False)
-    device, trained_on = utils.prepare_device(args.device), checkpoint["data"]
+    device = utils.prepare_device(args.device)
     flags = argparse.Namespace(**{**checkpoint["settings"], **vars(args)})
-    data = nmnist.load_data(flags, device, ["test"], trained_on)
+    data = nmnist.load_data(flags, device, ["test"], checkpoint["data"])
     if args.sample >= len(data.test):
         last = len(data.test) - 1
         raise UserError(f"--sample {args.sample}: the last test recording is {last:,}")
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         network = models.restore_network(checkpoint, device, args.neuron_backend, args.precision)
     except models.NetworkError as error:
         raise UserError(f"--model {args.model}: {error}") from None
-    tested = nmnist.describe_tested(data.describe(["test"]), trained_on)
+    tested = nmnist.describe_tested(data.describe(["test"]), checkpoint["data"])
     name = f"{network.title}{network.note} on {tested}"
     if tested != data.name:
         utils.warn(name)

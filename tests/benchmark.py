@@ -193,9 +193,15 @@ def make_recordings(folder: Path, number: int) -> nmnist.NMNIST:
     return nmnist.NMNIST(folder, "train")
 
 
+def make_optimizer(network, settings: argparse.Namespace) -> torch.optim.Optimizer:
+    """Return the optimizer of the settings."""
+    name, lr, weight_decay = settings.optimizer, settings.lr, settings.weight_decay
+    return train_nmnist.make_optimizer(network, name, lr, weight_decay)
+
+
 def training_step(network, frames, labels, settings: argparse.Namespace) -> Callable:
     """Return a function that makes a training step of `network` on a batch."""
-    optimizer = train_nmnist.make_optimizer(network, "adam", lr=5e-3, weight_decay=0.0)
+    optimizer = make_optimizer(network, settings)
     loss_fn = train_nmnist.LOSSES[settings.loss]
 
     def step():
@@ -222,12 +228,12 @@ def inference(network, frames) -> Callable:
 def training_epoch(network, frames: nmnist.Frames, settings: argparse.Namespace) -> Callable:
     """Return a function that trains for an epoch: augmented batches, moving average, accuracy."""
     ema, loss_fn = copy.deepcopy(network), train_nmnist.LOSSES[settings.loss]
-    optimizer = train_nmnist.make_optimizer(network, "adam", lr=5e-3, weight_decay=0.0)
+    optimizer = make_optimizer(network, settings)
 
     def epoch():
         order, bar = torch.randperm(len(frames)), tqdm(disable=True)
-        size = settings.batch_size
-        batches = train_nmnist.training_batches(frames, order, size, network.dtype, augment=True)
+        size, augment = settings.batch_size, not settings.no_augment
+        batches = train_nmnist.training_batches(frames, order, size, network.dtype, augment)
         train_nmnist.train_one_epoch(network, ema, optimizer, loss_fn, batches, 0, bar)
 
     return epoch
