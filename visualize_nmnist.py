@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import tonic
-from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.animation import PillowWriter
 from tqdm import tqdm
 
 import nmnist
@@ -188,21 +188,15 @@ def animate(sample: Sample, title: str, path: Path) -> None:
     heading = f"{title}\ndigit {digit}, recording {index}, {SLOW_DOWN} times slower"
     figure.suptitle(heading, fontsize=10)
     utils.polarity_legend(figure)
-
-    def draw(i):
-        image.set_data(utils.event_image(frames[i], 2))
-        axis.set_title(f"{i * GIF_FRAME_MS} to {(i + 1) * GIF_FRAME_MS} ms", fontsize=10)
-
-    draw(0)
+    axis.set_title(f"0 to {GIF_FRAME_MS} ms", fontsize=10)
     figure.canvas.draw()
     figure.set_layout_engine("none")  # laid out once: for each frame it takes most of the time
-    animation = FuncAnimation(figure, draw, frames=num_frames)
-    with (
-        utils.atomic_path(path) as temporary,
-        tqdm(desc="animation", total=num_frames, unit="frame", leave=False) as bar,
-    ):
-        writer = PillowWriter(fps=1000 / (GIF_FRAME_MS * SLOW_DOWN))
-        animation.save(temporary, writer=writer, dpi=80, progress_callback=lambda *_: bar.update())
+    writer = PillowWriter(fps=1000 / (GIF_FRAME_MS * SLOW_DOWN))
+    with utils.atomic_path(path) as temporary, writer.saving(figure, temporary, dpi=80):
+        for i in tqdm(range(num_frames), "animation", unit="frame", leave=False):
+            image.set_data(utils.event_image(frames[i], 2))
+            axis.set_title(f"{i * GIF_FRAME_MS} to {(i + 1) * GIF_FRAME_MS} ms", fontsize=10)
+            writer.grab_frame()
     plt.close(figure)
     print(f"animation   {path}")
 

@@ -164,7 +164,7 @@ def test_the_top_level_holds_what_the_project_structure_says():
     assert top_level == files | {"tests", "logs", "activations"}
 
 
-def test_the_code_for_scripts_of_ones_own_runs_as_pasted(tmp_path):
+def test_the_code_for_scripts_of_ones_own_runs_as_pasted(tmp_path, monkeypatch, capsys):
     """On a data set, a trained network and a recording like those that it names."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     scripts = [block for block in blocks if "NETWORKS" not in block]
@@ -176,10 +176,10 @@ def test_the_code_for_scripts_of_ones_own_runs_as_pasted(tmp_path):
     train_nmnist.main([*folders, "--epochs=1", "--time_steps=10"])
     recording = next(tmp_path.glob("data/NMNIST/Test/7/*.bin"))
     shutil.copy(recording, tmp_path / "recording.bin")
-    (tmp_path / "own.py").write_text("\n".join(scripts))
-    result = run(sys.executable, "own.py", cwd=tmp_path, import_from=ROOT)
-    assert result.returncode == 0, result.stderr
-    assert re.search(r"^accuracy \d\.\d+\ndigit \d\n", result.stdout, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    for script in scripts:
+        exec(script, {})  # in this process, which starts faster
+    assert re.search(r"^accuracy \d\.\d+\ndigit \d\n", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_network_of_ones_own_runs_by_the_commands_below_it(
