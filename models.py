@@ -27,7 +27,6 @@ from torch.utils.dlpack import to_dlpack
 
 NUM_DIGITS = 10
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by precision
-BACKENDS = ("fused", "step")
 READOUTS = ("membrane", "rate", "latency")
 
 # --- Networks -------------------------------------------------------------------------------------

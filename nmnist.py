@@ -230,7 +230,7 @@ def unpack(archive: Path, split: str) -> Path:
     folder = archive.with_name(split.capitalize())
     try:
         with (
-            utils.naming(archive),
+            utils.name_in_errors(archive),
             zipfile.ZipFile(archive) as zip_file,
             tempfile.TemporaryDirectory(prefix=".", dir=archive.parent) as temporary,
         ):
@@ -924,7 +924,7 @@ def record_data_set(root: Path, parts: dict[str, Images], name: str, seed: int) 
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     temporary = tempfile.TemporaryDirectory(prefix=".", dir=root.parent)
-    with utils.naming(root), temporary as beside:
+    with utils.name_in_errors(root), temporary as beside:
         new = Path(beside) / root.name
         for i, (folder, part) in enumerate(parts.items()):
             record_images(part, new / folder, (seed, i))

@@ -30,7 +30,6 @@ import snntorch.functional as SF
 import torch
 from sklearn.metrics import confusion_matrix
 from snntorch import SpikingNeuron
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
@@ -42,7 +41,7 @@ from nmnist import Data, Frames
 from utils import UserError, add_flag, number, rank, world_size
 
 DEFAULT_LR = {"adam": 5e-3, "adamw": 5e-3, "sgd": 0.1}
-# The weights are averaged over about the last 1/9 of the training steps, at most the last 100.
+# Weights are averaged over about the last 1/9 of the training steps so far, at most the last 100.
 EMA_DIVISOR = 9
 EMA_STEPS = 100
 NORM_RECORDINGS = 1000  # training recordings on which norms are measured before an evaluation
@@ -89,12 +88,12 @@ def add_network_flags(group) -> None:
     flag = functools.partial(add_flag, group)
     decay = number(float, 0, 1)
     positive = number(float, 1e-6)
-    share = number(float, 0, 0.999)
+    rate = number(float, 0, 0.999)
     flag("--model", default.model, "network", choices=models.NETWORKS)
     flag("--beta", default.beta, "decay of the membrane potential per step", type=decay)
     flag("--threshold", default.threshold, "potential above which a neuron fires", type=positive)
     flag("--alpha", default.alpha, "decay of adaptation and synaptic current (resnet)", type=decay)
-    flag("--dropout", default.dropout, "probability of dropping a last hidden neuron", type=share)
+    flag("--dropout", default.dropout, "probability of dropping a last hidden neuron", type=rate)
     flag("--width", default.width, "factor on channels and hidden layer", type=number(int, 1, 64))
     flag(
         "--readout",
@@ -171,38 +170,38 @@ class RunFiles:
 # --- Training -------------------------------------------------------------------------------------
 
 
-def train_one_epoch(network, ema, optimizer, loss_fn, batches: Iterator, step: int, bar) -> dict:
+def train_one_epoch(network, parallel, ema, optimizer, loss_fn, batches, step: int, bar) -> dict:
     """Train on `batches` of (frames, labels); return the mean `train_loss` and `train_accuracy`.
 
-    Both are measured while the network changes, on this process's recordings, as augmented. `step`
-    is the number of training steps before. Only redrawing the bar synchronizes with a GPU.
+    Both are measured while the network changes, on this process's recordings, as augmented.
+    `parallel` is the network, or wraps it to average gradients over processes; `step` is the number
+    of training steps before. Only redrawing the bar synchronizes with a GPU.
     """
     network.train()
-    raw_network = network.module if isinstance(network, DistributedDataParallel) else network
-    results, sizes = [], []
+    losses, num_correct, sizes = [], [], []
     for frames, labels in batches:
-        spk, mem = network(frames)
-        loss = loss_fn(spk, mem, labels).mean()
+        spk, mem = parallel(frames)
+        loss = loss_fn(spk, mem, labels).mean()  # which may be one for each recording
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        raw_network.clamp_decays()
+        network.clamp_decays()
         update_ema(ema, network, step)
         step += 1
-        predictions = models.predict(spk.detach(), mem.detach(), ema.config.readout)
-        correct = (predictions == labels).sum()
-        results.append(torch.stack([loss.detach(), correct]))
+        predictions = models.predict(spk.detach(), mem.detach(), network.config.readout)
+        losses.append(loss.detach())
+        num_correct.append((predictions == labels).sum())
         sizes.append(len(labels))
         if bar.update(len(labels) * world_size()):  # True where the bar was redrawn
-            accuracy = f"{correct.item() / len(labels):.2%}"
+            accuracy = f"{num_correct[-1].item() / len(labels):.2%}"
             bar.set_postfix(loss=f"{loss.item():.4f}", accuracy=accuracy, refresh=False)
-    losses, correct = zip(*torch.stack(results).tolist(), strict=True)
-    loss = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
-    return {"train_loss": loss, "train_accuracy": sum(correct) / sum(sizes)}
+    total_loss = sum(x * size for x, size in zip(torch.stack(losses).tolist(), sizes, strict=True))
+    total_correct = torch.stack(num_correct).sum().item()
+    return {"train_loss": total_loss / sum(sizes), "train_accuracy": total_correct / sum(sizes)}
 
 
 @torch.no_grad()
-def update_ema(ema: SpikingNetwork, network: torch.nn.Module, step: int) -> None:
+def update_ema(ema: SpikingNetwork, network: SpikingNetwork, step: int) -> None:
     """Update the exponential moving average of the weights after training step `step`, from 0.
 
     It removes noise as a lower learning rate would. torch's AveragedModel synchronizes with a GPU.
@@ -255,8 +254,8 @@ def train(args, files: RunFiles, data: Data, device, state: dict) -> dict:
     utils.set_seed(args.seed)
     network = models.build_model(models.NetworkConfig.from_settings(settings), **options)
     network = network.to(device)
-    ema = copy.deepcopy(network)  # the moving average is validated and tested
-    parallel = utils.data_parallel(network, device)
+    ema = copy.deepcopy(network)  # the moving average, which is validated and tested
+    parallel = utils.data_parallel(network, device)  # on GPUs, changes the network's norms
     optimizer = make_optimizer(network, args.optimizer, args.lr, args.weight_decay)
     loss_fn = LOSSES[args.loss]
     size = sum(parameter.numel() for parameter in network.parameters())
@@ -285,16 +284,18 @@ def train(args, files: RunFiles, data: Data, device, state: dict) -> dict:
         batches = training_batches(data.train, order, args.batch_size, network.dtype, augment)
         step = (epoch - 1) * math.ceil(len(order) / args.batch_size)
         with progress(f"epoch {epoch}/{args.epochs}", len(order)) as bar:
-            results = train_one_epoch(parallel, ema, optimizer, loss_fn, batches, step, bar)
+            results = train_one_epoch(
+                network, parallel, ema, optimizer, loss_fn, batches, step, bar
+            )
         speed = len(order) / (time.perf_counter() - start)
         if rank() == 0:
-            # Also what training changes in buffers, such as a threshold that adapts.
+            # Weights are averaged, buffers are copied: a threshold may adapt in training.
             ema.load_state_dict(dict(network.named_buffers()), strict=False)
-            norm_indices = order[:NORM_RECORDINGS]
+            measure_norms(ema, data.train, order[:NORM_RECORDINGS], args.batch_size)
             entry = {
                 "epoch": epoch,
                 **results,
-                **validate(ema, data, norm_indices, val_indices, loss_fn, args.batch_size),
+                **validate(ema, data, val_indices, loss_fn, args.batch_size),
                 "lr": lr,
                 **models.how_it_runs(network),
                 "processes": world_size(),
@@ -306,22 +307,24 @@ def train(args, files: RunFiles, data: Data, device, state: dict) -> dict:
     return state
 
 
-def validate(ema, data: Data, norm_indices, val_indices, loss_fn, batch_size: int) -> dict:
-    """Return results on validation recordings, which choose the best epoch, and on test recordings.
-
-    Before, norms are measured with the averaged weights.
-    """
+def measure_norms(ema: SpikingNetwork, frames: Frames, indices, batch_size: int) -> None:
+    """Measure the statistics of BatchNorm, with the averaged weights, on recordings."""
     # In batches of about one size, since update_bn weighs them alike, of at least `batch_size`.
-    chunks = norm_indices.tensor_split(max(1, len(norm_indices) // batch_size))
-    update_bn((data.train.batch(chunk, ema.dtype) for chunk in chunks), ema)
+    chunks = indices.tensor_split(max(1, len(indices) // batch_size))
+    update_bn((frames.batch(chunk, ema.dtype) for chunk in chunks), ema)
+
+
+def validate(ema, data: Data, val_indices, loss_fn, batch_size: int) -> dict:
+    """Return results on validation recordings, which choose the best epoch, and on test ones."""
+    test_indices = torch.arange(len(data.test))
     val = evaluate(ema, data.train, val_indices, loss_fn, batch_size, "val")
-    test = evaluate(ema, data.test, torch.arange(len(data.test)), loss_fn, batch_size, "test")
+    on_test = evaluate(ema, data.test, test_indices, loss_fn, batch_size, "test")
     scores = models.digit_scores(val.spk, val.mem, ema.config.readout)
     return {
         "val_loss": val.loss,
         "val_accuracy": val.accuracy,
-        "test_loss": test.loss,
-        "test_accuracy": test.accuracy,
+        "test_loss": on_test.loss,
+        "test_accuracy": on_test.accuracy,
         "val_temperature": models.fit_temperature(scores, val.labels),
     }
 
@@ -329,7 +332,8 @@ def validate(ema, data: Data, norm_indices, val_indices, loss_fn, batch_size: in
 def training_batches(frames: Frames, order, batch_size: int, dtype, augment: bool) -> Iterator:
     """Yield this process's share of each batch of the recordings `order`: frames and labels."""
     for chunk in order.split(batch_size):
-        if len(chunk) // world_size() * frames.time_steps >= 2:  # BatchNorm needs two frames
+        # BatchNorm needs two frames, which the last batch may lack.
+        if len(chunk) // world_size() * frames.time_steps >= 2:
             yield frames.batch(chunk[rank() :: world_size()], dtype, augment)
 
 
@@ -377,8 +381,9 @@ def mean_of(values: torch.Tensor) -> float:
 def save(files, settings: dict, data: Data, state: dict, entry: dict, network, ema, optimizer):
     """Write the run after an epoch, of which `entry` tells; return its new last checkpoint.
 
-    `state` is the one before, {} after the first epoch. The best checkpoint is a part of it. Raises
-    `UserError` if losses or weights are not finite.
+    `state` is the last checkpoint before, {} after the first epoch. Beside the network of this
+    epoch it holds the checkpoint of the best one as `best`, whose history ends there, and what
+    --resume needs as `training`. Raises `UserError` if losses or weights are not finite.
     """
     results_finite = all(math.isfinite(x) for x in entry.values() if isinstance(x, float))
     if not (results_finite and utils.is_finite(network.state_dict(), ema.state_dict())):
@@ -394,7 +399,7 @@ def save(files, settings: dict, data: Data, state: dict, entry: dict, network, e
         "history": history,
         "network": averaged,  # what is validated and tested
     }
-    best_entry = max(history, key=lambda entry: (entry["val_accuracy"], -entry["val_loss"]))
+    best_entry = max(history, key=lambda e: (e["val_accuracy"], -e["val_loss"]))
     best = checkpoint
     if best_entry is not entry:
         best = {**state["best"], "settings": settings}  # --epochs may have been raised
@@ -426,7 +431,7 @@ def read_checkpoint(settings: dict, path: Path, parts=()) -> dict:
 def load_state(args: argparse.Namespace, files: RunFiles) -> dict:
     """Return the last checkpoint of the run to resume, {} if there is none yet.
 
-    Raises `UserError` if its settings differ from those of the command; epochs may be added.
+    Raises `UserError` if its settings differ from those of the command.
     """
     if not files.last.exists():
         print(f"resume      no checkpoint at {files.last} yet: training starts from scratch")
@@ -434,7 +439,7 @@ def load_state(args: argparse.Namespace, files: RunFiles) -> dict:
     asked = settings_of(args)
     state = read_checkpoint(asked, files.last, ["best", "training"])
     settings = state["settings"]
-    asked["epochs"] = min(args.epochs, settings["epochs"])
+    asked["epochs"] = min(args.epochs, settings["epochs"])  # more are no other setting
     if changes := models.describe_changes(asked, settings):
         epochs = max(args.epochs, settings["epochs"])
         flags = flags_of({**vars(args), **settings, "epochs": epochs})
@@ -478,14 +483,13 @@ def test(args, files: RunFiles, data: Data, device: torch.device, checkpoint: di
     network = models.restore_network(checkpoint, device, args.neuron_backend, args.precision)
     indices = torch.arange(len(data.test))
     with ActivityMeter(network) as meter:
-        loss_fn = LOSSES[args.loss]
-        result = evaluate(network, data.test, indices, loss_fn, args.batch_size, "test")
+        result = evaluate(network, data.test, indices, LOSSES[args.loss], args.batch_size, "test")
     how = models.how_it_runs(network)
     entry = checkpoint["history"][-1]
     scores = models.digit_scores(result.spk, result.mem, args.readout) / entry["val_temperature"]
     confidences = torch.softmax(scores, -1).amax(-1)  # [T, N], of the most likely digit
     readouts = [args.readout] if args.no_spikes else models.READOUTS
-    digits = {name: models.predict(result.spk, result.mem, name) for name in readouts}
+    by_readout = {name: models.predict(result.spk, result.mem, name) for name in readouts}
     tested_on = data.describe(["test"])
     recordings = nmnist.describe_tested(tested_on, checkpoint["data"])
     tested = f"{len(indices):,} test recordings of {recordings}"
@@ -498,7 +502,7 @@ def test(args, files: RunFiles, data: Data, device: torch.device, checkpoint: di
         "loss": result.loss,
         "num_recordings": len(indices),
         "num_blank": data.test.num_blank,
-        **measure_accuracy(result, digits, data),
+        **measure_accuracy(result, by_readout, data),
         "early_exit": measure_early_exits(confidences, result, meter),
         **measure_cost(meter),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
@@ -509,40 +513,41 @@ def test(args, files: RunFiles, data: Data, device: torch.device, checkpoint: di
         "epoch": entry["epoch"],
         "val_accuracy": entry["val_accuracy"],
         "temperature": entry["val_temperature"],
-        "training_seconds": sum(epoch["seconds"] for epoch in checkpoint["history"]),
+        "seconds_to_best_epoch": sum(epoch["seconds"] for epoch in checkpoint["history"]),
         "settings": checkpoint["settings"],
         "versions": {"trained": checkpoint["versions"], "tested": utils.versions()},
         "device_name": utils.describe_device(device),
         **how,
     }
-    write_results(files, metrics, data, digits, confidences)
+    write_results(files, metrics, data, by_readout, confidences)
     if args.visualize:
         name = f"{network.title}{network.note}"
         draw_training(files, network, checkpoint)
         draw_test(files, data, metrics, f"{name}: {result.accuracy:.2%} of {tested}")
-        draw_samples(files, data, digits[args.readout], confidences[-1], f"{name} on {data.name}")
+        predictions = result.predictions[-1]
+        draw_samples(files, data, predictions, confidences[-1], f"{name} on {data.name}")
     return metrics
 
 
-def measure_accuracy(result: Evaluation, digits: dict, data: Data) -> dict:
+def measure_accuracy(result: Evaluation, by_readout: dict, data: Data) -> dict:
     """Return accuracies by readout and over time, and a confusion matrix; print accuracies.
 
-    `digits` are the predictions [N] of each readout.
+    `by_readout` are the predictions [N] of each readout.
     """
     labels, predictions = result.labels, result.predictions
-    by_readout, ties = {}, {}
-    for readout, predicted in digits.items():
-        by_readout[readout] = mean_of(predicted == labels)
+    accuracies, ties = {}, {}
+    for readout, predicted in by_readout.items():
+        accuracies[readout] = mean_of(predicted == labels)
         if readout != "membrane":  # the share of recordings where digits tie in the end
             scores = models.digit_scores(result.spk, result.mem, readout)[-1]
             ties[readout] = mean_of(models.leaders(scores).sum(-1) > 1)
     over_time = (predictions == labels).double().mean(1).tolist()
     steps = [int(end) for end in data.saccade_ends if end >= 1]
     after = [f"{over_time[step - 1]:.2%} at {step * data.step_ms:.0f} ms" for step in steps]
-    print("by readout  " + "   ".join(f"{name} {x:.2%}" for name, x in by_readout.items()))
+    print("by readout  " + "   ".join(f"{name} {x:.2%}" for name, x in accuracies.items()))
     print("over time   " + ("   ".join(after) or "steps of no fixed duration"))
     return {
-        "accuracy_by_readout": by_readout,
+        "accuracy_by_readout": accuracies,
         "ties": ties,
         "confusion_matrix": confusion_matrix(labels, predictions[-1], labels=range(10)).tolist(),
         "accuracy_over_time": over_time,
@@ -610,14 +615,14 @@ def measure_cost(meter: ActivityMeter) -> dict:
     return {"layers": layers, "energy_uj": energy, "not_counted": not_counted}
 
 
-def write_results(files: RunFiles, metrics: dict, data: Data, digits: dict, confidences) -> None:
+def write_results(files, metrics: dict, data: Data, by_readout: dict, confidences) -> None:
     """Write metrics and predictions; earlier ones are kept if they are not of the same test."""
     earlier = utils.read_json(files.metrics) or {}
-    same_test = ("network_hash", "tested_on", "device", "precision", "neuron_backend")
-    if any(earlier.get(name) != metrics[name] for name in same_test):
+    identity = ("network_hash", "tested_on", "device", "precision", "neuron_backend")
+    if any(earlier.get(name) != metrics[name] for name in identity):
         utils.keep_earlier_files(files.metrics, files.predictions)
     columns = {"file": data.test_files, "label": data.test.labels.tolist()}
-    for readout, predicted in digits.items():
+    for readout, predicted in by_readout.items():
         columns[readout] = predicted.tolist()
     columns["confidence"] = [f"{confidence:.6f}" for confidence in confidences[-1].tolist()]
     columns[f"early_exit_step_{PRINTED_EXIT}"] = exit_steps(confidences, PRINTED_EXIT).tolist()
@@ -653,8 +658,8 @@ def draw_test(files: RunFiles, data: Data, metrics: dict, title: str) -> None:
 def draw_samples(files: RunFiles, data: Data, predictions, confidences, name: str) -> None:
     """Draw 20 test recordings with true and predicted digit: mistakes first, the digits in turn.
 
-    The events are from the middle of the first saccade: over a whole recording ON and OFF cover
-    one another.
+    The events are from the middle of the first saccade (about a third of the events): over a whole
+    recording ON and OFF cover one another.
     """
     labels, predictions = data.test.labels.cpu().numpy(), predictions.numpy()
     indices = utils.mistakes_first(labels, predictions, 20)
@@ -713,14 +718,8 @@ def run(args, argv: list[str], device, loaded: Data | None = None) -> tuple[dict
             args = take_settings(args, argv, checkpoint["settings"])
             data = nmnist.load_data(args, device, ["test"], checkpoint["data"], loaded)
         else:
-            state = {}
-            if args.resume:
-                state = utils.of_first_process(lambda: load_state(args, files))
-            with utils.first_process_first():  # on a shared disk, it downloads and bins for all
-                data = nmnist.load_data(args, device, nmnist.SPLITS, state.get("data"), loaded)
-            first = utils.of_first_process(data.describe)
-            if changes := models.describe_changes(data.describe(), first):
-                raise UserError(f"torchrun: not the recordings of the first process: {changes}")
+            state = utils.of_first_process(lambda: load_state(args, files)) if args.resume else {}
+            data = load_training_data(args, device, state.get("data"), loaded)
             try:
                 state = train(args, files, data, device, state)
             except KeyboardInterrupt:
@@ -730,6 +729,16 @@ def run(args, argv: list[str], device, loaded: Data | None = None) -> tuple[dict
                 return {}, data
             checkpoint = state["best"]
         return test(args, files, data, device, checkpoint), data
+
+
+def load_training_data(args, device, trained_on: dict | None, loaded: Data | None) -> Data:
+    """Return the recordings; raise `UserError` if another process has others."""
+    with utils.first_process_first():  # on a shared disk, it downloads and bins for all
+        data = nmnist.load_data(args, device, nmnist.SPLITS, trained_on, loaded)
+    first = utils.of_first_process(data.describe)
+    if changes := models.describe_changes(data.describe(), first):
+        raise UserError(f"torchrun: not the recordings of the first process: {changes}")
+    return data
 
 
 def settings_of(args: argparse.Namespace) -> dict:
@@ -756,17 +765,17 @@ def take_settings(args, argv: list[str], settings: dict) -> argparse.Namespace:
     """Return `args` with the settings of a network to test; print which flags are ignored."""
     parser = make_parser()
     parser.set_defaults(**settings)
-    asked = parser.parse_args(argv)  # what differs from these defaults was typed
-    if isinstance(asked.seed, list):  # as typed
-        asked.seed = args.seed
+    typed = parser.parse_args(argv)  # where it differs from these defaults
+    if isinstance(typed.seed, list):  # one of which is tested
+        typed.seed = args.seed
     for name, value in settings.items():
-        if name != "batch_size" and getattr(asked, name) != value:
-            ignored = f"--{name} {getattr(asked, name)}"
+        if name != "batch_size" and getattr(typed, name) != value:
+            ignored = f"--{name} {getattr(typed, name)}"
             print(f"ignored     {ignored}: the network was trained with {value}")
     if settings["loss"] not in LOSSES:
         raise UserError(f"--loss {settings['loss']}: this script does not add it to LOSSES")
     # A test may have another batch size, on a machine of less memory.
-    return argparse.Namespace(**{**vars(args), **settings, "batch_size": asked.batch_size})
+    return argparse.Namespace(**{**vars(args), **settings, "batch_size": typed.batch_size})
 
 
 def run_seeds(args: argparse.Namespace, argv: list[str], device, seeds: list[int]) -> None:
@@ -777,13 +786,11 @@ def run_seeds(args: argparse.Namespace, argv: list[str], device, seeds: list[int
     with files.hold(args.test_only):
         for seed in seeds:
             print(f"seed        {seed}")
-            overrides = {
-                "seed": seed,
-                "save_dir": str(files.save_dir / f"seed_{seed}"),
-                "log_dir": str(files.log_dir / f"seed_{seed}"),
-                "dataset": data.flags["dataset"] if data else args.dataset,  # the same for all
-            }
-            of_seed = argparse.Namespace(**{**vars(args), **overrides})
+            of_seed = copy.copy(args)
+            of_seed.seed = seed
+            of_seed.save_dir = str(files.save_dir / f"seed_{seed}")
+            of_seed.log_dir = str(files.log_dir / f"seed_{seed}")
+            of_seed.dataset = data.flags["dataset"] if data else args.dataset  # the same for all
             metrics, data = run(of_seed, argv, device, data)
             tests.append(metrics)
         if rank() == 0:
@@ -799,6 +806,7 @@ def print_seeds(tests: list[dict], path: Path) -> None:
             row[name] = metrics[name]
         for readout, accuracy in metrics["accuracy_by_readout"].items():
             row[f"accuracy_{readout}"] = accuracy
+        row["trained_on"] = metrics["trained_on"]["data_set"]
         rows.append({**row, **metrics["trained_on"], **metrics["tested_on"], **metrics["settings"]})
     accuracies = [name for name in rows[0] if name.startswith("accuracy")]
     differing = {name for row in rows for name in row if row[name] != rows[0][name]}

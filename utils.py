@@ -95,7 +95,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 
     def parse(text: str) -> float:
         value = kind(text)
-        if value == math.inf or not low <= value <= high:
+        if not (math.isfinite(value) and low <= value <= high):
             limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limits}")
         return value
@@ -141,8 +141,9 @@ def prepare_device(name: str | None) -> torch.device:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(name, True):
+    available = {"cpu": True, "cuda": torch.cuda.is_available()}
+    available["mps"] = torch.backends.mps.is_available()
+    if not available[name]:
         raise UserError(f"--device {name}: PyTorch finds no such device here; choose cpu")
     if name == "cpu":
         keep_freed_memory()
@@ -246,7 +247,7 @@ def data_parallel(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def name_in_errors(path: Path) -> Iterator[None]:
     """Add `path` to an `OSError` that names no file, such as that of a full disk."""
     try:
         yield
@@ -267,7 +268,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     # Two processes do not share the name; its suffix tells matplotlib the format.
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
-        with naming(path):
+        with name_in_errors(path):
             yield temporary
             os.replace(temporary, path)
     finally:
@@ -359,11 +360,11 @@ def load_checkpoint(
         raise UserError(f"no checkpoint at {path}: {hint}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != CHECKPOINT_FORMAT:
-            raise ValueError("it was written by another version of this project")
+        if checkpoint.get("format") != CHECKPOINT_FORMAT:
+            raise ValueError("it is not a checkpoint of this version of the project")
         found = {**checkpoint, **checkpoint["settings"]}
         for name in ("data", "versions", "history", "network", *parts, *settings):
-            if name not in found or found[name] == []:
+            if name not in found or found[name] == []:  # a history of no epoch
                 raise ValueError(f"it has no {name}")
         for name, value in expected.items():
             if found[name] != value:
@@ -484,18 +485,19 @@ def plot_accuracy_over_time(accuracy, early_exits, saccade_ends, step_ms, title,
     save_figure(figure, path)
 
 
-def rank_within_label(labels: np.ndarray) -> np.ndarray:
+def occurrences(labels: np.ndarray) -> np.ndarray:
     """Return how many of the labels [N] before each one are the same."""
-    turns = np.zeros(len(labels), int)
+    counts = np.zeros(len(labels), int)
     for label in np.unique(labels):
-        turns[labels == label] = np.arange((labels == label).sum())
-    return turns
+        counts[labels == label] = np.arange((labels == label).sum())
+    return counts
 
 
 def mistakes_first(labels: np.ndarray, predictions: np.ndarray, num_shown: int) -> np.ndarray:
     """Return the indices of `num_shown` recordings to draw: mistakes first, the digits in turn."""
     correct = labels == predictions
-    return np.lexsort((labels, rank_within_label(labels + 10 * correct), correct))[:num_shown]
+    turns = occurrences(labels + 10 * correct)  # counts mistakes and others apart
+    return np.lexsort((labels, turns, correct))[:num_shown]  # by the last of these first
 
 
 def plot_predictions(images: np.ndarray, texts: list[str], mistakes, title: str, path) -> None:

@@ -163,10 +163,8 @@ def plot_tsne(
         print(f"t-SNE       not drawn: {layer} answers every recording alike", file=sys.stderr)
         return
     print(f"t-SNE       of {len(features):,} recordings", flush=True)  # it shows no progress
-    perplexity = min(30, (len(features) - 1) / 3)
-    points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(
-        features.numpy()
-    )
+    tsne = TSNE(perplexity=min(30, (len(features) - 1) / 3), init="pca", random_state=seed)
+    points = tsne.fit_transform(features.numpy())
     figure, axis = plt.subplots(figsize=(8, 6.5))
     for digit in range(models.NUM_DIGITS):
         chosen = labels == digit
@@ -179,9 +177,8 @@ def plot_tsne(
     style = {"s": 70, "facecolors": "none", "edgecolors": "black", "lw": 1}
     axis.scatter(*points[mistakes].T, **style, label=f"mistake ({int(mistakes.sum())})")
     axis.set(xlabel="t-SNE dimension 1", ylabel="t-SNE dimension 2")
-    axis.set_title(
-        f"{heading}\nt-SNE of the spike counts of {layer}, {len(labels):,} test recordings"
-    )
+    what = f"t-SNE of the spike counts of {layer}, {len(labels):,} test recordings"
+    axis.set_title(f"{heading}\n{what}")
     axis.grid(False)
     figure.legend(loc="outside right center", title="digit")
     utils.save_figure(figure, path)

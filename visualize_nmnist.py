@@ -55,7 +55,7 @@ def choose_samples(
         what = "" if digit is None else f" of digit {digit}"
         print(f"samples     only {len(indices)} {recordings.split} recordings{what}: all are drawn")
     order = np.random.default_rng(seed).permutation(indices)
-    turns = utils.rank_within_label(labels[order])  # so that ten samples show all digits
+    turns = utils.occurrences(labels[order])  # so that ten samples show all digits
     chosen = order[np.argsort(turns, kind="stable")][:num_samples]
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]
     samples = [(int(i), nmnist.denoised(recordings[i][0], denoise), int(labels[i])) for i in chosen]

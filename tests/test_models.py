@@ -19,7 +19,6 @@ from torch import nn
 import models
 from models import (
     ALIF,
-    BACKENDS,
     ActivityMeter,
     FastSigmoid,
     NetworkConfig,
@@ -33,6 +32,7 @@ from models import (
 TIME_STEPS = [3, 10, 27]  # kernels take five steps per call, and single ones for the rest
 each_device = pytest.mark.usefixtures("on_device")
 each_model = pytest.mark.parametrize("model", ["cnn", "resnet"])
+BACKENDS = ("fused", "step")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
