@@ -223,19 +223,19 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(network, frames: Frames, indices, loss_fn, batch_size: int, text: str) -> Evaluation:
+def evaluate(network, data: Frames, indices, loss_fn, batch_size: int, text: str) -> Evaluation:
     """Evaluate the network on the recordings `indices` [N]; `text` labels the progress bar."""
     network.eval()
     total_loss, spks, mems = 0.0, [], []
     with progress(text, len(indices)) as bar:
-        for x, labels in frames.batches(indices, batch_size, network.dtype):
-            spk, mem = network(x)
+        for frames, labels in data.batches(indices, batch_size, network.dtype):
+            spk, mem = network(frames)
             total_loss += float(loss_fn(spk, mem, labels).mean()) * len(labels)
             spks.append(spk.cpu())
             mems.append(mem.cpu())
             bar.update(len(labels))
     spk, mem = torch.cat(spks, dim=1), torch.cat(mems, dim=1)
-    labels = frames.labels.cpu()[indices].long()
+    labels = data.labels.cpu()[indices].long()
     predictions = models.predict(spk, mem, network.config.readout, over_time=True)
     accuracy = mean_of(predictions[-1] == labels)
     return Evaluation(total_loss / len(labels), accuracy, labels, spk, mem, predictions)
@@ -254,8 +254,9 @@ def train(args, files: RunFiles, data: Data, device, state: dict) -> dict:
     utils.set_seed(args.seed)
     network = models.build_model(models.NetworkConfig.from_settings(settings), **options)
     network = network.to(device)
-    ema = copy.deepcopy(network)  # the moving average, which is validated and tested
-    parallel = utils.data_parallel(network, device)  # on GPUs, changes the network's norms
+    # The moving average is validated and tested. Its norms stay as they are, on several GPUs, too.
+    ema = copy.deepcopy(network)
+    parallel = utils.data_parallel(network, device)
     optimizer = make_optimizer(network, args.optimizer, args.lr, args.weight_decay)
     loss_fn = LOSSES[args.loss]
     size = sum(parameter.numel() for parameter in network.parameters())
@@ -307,11 +308,11 @@ def train(args, files: RunFiles, data: Data, device, state: dict) -> dict:
     return state
 
 
-def measure_norms(ema: SpikingNetwork, frames: Frames, indices, batch_size: int) -> None:
+def measure_norms(ema: SpikingNetwork, data: Frames, indices, batch_size: int) -> None:
     """Measure the statistics of BatchNorm, with the averaged weights, on recordings."""
     # In batches of about one size, since update_bn weighs them alike, of at least `batch_size`.
     chunks = indices.tensor_split(max(1, len(indices) // batch_size))
-    update_bn((frames.batch(chunk, ema.dtype) for chunk in chunks), ema)
+    update_bn((data.batch(chunk, ema.dtype) for chunk in chunks), ema)
 
 
 def validate(ema, data: Data, val_indices, loss_fn, batch_size: int) -> dict:
@@ -329,12 +330,11 @@ def validate(ema, data: Data, val_indices, loss_fn, batch_size: int) -> dict:
     }
 
 
-def training_batches(frames: Frames, order, batch_size: int, dtype, augment: bool) -> Iterator:
+def training_batches(data: Frames, order, batch_size: int, dtype, augment: bool) -> Iterator:
     """Yield this process's share of each batch of the recordings `order`: frames and labels."""
     for chunk in order.split(batch_size):
-        # BatchNorm needs two frames, which the last batch may lack.
-        if len(chunk) // world_size() * frames.time_steps >= 2:
-            yield frames.batch(chunk[rank() :: world_size()], dtype, augment)
+        if len(chunk) // world_size() * data.time_steps >= 2:  # the last may be too small for norms
+            yield data.batch(chunk[rank() :: world_size()], dtype, augment)
 
 
 def make_optimizer(network, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -397,16 +397,17 @@ def save(files, settings: dict, data: Data, state: dict, entry: dict, network, e
         "data": data.describe(),
         "versions": utils.versions(),
         "history": history,
-        "network": averaged,  # what is validated and tested
+        "network": averaged,
     }
     best_entry = max(history, key=lambda e: (e["val_accuracy"], -e["val_loss"]))
-    best = checkpoint
-    if best_entry is not entry:
+    if best_entry is entry:
+        best = checkpoint
+    else:
         best = {**state["best"], "settings": settings}  # --epochs may have been raised
     state = {
         **checkpoint,
         "best": best,
-        "training": {"network": network.state_dict(), "optimizer": optimizer.state_dict()},
+        "training": {"raw_network": network.state_dict(), "optimizer": optimizer.state_dict()},
     }
     utils.save_tensors(files.last, state)
     write_best_and_history(files, state)
@@ -422,27 +423,28 @@ def write_best_and_history(files: RunFiles, state: dict) -> None:
     utils.write_json(files.history, state["history"])
 
 
-def read_checkpoint(settings: dict, path: Path, parts=()) -> dict:
-    """Return a checkpoint of the network that the settings name."""
+def read_checkpoint(path: Path, settings: dict, *parts: str) -> dict:
+    """Return a checkpoint of the network that the settings name, which has these parts."""
     expected = {name: settings[name] for name in ("model", "no_spikes")}
-    return utils.load_checkpoint(path, parts, settings, **expected)
+    return utils.load_checkpoint(path, [*settings, *parts], **expected)
 
 
 def load_state(args: argparse.Namespace, files: RunFiles) -> dict:
-    """Return the last checkpoint of the run to resume, {} if there is none yet.
+    """Return the last checkpoint of the run to resume, {} if there is none yet or none is asked.
 
     Raises `UserError` if its settings differ from those of the command.
     """
+    if not args.resume:
+        return {}
     if not files.last.exists():
         print(f"resume      no checkpoint at {files.last} yet: training starts from scratch")
         return {}
     asked = settings_of(args)
-    state = read_checkpoint(asked, files.last, ["best", "training"])
-    settings = state["settings"]
-    asked["epochs"] = min(args.epochs, settings["epochs"])  # more are no other setting
+    state = read_checkpoint(files.last, asked, "best", "training")
+    settings = {**state["settings"]}
+    settings["epochs"] = max(settings["epochs"], args.epochs)  # more may be asked
     if changes := models.describe_changes(asked, settings):
-        epochs = max(args.epochs, settings["epochs"])
-        flags = flags_of({**vars(args), **settings, "epochs": epochs})
+        flags = flags_of({**vars(args), **settings})
         command = shlex.join(["python", sys.argv[0], *flags])
         raise UserError(
             f"--resume: not the settings of the run in {files.save_dir} ({changes}): continue it "
@@ -458,7 +460,7 @@ def resume(state: dict, files, data: Data, network, ema, optimizer, epochs: int)
     """
     if changes := models.describe_changes(data.describe(), state["data"]):
         raise UserError(f"--resume: the run was trained on other recordings: {changes}")
-    models.load_weights(network, state["training"]["network"])
+    models.load_weights(network, state["training"]["raw_network"])
     models.load_weights(ema, state["network"])
     optimizer.load_state_dict(state["training"]["optimizer"])
     done, planned = len(state["history"]), state["settings"]["epochs"]
@@ -524,8 +526,7 @@ def test(args, files: RunFiles, data: Data, device: torch.device, checkpoint: di
         name = f"{network.title}{network.note}"
         draw_training(files, network, checkpoint)
         draw_test(files, data, metrics, f"{name}: {result.accuracy:.2%} of {tested}")
-        predictions = result.predictions[-1]
-        draw_samples(files, data, predictions, confidences[-1], f"{name} on {data.name}")
+        draw_samples(files, data, by_readout[args.readout], confidences[-1], name)
     return metrics
 
 
@@ -655,7 +656,7 @@ def draw_test(files: RunFiles, data: Data, metrics: dict, title: str) -> None:
     utils.plot_accuracy_over_time(over_time, metrics["early_exit"], ends, data.step_ms, title, path)
 
 
-def draw_samples(files: RunFiles, data: Data, predictions, confidences, name: str) -> None:
+def draw_samples(files: RunFiles, data: Data, predictions, confidences, network: str) -> None:
     """Draw 20 test recordings with true and predicted digit: mistakes first, the digits in turn.
 
     The events are from the middle of the first saccade (about a third of the events): over a whole
@@ -665,15 +666,17 @@ def draw_samples(files: RunFiles, data: Data, predictions, confidences, name: st
     indices = utils.mistakes_first(labels, predictions, 20)
     sequences, _ = data.test.batch(torch.from_numpy(indices))
     end = data.saccade_ends[0] if data.saccade_ends else len(sequences) / 3
-    start, stop = int(0.37 * end), math.ceil(0.615 * end)  # 37 to 62 of 100 ms
+    start, stop = int(0.37 * end), math.ceil(0.615 * end)  # whole steps, at least one
     images = sequences[start:stop].sum(0).cpu().numpy()
     texts = []
     for i in indices:
         text = f"{labels[i]} read as {predictions[i]}\nconfidence {confidences[i]:.0%}, no. {i}"
         texts.append(text)
     mistakes = labels != predictions
-    title = f"{name}: test recordings, mistakes first, in orange ({mistakes.sum()} in all)\n"
-    title += "events in the middle of the first saccade"
+    title = f"{network} on {data.name}: test recordings, mistakes first, in orange\n"
+    title += (
+        f"{mistakes.sum()} mistakes in all; time steps {start + 1} to {stop} of {len(sequences)}"
+    )
     utils.plot_predictions(images, texts, mistakes[indices], title, files.figure("samples"))
 
 
@@ -714,11 +717,11 @@ def run(args, argv: list[str], device, loaded: Data | None = None) -> tuple[dict
     files = RunFiles(args)
     with files.hold(args.test_only):
         if args.test_only:
-            checkpoint = read_checkpoint(settings_of(args), files.best)
+            checkpoint = read_checkpoint(files.best, settings_of(args))
             args = take_settings(args, argv, checkpoint["settings"])
             data = nmnist.load_data(args, device, ["test"], checkpoint["data"], loaded)
         else:
-            state = utils.of_first_process(lambda: load_state(args, files)) if args.resume else {}
+            state = utils.of_first_process(lambda: load_state(args, files))
             data = load_training_data(args, device, state.get("data"), loaded)
             try:
                 state = train(args, files, data, device, state)
@@ -757,7 +760,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("argument --alpha: --model cnn has no neurons that use it")
     if args.test_only and args.resume:
         parser.error("argument --resume: not allowed with argument --test_only")
-    if args.batch_size // world_size() * args.time_steps < 2:
+    if not args.test_only and args.batch_size // world_size() * args.time_steps < 2:
         parser.error("argument --batch_size: too small, norms need two frames in each process")
 
 
@@ -768,14 +771,15 @@ def take_settings(args, argv: list[str], settings: dict) -> argparse.Namespace:
     typed = parser.parse_args(argv)  # where it differs from these defaults
     if isinstance(typed.seed, list):  # one of which is tested
         typed.seed = args.seed
+    # A test may have another batch size, on a machine of less memory.
+    settings = {**settings, "batch_size": typed.batch_size}
     for name, value in settings.items():
-        if name != "batch_size" and getattr(typed, name) != value:
+        if getattr(typed, name) != value:
             ignored = f"--{name} {getattr(typed, name)}"
             print(f"ignored     {ignored}: the network was trained with {value}")
     if settings["loss"] not in LOSSES:
         raise UserError(f"--loss {settings['loss']}: this script does not add it to LOSSES")
-    # A test may have another batch size, on a machine of less memory.
-    return argparse.Namespace(**{**vars(args), **settings, "batch_size": typed.batch_size})
+    return argparse.Namespace(**{**vars(args), **settings})
 
 
 def run_seeds(args: argparse.Namespace, argv: list[str], device, seeds: list[int]) -> None:

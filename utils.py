@@ -95,7 +95,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high):
+        if value == math.inf or not low <= value <= high:
             limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limits}")
         return value
@@ -345,14 +345,12 @@ def hold_folders(name: str, **folders: str | Path) -> Iterator[None]:
 CHECKPOINT_FORMAT = 10  # increased if older checkpoints can't be used
 
 
-def load_checkpoint(
-    path: str | Path, parts: Iterable[str] = (), settings: Iterable[str] = (), **expected
-) -> dict:
+def load_checkpoint(path: str | Path, needed: Iterable[str] = (), **expected) -> dict:
     """Read a checkpoint that `train_nmnist.py` wrote onto the CPU; no code in it is run.
 
     It holds `settings`, `data`, `versions`, `history` and `network`; the last checkpoint of a run
-    also `best` and `training`. Raises `UserError` if the file is missing, can't be read, lacks one
-    of these `parts` or `settings`, its settings differ from those `expected`, or its network is not
+    also `best` and `training`. Raises `UserError` if the file is missing, can't be read, lacks a
+    part or a setting that is `needed`, has other settings than `expected`, or weights that are not
     finite.
     """
     hint = f"train a network in {Path(path).parent}, or repeat its training command with --resume"
@@ -363,7 +361,7 @@ def load_checkpoint(
         if checkpoint.get("format") != CHECKPOINT_FORMAT:
             raise ValueError("it is not a checkpoint of this version of the project")
         found = {**checkpoint, **checkpoint["settings"]}
-        for name in ("data", "versions", "history", "network", *parts, *settings):
+        for name in ("data", "versions", "history", "network", *needed):
             if name not in found or found[name] == []:  # a history of no epoch
                 raise ValueError(f"it has no {name}")
         for name, value in expected.items():

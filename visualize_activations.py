@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     path = Path(args.save_dir) / f"{args.model}_best.pt"
     needed = [*vars(models.NetworkConfig()), *utils.flag_names(nmnist.add_frame_flags)]
-    checkpoint = utils.load_checkpoint(path, (), needed, model=args.model, no_spikes=False)
+    checkpoint = utils.load_checkpoint(path, needed, model=args.model, no_spikes=False)
     device = utils.prepare_device(args.device)
     flags = argparse.Namespace(**{**checkpoint["settings"], **vars(args)})
     data = nmnist.load_data(flags, device, ["test"], checkpoint["data"])

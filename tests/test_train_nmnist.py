@@ -300,7 +300,7 @@ def test_weight_decay_shrinks_connections_alone(tmp_path, made_data_dir):
     """By a decay that ends all connections; norms and beta, which start above 0, stay."""
     flags = ["--epochs", 1, *STEP, "--learn_beta", "--optimizer", "adamw", "--lr", 1e-3]
     train(tmp_path, made_data_dir, *flags, "--weight_decay", 1000)
-    network = checkpoint(tmp_path)["training"]["network"]
+    network = checkpoint(tmp_path)["training"]["raw_network"]
     connections = [x for name, x in network.items() if name.endswith("weight") and x.dim() > 1]
     norms = [x for name, x in network.items() if re.fullmatch(r"norm\w+\.weight", name)]
     betas = [x for name, x in network.items() if name.endswith("beta")]
@@ -353,8 +353,8 @@ def test_checkpoints_hold_the_moving_average_of_all_steps(tmp_path, made_data_di
     names = [name for name, _ in build_model(NetworkConfig()).named_parameters()]
     assert len(names) == 15
     for name in names:
-        before, after = first["network"][name], second["training"]["network"][name]
-        assert torch.equal(before, first["training"]["network"][name])
+        before, after = first["network"][name], second["training"]["raw_network"][name]
+        assert torch.equal(before, first["training"]["raw_network"][name])
         torch.testing.assert_close(second["network"][name], 0.1 * before + 0.9 * after)
     frames = load(made_data_dir, "train", 2)
     x, _ = frames.batch(nmnist.split_validation(frames.labels, 0.2, seed=0)[0])
@@ -372,7 +372,7 @@ def test_backends_train_alike(tmp_path, made_data_dir):
     for backend in ("fused", "step"):
         flags = ["--precision", "fp32", "--epochs", 2, "--neuron_backend", backend]
         train(tmp_path / backend, made_data_dir, *flags, *typed(settings))
-        network = checkpoint(tmp_path / backend)["training"]["network"]
+        network = checkpoint(tmp_path / backend)["training"]["raw_network"]
         betas = [value.item() for name, value in network.items() if name.endswith("beta")]
         assert len(betas) == 5
         assert 0.5 not in betas
@@ -390,11 +390,9 @@ def test_learned_decays_stay_between_0_and_1(tmp_path, made_data_dir, model, cap
     """By a learning rate that would take them out; the table and the metrics tell them."""
     flags = ["--model", model, "--learn_beta", "--lr", 0.2, "--epochs", 3]
     train(tmp_path, made_data_dir, *STEP, *flags)
-    for weights in (
-        checkpoint(tmp_path, model=model)["training"],
-        checkpoint(tmp_path, model=model),
-    ):
-        betas = [x.item() for name, x in weights["network"].items() if name.endswith("neuron.beta")]
+    last = checkpoint(tmp_path, model=model)
+    for weights in (last["training"]["raw_network"], last["network"]):
+        betas = [x.item() for name, x in weights.items() if name.endswith("neuron.beta")]
         assert len(betas) == (5 if model == "cnn" else 7)
         assert 0 <= min(betas) <= max(betas) <= 1
     best = checkpoint(tmp_path, "best", model)["network"]
@@ -1206,6 +1204,8 @@ def test_samples_show_mistakes_first_in_the_first_saccade(tmp_path, mislabelled,
         assert (axis.title.get_color() == utils.ORANGE) == (shown[-1] in wrong)
         counts = to_frames(test[shown[-1]][0])[1].sum(0)
         np.testing.assert_array_equal(axis.images[0].get_array().sum(-1) < 3, counts > 0)
+    title = figures["cnn_samples.png"].get_suptitle()
+    assert f"{len(wrong)} mistakes in all; time steps 2 to 2 of 10" in title
     assert len(shown) == len(set(shown)) == 20
     assert set(shown[: len(wrong)]) == wrong
 
@@ -1254,7 +1254,7 @@ def test_what_training_changes_in_buffers_is_tested_and_resumed(
     train(tmp_path, made_data_dir, *flags, 1)
     train(tmp_path, made_data_dir, *flags, 3, "--resume")
     last = checkpoint(tmp_path, model=my_net)
-    assert last["training"]["network"]["lif3.neuron.threshold"].item() == pytest.approx(1.06)
+    assert last["training"]["raw_network"]["lif3.neuron.threshold"].item() == pytest.approx(1.06)
     # Two steps an epoch; norms are measured in another pass of two steps.
     assert last["network"]["lif3.neuron.threshold"].item() == pytest.approx(1.08)
 
@@ -1301,7 +1301,7 @@ def test_a_network_of_ones_own_is_trained_resumed_tested_and_drawn(
 def test_connections_inside_neurons_decay_and_betas_do_not(tmp_path, made_data_dir, my_net):
     flags = ["--optimizer", "adamw", "--lr", 1e-3, "--weight_decay", 1000, "--epochs", 1]
     train(tmp_path, made_data_dir, "--model", my_net, *flags)
-    network = checkpoint(tmp_path, model=my_net)["training"]["network"]
+    network = checkpoint(tmp_path, model=my_net)["training"]["raw_network"]
     assert network["lif1.neuron.recurrent.weight"].abs().max() < 0.01
     betas = network["lif2.neuron.beta"]
     assert betas.shape == (4, 8, 8)
