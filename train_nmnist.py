@@ -674,9 +674,7 @@ def draw_samples(files: RunFiles, data: Data, predictions, confidences, network:
         texts.append(text)
     mistakes = labels != predictions
     title = f"{network} on {data.name}: test recordings, mistakes first, in orange\n"
-    title += (
-        f"{mistakes.sum()} mistakes in all; time steps {start + 1} to {stop} of {len(sequences)}"
-    )
+    title += f"{mistakes.sum()} in all; events of steps {start + 1} to {stop} of {len(sequences)}"
     utils.plot_predictions(images, texts, mistakes[indices], title, files.figure("samples"))
 
 

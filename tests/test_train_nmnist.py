@@ -1205,7 +1205,7 @@ def test_samples_show_mistakes_first_in_the_first_saccade(tmp_path, mislabelled,
         counts = to_frames(test[shown[-1]][0])[1].sum(0)
         np.testing.assert_array_equal(axis.images[0].get_array().sum(-1) < 3, counts > 0)
     title = figures["cnn_samples.png"].get_suptitle()
-    assert f"{len(wrong)} mistakes in all; time steps 2 to 2 of 10" in title
+    assert f"{len(wrong)} in all; events of steps 2 to 2 of 10" in title
     assert len(shown) == len(set(shown)) == 20
     assert set(shown[: len(wrong)]) == wrong
 
