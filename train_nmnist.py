@@ -181,7 +181,7 @@ def train_one_epoch(network, parallel, ema, optimizer, loss_fn, batches, step: i
     losses, num_correct, sizes = [], [], []
     for frames, labels in batches:
         spk, mem = parallel(frames)
-        loss = loss_fn(spk, mem, labels).mean()  # which may be one for each recording
+        loss = loss_fn(spk, mem, labels).mean()  # a loss of one's own may be [B]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -241,20 +241,20 @@ def evaluate(network, data: Frames, indices, loss_fn, batch_size: int, text: str
     return Evaluation(total_loss / len(labels), accuracy, labels, spk, mem, predictions)
 
 
-def train(args, files: RunFiles, data: Data, device, state: dict) -> dict:
+def train(args, files: RunFiles, data: Data, device, last: dict) -> dict:
     """Train for the epochs that are left; after each, write checkpoints and history.
 
-    `state` is the run's last checkpoint, {} if the run is new. Returns the latest one.
+    `last` is the run's last checkpoint, {} if the run is new. Returns the new one in process 0.
     """
     settings = settings_of(args)
     labels = data.train.labels
     train_indices, val_indices = nmnist.split_validation(labels, args.val_split, args.seed)
-    last_entry = state["history"][-1] if state else None
+    last_entry = last["history"][-1] if last else None
     options = models.run_options(device, args.neuron_backend, args.precision, last_entry)
     utils.set_seed(args.seed)
     network = models.build_model(models.NetworkConfig.from_settings(settings), **options)
     network = network.to(device)
-    # The moving average is validated and tested. Its norms stay as they are, on several GPUs, too.
+    # The moving average, which is validated and tested; data_parallel may replace norms.
     ema = copy.deepcopy(network)
     parallel = utils.data_parallel(network, device)
     optimizer = make_optimizer(network, args.optimizer, args.lr, args.weight_decay)
@@ -262,14 +262,14 @@ def train(args, files: RunFiles, data: Data, device, state: dict) -> dict:
     size = sum(parameter.numel() for parameter in network.parameters())
     print(f"network     {network.title}, {size:,} parameters, {network.precision}")
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}")
-    if state:
-        resume(state, files, data, network, ema, optimizer, args.epochs)
+    if last:
+        resume(last, files, data, network, ema, optimizer, args.epochs)
     elif rank() == 0:
         # `last` comes first: --resume must not find that of an earlier run.
         earlier = files.last, files.best, files.history, files.metrics, files.predictions
         utils.keep_earlier_files(*earlier)
 
-    for epoch in range(len(state.get("history", [])) + 1, args.epochs + 1):
+    for epoch in range(len(last.get("history", [])) + 1, args.epochs + 1):
         start = time.perf_counter()
         # Seeded again, so that a resumed run draws the numbers of one that was not stopped.
         utils.set_seed(args.seed, epoch)
@@ -290,7 +290,7 @@ def train(args, files: RunFiles, data: Data, device, state: dict) -> dict:
             )
         speed = len(order) / (time.perf_counter() - start)
         if rank() == 0:
-            # Weights are averaged, buffers are copied: a threshold may adapt in training.
+            # Weights are averaged, buffers copied (thresholds may adapt), then norms are measured.
             ema.load_state_dict(dict(network.named_buffers()), strict=False)
             measure_norms(ema, data.train, order[:NORM_RECORDINGS], args.batch_size)
             entry = {
@@ -303,9 +303,9 @@ def train(args, files: RunFiles, data: Data, device, state: dict) -> dict:
                 "seconds": time.perf_counter() - start,
                 "recordings_per_second": speed,
             }
-            state = save(files, settings, data, state, entry, network, ema, optimizer)
+            last = save(files, settings, data, last, entry, network, ema, optimizer)
             print_epoch(entry, args.epochs)
-    return state
+    return last
 
 
 def measure_norms(ema: SpikingNetwork, data: Frames, indices, batch_size: int) -> None:
@@ -378,18 +378,18 @@ def mean_of(values: torch.Tensor) -> float:
 # --- Saving and resuming --------------------------------------------------------------------------
 
 
-def save(files, settings: dict, data: Data, state: dict, entry: dict, network, ema, optimizer):
+def save(files, settings: dict, data: Data, last: dict, entry: dict, network, ema, optimizer):
     """Write the run after an epoch, of which `entry` tells; return its new last checkpoint.
 
-    `state` is the last checkpoint before, {} after the first epoch. Beside the network of this
-    epoch it holds the checkpoint of the best one as `best`, whose history ends there, and what
-    --resume needs as `training`. Raises `UserError` if losses or weights are not finite.
+    `last` is the one before, {} after the first epoch. It holds the network of its epoch, as `best`
+    the checkpoint of the best epoch, whose history ends there, and as `training` what --resume
+    needs. Raises `UserError` if losses or weights are not finite.
     """
     results_finite = all(math.isfinite(x) for x in entry.values() if isinstance(x, float))
     if not (results_finite and utils.is_finite(network.state_dict(), ema.state_dict())):
         what = f"loss or weights not finite in epoch {entry['epoch']}: choose a smaller --lr"
         raise UserError(f"{what}; epochs before it, if any, are in {files.last}")
-    history = [*state.get("history", []), entry]
+    history = [*last.get("history", []), entry]
     averaged = {name: value.to("cpu", copy=True) for name, value in ema.state_dict().items()}
     checkpoint = {
         "format": utils.CHECKPOINT_FORMAT,
@@ -403,24 +403,24 @@ def save(files, settings: dict, data: Data, state: dict, entry: dict, network, e
     if best_entry is entry:
         best = checkpoint
     else:
-        best = {**state["best"], "settings": settings}  # --epochs may have been raised
-    state = {
+        best = {**last["best"], "settings": settings}  # --epochs may have been raised
+    last = {
         **checkpoint,
         "best": best,
         "training": {"raw_network": network.state_dict(), "optimizer": optimizer.state_dict()},
     }
-    utils.save_tensors(files.last, state)
-    write_best_and_history(files, state)
-    return state
+    utils.save_tensors(files.last, last)
+    write_best_and_history(files, last)
+    return last
 
 
-def write_best_and_history(files: RunFiles, state: dict) -> None:
+def write_best_and_history(files: RunFiles, last: dict) -> None:
     """Write the parts of the last checkpoint that others than --resume read."""
-    utils.save_tensors(files.best, state["best"])
+    utils.save_tensors(files.best, last["best"])
     logged = utils.read_json(files.history) or []
-    if logged != state["history"][: len(logged)]:  # that of another run
+    if logged != last["history"][: len(logged)]:  # that of another run
         utils.keep_earlier_files(files.history)
-    utils.write_json(files.history, state["history"])
+    utils.write_json(files.history, last["history"])
 
 
 def read_checkpoint(path: Path, settings: dict, *parts: str) -> dict:
@@ -429,7 +429,7 @@ def read_checkpoint(path: Path, settings: dict, *parts: str) -> dict:
     return utils.load_checkpoint(path, [*settings, *parts], **expected)
 
 
-def load_state(args: argparse.Namespace, files: RunFiles) -> dict:
+def load_last(args: argparse.Namespace, files: RunFiles) -> dict:
     """Return the last checkpoint of the run to resume, {} if there is none yet or none is asked.
 
     Raises `UserError` if its settings differ from those of the command.
@@ -440,8 +440,8 @@ def load_state(args: argparse.Namespace, files: RunFiles) -> dict:
         print(f"resume      no checkpoint at {files.last} yet: training starts from scratch")
         return {}
     asked = settings_of(args)
-    state = read_checkpoint(files.last, asked, "best", "training")
-    settings = {**state["settings"]}
+    last = read_checkpoint(files.last, asked, "best", "training")
+    settings = {**last["settings"]}
     settings["epochs"] = max(settings["epochs"], args.epochs)  # more may be asked
     if changes := models.describe_changes(asked, settings):
         flags = flags_of({**vars(args), **settings})
@@ -450,30 +450,30 @@ def load_state(args: argparse.Namespace, files: RunFiles) -> dict:
             f"--resume: not the settings of the run in {files.save_dir} ({changes}): continue it "
             f"by `{command}`, or omit --resume to start a new run"
         )
-    return state
+    return last
 
 
-def resume(state: dict, files, data: Data, network, ema, optimizer, epochs: int) -> None:
+def resume(last: dict, files, data: Data, network, ema, optimizer, epochs: int) -> None:
     """Load what `save` wrote; print where the run continues, and what changed.
 
     Raises `UserError` if the run was trained on other recordings.
     """
-    if changes := models.describe_changes(data.describe(), state["data"]):
+    if changes := models.describe_changes(data.describe(), last["data"]):
         raise UserError(f"--resume: the run was trained on other recordings: {changes}")
-    models.load_weights(network, state["training"]["raw_network"])
-    models.load_weights(ema, state["network"])
-    optimizer.load_state_dict(state["training"]["optimizer"])
-    done, planned = len(state["history"]), state["settings"]["epochs"]
+    models.load_weights(network, last["training"]["raw_network"])
+    models.load_weights(ema, last["network"])
+    optimizer.load_state_dict(last["training"]["optimizer"])
+    done, planned = len(last["history"]), last["settings"]["epochs"]
     if done == epochs:
         print(f"resume      after epoch {done} of {epochs}: nothing is left to train")
         if rank() == 0:  # what was not written before a kill, or was lost
-            write_best_and_history(files, state)
+            write_best_and_history(files, last)
         return
     print(f"resume      after epoch {done} of {epochs}")
-    if state["settings"]["scheduler"] and epochs != planned:
+    if last["settings"]["scheduler"] and epochs != planned:
         print(f"schedule    planned over {planned} epochs, continues over {epochs}")
     now = {**models.how_it_runs(network), "processes": world_size()}
-    if changes := models.describe_changes(now, state["history"][-1]):
+    if changes := models.describe_changes(now, last["history"][-1]):
         utils.warn(f"resumed with other options, which give other numbers: {changes}")
 
 
@@ -719,16 +719,16 @@ def run(args, argv: list[str], device, loaded: Data | None = None) -> tuple[dict
             args = take_settings(args, argv, checkpoint["settings"])
             data = nmnist.load_data(args, device, ["test"], checkpoint["data"], loaded)
         else:
-            state = utils.of_first_process(lambda: load_state(args, files))
-            data = load_training_data(args, device, state.get("data"), loaded)
+            last = utils.of_first_process(lambda: load_last(args, files))
+            data = load_training_data(args, device, last.get("data"), loaded)
             try:
-                state = train(args, files, data, device, state)
+                last = train(args, files, data, device, last)
             except KeyboardInterrupt:
                 hint = "To go on after the last finished epoch, repeat the command with --resume."
                 raise KeyboardInterrupt(hint) from None
             if rank() > 0:
                 return {}, data
-            checkpoint = state["best"]
+            checkpoint = last["best"]
         return test(args, files, data, device, checkpoint), data
 
 
@@ -766,7 +766,7 @@ def take_settings(args, argv: list[str], settings: dict) -> argparse.Namespace:
     """Return `args` with the settings of a network to test; print which flags are ignored."""
     parser = make_parser()
     parser.set_defaults(**settings)
-    typed = parser.parse_args(argv)  # where it differs from these defaults
+    typed = parser.parse_args(argv)  # what differs from the trained settings was typed
     if isinstance(typed.seed, list):  # one of which is tested
         typed.seed = args.seed
     # A test may have another batch size, on a machine of less memory.
