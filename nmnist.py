@@ -322,7 +322,7 @@ class Frames:
         """The number of recordings without an event in any frame."""
         return int((self._length == 0).sum())
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A text that is equal if and only if recordings, labels and their order are."""
         content = self.hashes.cpu().numpy().tobytes() + self.labels.cpu().numpy().tobytes()

@@ -223,19 +223,19 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(network, data: Frames, indices, loss_fn, batch_size: int, text: str) -> Evaluation:
+def evaluate(network, part: Frames, indices, loss_fn, batch_size: int, text: str) -> Evaluation:
     """Evaluate the network on the recordings `indices` [N]; `text` labels the progress bar."""
     network.eval()
     total_loss, spks, mems = 0.0, [], []
     with progress(text, len(indices)) as bar:
-        for frames, labels in data.batches(indices, batch_size, network.dtype):
+        for frames, labels in part.batches(indices, batch_size, network.dtype):
             spk, mem = network(frames)
             total_loss += float(loss_fn(spk, mem, labels).mean()) * len(labels)
             spks.append(spk.cpu())
             mems.append(mem.cpu())
             bar.update(len(labels))
     spk, mem = torch.cat(spks, dim=1), torch.cat(mems, dim=1)
-    labels = data.labels.cpu()[indices].long()
+    labels = part.labels.cpu()[indices].long()
     predictions = models.predict(spk, mem, network.config.readout, over_time=True)
     accuracy = mean_of(predictions[-1] == labels)
     return Evaluation(total_loss / len(labels), accuracy, labels, spk, mem, predictions)
@@ -308,11 +308,11 @@ def train(args, files: RunFiles, data: Data, device, last: dict) -> dict:
     return last
 
 
-def measure_norms(ema: SpikingNetwork, data: Frames, indices, batch_size: int) -> None:
+def measure_norms(ema: SpikingNetwork, part: Frames, indices, batch_size: int) -> None:
     """Measure the statistics of BatchNorm, with the averaged weights, on recordings."""
     # In batches of about one size, since update_bn weighs them alike, of at least `batch_size`.
     chunks = indices.tensor_split(max(1, len(indices) // batch_size))
-    update_bn((data.batch(chunk, ema.dtype) for chunk in chunks), ema)
+    update_bn((part.batch(chunk, ema.dtype) for chunk in chunks), ema)
 
 
 def validate(ema, data: Data, val_indices, loss_fn, batch_size: int) -> dict:
@@ -330,11 +330,11 @@ def validate(ema, data: Data, val_indices, loss_fn, batch_size: int) -> dict:
     }
 
 
-def training_batches(data: Frames, order, batch_size: int, dtype, augment: bool) -> Iterator:
+def training_batches(part: Frames, order, batch_size: int, dtype, augment: bool) -> Iterator:
     """Yield this process's share of each batch of the recordings `order`: frames and labels."""
     for chunk in order.split(batch_size):
-        if len(chunk) // world_size() * data.time_steps >= 2:  # the last may be too small for norms
-            yield data.batch(chunk[rank() :: world_size()], dtype, augment)
+        if len(chunk) // world_size() * part.time_steps >= 2:  # the last may be too small for norms
+            yield part.batch(chunk[rank() :: world_size()], dtype, augment)
 
 
 def make_optimizer(network, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -772,9 +772,9 @@ def take_settings(args, argv: list[str], settings: dict) -> argparse.Namespace:
     # A test may have another batch size, on a machine of less memory.
     settings = {**settings, "batch_size": typed.batch_size}
     for name, value in settings.items():
-        if getattr(typed, name) != value:
-            ignored = f"--{name} {getattr(typed, name)}"
-            print(f"ignored     {ignored}: the network was trained with {value}")
+        asked = getattr(typed, name)
+        if asked != value:
+            print(f"ignored     --{name} {asked}: the network was trained with {value}")
     if settings["loss"] not in LOSSES:
         raise UserError(f"--loss {settings['loss']}: this script does not add it to LOSSES")
     return argparse.Namespace(**{**vars(args), **settings})

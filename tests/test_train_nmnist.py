@@ -562,10 +562,13 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, made_dat
             assert saved >= int([0, *finished][-1])  # at most the epoch under way is lost
             if saved > 1:  # killed before it was written, the history is an epoch behind
                 assert len(read_log(killed, "cnn_history.json")) >= saved - 1
-            for path in contents(killed):  # all are whole, but those that were being written
-                if path.suffix == ".json" and not path.name.startswith("."):
+                assert checkpoint(killed, "best")["network"]
+            for path in files_in(killed):
+                if path.name.startswith("."):
+                    continue  # was being written
+                if path.suffix == ".json":  # all others are whole
                     json.loads(path.read_text())
-                elif path.suffix == ".pt" and not path.name.startswith("."):
+                elif path.suffix == ".pt":
                     assert torch.load(path, weights_only=True)
             moments.add(saved)
         train(killed, killed, *flags, "--resume")
