@@ -248,11 +248,11 @@ def data_parallel(network: nn.Module, device: torch.device) -> nn.Module:
 
 @contextlib.contextmanager
 def name_in_errors(path: Path) -> Iterator[None]:
-    """Add `path` to an `OSError` that names no file, such as that of a full disk."""
+    """Name `path` in an `OSError`, which names a temporary file, or on a full disk none."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename:
+        if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
 

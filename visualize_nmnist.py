@@ -203,11 +203,14 @@ def animate(sample: Sample, title: str, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    (recordings,) = nmnist.open_by_flags(args, [args.split])
+    options = {"first_saccade_only": args.first_saccade_only, "stabilize": args.stabilize}
+    (recordings,) = nmnist.open_recordings(args.data_dir, args.dataset, [args.split], **options)
     samples = choose_samples(recordings, args.num_samples, args.digit, args.seed, args.denoise)
     output_dir = Path(args.output_dir)
-    title = f"{recordings.name}, {'training' if args.split == 'train' else 'test'} recordings"
-    title += f", denoised at {args.denoise:,} microseconds" if args.denoise else ""
+    part = "training" if args.split == "train" else "test"
+    title = f"{nmnist.name_of(recordings)}, {part} recordings"
+    if args.denoise:
+        title += f", denoised at {args.denoise:,} microseconds"
     plot_samples(samples, args.time_steps, args.bin_by, title, output_dir / "samples.png")
     plot_events_3d(samples[0], title, output_dir / "events_3d.png")
     plot_event_rate(samples, title, output_dir / "event_rate.png")

@@ -1,36 +1,32 @@
 """Recordings: found, downloaded, checked, simulated; frames compared with tonic's own."""
 
-import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import http.server
-import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
-import time
 import zipfile
-from pathlib import Path
 
 import benchmark
+import hypothesis
 import numpy as np
 import pytest
 import tonic
 import torch
-from conftest import SHARED, assert_refused, limit_files, make_events, make_recordings, run
-from hypothesis import given, settings
+from conftest import ROOT, SHARED, assert_refused, limit_files, make_events, make_recordings, run
 from hypothesis import strategies as st
 from tonic.io import read_mnist_file
 
 import nmnist
 from utils import UserError
 
-NMNIST = (sys.executable, "nmnist.py")
+NMNIST = (sys.executable, ROOT / "nmnist.py")
 NOWHERE = "http://127.0.0.1:9/"  # the discard port, where nothing listens
 IMAGES, LABELS = nmnist.sklearn_images()
 
@@ -55,7 +51,8 @@ def open_part(data_dir, split="test", **options):
 
 def all_frames(recordings, *arguments, **options):
     """Return all frames [T, N, 2, 34, 34] of a part, from the cache if it holds them."""
-    frames = nmnist.load_frames(recordings, *arguments, **options)
+    cache = recordings.folder.parents[1] / "cache"
+    frames = nmnist.load_frames(recordings, *arguments, cache=cache, **options)
     return frames.batch(torch.arange(len(frames)))[0].clone()
 
 
@@ -91,22 +88,29 @@ def listing(folder):
 # --- Recordings -----------------------------------------------------------------------------------
 
 
-def test_written_recordings_are_read_by_tonic_unchanged(tmp_path):
-    events = make_events(7, np.random.default_rng(0))
-    events["t"][-1] = 2**23 - 1  # the largest time that the format holds
-    nmnist.write_recording(tmp_path / "x.bin", events)
-    read = read_mnist_file(tmp_path / "x.bin", dtype=tonic.datasets.NMNIST.dtype)
-    np.testing.assert_array_equal(read, events)
+PLACE = st.integers(0, 33)
+LAST = 2**23 - 1  # the largest time that the format holds
+EVENT = st.tuples(PLACE, PLACE, st.integers(0, LAST), st.integers(0, 1))
+
+
+@hypothesis.settings(deadline=None, derandomize=True, database=None)
+@hypothesis.given(st.lists(EVENT, max_size=8))
+def test_written_recordings_are_read_by_tonic_unchanged(tmp_path_factory, rows):
+    rows = [(0, 0, 0, 0), *sorted(rows, key=lambda event: event[2]), (33, 33, LAST, 1)]
+    path = tmp_path_factory.getbasetemp() / "x.bin"
+    nmnist.write_recording(path, np.array(rows, nmnist.NMNIST.dtype))
+    assert read_mnist_file(path, dtype=tonic.datasets.NMNIST.dtype).tolist() == rows
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "damaged"),
-        (b"\x01\x02\x80\x00", "damaged"),
-        (b"\x40\x02\x80\x00\x00" * 3, "outside the 34 x 34 pixels"),
-        (b"\x01\x02\x80\x01\x00" + b"\x01\x02\x80\x00\x00", "run backwards"),
-        (b"\x01\xf0\x80\x00\x00", "no events"),  # only a time stamp overflow
+        (b"", "found no events"),
+        (b"\x01\x02\x80\x00", "found 4 bytes"),
+        (b"\x40\x02\x80\x00\x00" + b"\x01\x02\x80\xff\xff", "found x from 1 to 64"),
+        (b"\x01\x02\x80\xff\xff" + b"\x01\x02\x80\x00\x00", "found t that decreases"),
+        (b"\x01\xf0\x80\xff\xff", "found no events"),  # only a time stamp overflow
+        (b"\x01\x02\x80\x00\x00" + b"\x01\x02\x80\x03\xe7", "only t from 0 to 999"),
         (None, "No such file"),
     ],
 )
@@ -114,52 +118,70 @@ def test_bad_recordings_are_refused_by_name(tmp_path, content, words):
     bad = make_recordings(tmp_path, 2, 1) / "NMNIST" / "Train" / "4" / "00005.bin"
     bad.unlink()
     bad.symlink_to("nowhere") if content is None else bad.write_bytes(content)
-    with pytest.raises((UserError, OSError), match=f"{words}.*{bad}|{bad} .*{words}"):
+    with pytest.raises((UserError, OSError), match=f"{words}.*{bad}|{bad}.*{words}"):
         nmnist.main(["--data_dir", str(tmp_path), "--time_steps", "5"])
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("examples", [500, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_random_bytes_are_refused_by_name_or_are_recordings(tmp_path, examples):
-    recordings = open_part(make_recordings(tmp_path, 1, 1))
-    path = recordings.files[3]
-    whole = path.read_bytes()
-    byte, place = st.integers(0, 255), st.integers(0, 40)
-    event = st.tuples(place, place, byte, byte, st.integers(0, 9))
-    events = st.lists(event, max_size=8).map(lambda rows: bytes(sum(rows, ())))
-    cut = st.integers(0, len(whole)).map(lambda size: whole[:size])
+SETTINGS = {"time_steps": 25, "denoise": None, "bin_by": "time"}
+SETTINGS |= {"first_saccade_only": False, "stabilize": False}
 
-    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
-    @given(st.one_of(st.binary(max_size=60), events, cut))
-    def check(content):
-        path.write_bytes(content)
-        good = len(content) > 0 and len(content) % 5 == 0
-        if good:
-            expected = read_mnist_file(path, dtype=tonic.datasets.NMNIST.dtype)
-            x, y, t = (expected[axis].tolist() for axis in "xyt")
-            good = len(t) > 0 and max(*x, *y) < 34 and t == sorted(t)
-        if good:
-            np.testing.assert_array_equal(recordings[3][0], expected)
-        else:
-            with pytest.raises(UserError, match=f"{path} is damaged"):
-                recordings[3]
 
-    check()
+@pytest.mark.parametrize(
+    ("axis", "change", "words"),
+    [
+        ("p", lambda p: 2 * p - 1.0, "p from -1.0 to 1.0"),
+        ("x", lambda x: x + 30, "x from 34 to"),
+        ("y", lambda y: y + 0.5, "y that is not whole"),
+        ("x", lambda x: np.where(x == x[9], np.nan, x), "x that is not whole"),
+        ("t", lambda t: t / 1e6, "t that is not whole"),  # seconds
+        ("t", lambda t: t // 1000, "only t from 0 to 299, less than 1 ms"),  # ms
+        ("t", lambda t: t + 1_700_000_000_000_000, "t from 17"),  # since 1970
+        ("t", lambda t: np.roll(t, 1), "t that decreases"),
+        ("t", lambda t: t[:1], "only t from"),  # one event
+        ("t", lambda t: t[:0], "no events"),
+    ],
+)
+def test_events_that_no_recording_holds_are_refused(tmp_path, axis, change, words):
+    events = make_events(0, np.random.default_rng(0))
+    values = change(events[axis])
+    types = [(name, values.dtype if name == axis else int) for name in "ptyx"]
+    wrong = np.empty(len(values), types)
+    for name in "xytp":
+        wrong[name] = values if name == axis else events[name][: len(values)]
+    with pytest.raises(UserError, match=f"^events: found {words}.*; expected x and y from 0 to 33"):
+        nmnist.to_frames(wrong, SETTINGS)
+    with pytest.raises(UserError, match=f"^{tmp_path}/x.bin: found {words}"):
+        nmnist.write_recording(tmp_path / "x.bin", wrong)
+    assert listing(tmp_path) == []
+
+
+def test_events_of_other_types_are_read(tmp_path):
+    """Small integers would overflow, and numpy copies fields by their place."""
+    events = make_events(9, np.random.default_rng(0))
+    types = [("t", np.float64), ("p", bool), ("y", np.uint8), ("x", np.int16)]
+    other = np.empty(len(events), types)
+    for name in "xytp":
+        other[name] = events[name]
+    expected = nmnist.to_frames(events, SETTINGS)
+    assert torch.equal(nmnist.to_frames(other, SETTINGS), expected)
+    nmnist.write_recording(tmp_path / "x.bin", other)
+    read = read_mnist_file(tmp_path / "x.bin", dtype=tonic.datasets.NMNIST.dtype)
+    np.testing.assert_array_equal(read, events)
 
 
 # --- Finding the data set -------------------------------------------------------------------------
 
 
 def put(part, place):
-    """Move a part to `place`: a folder, or a zip, with a colon before the folder inside it."""
-    path, _, inside = str(place).partition(":")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if not path.lower().endswith(".zip"):
-        part.rename(path)
+    """Move the folder of a part to `place`, or into a zip there, under its name."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.suffix != ".zip":
+        part.rename(place)
         return
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(place, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in sorted(part.glob("*/*.bin")):
-            archive.write(file, Path(inside) / file.relative_to(part))
+            archive.write(file, file.relative_to(part.parent))
         archive.writestr("__MACOSX/0/._00001.bin", b"macOS")
     shutil.rmtree(part)
 
@@ -174,11 +196,9 @@ def by_label(files):
     [
         ("NMNIST/Train", "NMNIST/Test"),
         ("Train", "Test"),
-        ("N-MNIST, unpacked/train", "N-MNIST, unpacked/TEST"),
-        ("NMNIST/Train/Train", "NMNIST/test/TEST"),
-        ("train.zip:Train", "test.zip:Test"),  # as published
-        ("NMNIST/Train.ZIP:", "NMNIST/TEST.zip:test"),
-        ("NMNIST/Train", "NMNIST/test.zip:Test"),
+        ("train.zip", "test.zip"),
+        ("NMNIST/Train.zip", "NMNIST/Test.zip"),
+        ("NMNIST/Train", "NMNIST/test.zip"),
     ],
 )
 def test_recordings_are_found(tmp_path, capsys, train, test):
@@ -186,30 +206,23 @@ def test_recordings_are_found(tmp_path, capsys, train, test):
     expected = [by_label((made / part).glob("*/*.bin")) for part in ("Train", "Test")]
     put(made / "Train", data_dir / train)
     put(made / "Test", data_dir / test)
-    for _ in range(2):  # the second time, without the zips
+    for _ in range(2):  # the second time, the zips are unpacked
         capsys.readouterr()
         parts = nmnist.open_recordings(data_dir, "auto")
         assert [by_label(part.files) for part in parts] == expected
         for part in parts:
             assert part.labels == [int(path.parent.name) for path in part.files]
-            assert (part.name, part.source) == ("NMNIST", "nmnist")
             assert not [name for name in listing(part.folder.parent) if name.startswith(".")]
         first, second = capsys.readouterr().out.splitlines()
         assert first == f"data set    NMNIST, train: 20 of 60,000 recordings in {parts[0].folder}"
         assert second == f"data set    NMNIST, test: 10 of 10,000 recordings in {parts[1].folder}"
-        for path in [path for path in data_dir.rglob("*") if path.suffix.lower() == ".zip"]:
-            path.unlink()
 
 
-def test_files_of_other_systems_are_not_recordings(tmp_path):
-    """What macOS, Windows and an unfinished copy leave beside recordings."""
+def test_hidden_files_are_not_recordings(tmp_path):
+    """What macOS and an unfinished copy leave beside recordings."""
     root = make_recordings(tmp_path, 2, 1) / "NMNIST"
     before = open_part(tmp_path, "train").files
-    for name in (
-        *("__MACOSX/Train/0/._00001.bin", "Train/__MACOSX/0/1.bin", "Train/2/.AppleDouble/1.bin"),
-        *("Train/2/._00003.bin", "Train/2/.00002.bin.x7Yk2", "Train/.hidden.bin"),
-        *(".DS_Store", "Train/.DS_Store", "Train/2/.DS_Store", "Train/2/Thumbs.db", "desktop.ini"),
-    ):
+    for name in ("__MACOSX/Train/0/._00001.bin", "Train/2/._00003.bin", "Train/2/.2.bin.x7Yk2"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(before[0].read_bytes())
     assert open_part(tmp_path, "train").files == before
@@ -217,10 +230,8 @@ def test_files_of_other_systems_are_not_recordings(tmp_path):
 
 def test_one_part_is_enough_where_only_that_is_asked_for(tmp_path):
     root = make_recordings(tmp_path, 2, 1) / "NMNIST"
-    put(root / "Test", root / "test.zip:Test")
+    put(root / "Test", root / "test.zip")
     shutil.rmtree(root / "Train")
-    (test,) = nmnist.open_recordings(tmp_path, "auto", ["test"])
-    assert (test.split, len(test)) == ("test", 10)
     (root / "train.zip").write_bytes(b"which is not opened")
     data = load_data(tmp_path, splits=["test"])
     assert (data.train, len(data.test)) == (None, 10)
@@ -228,43 +239,27 @@ def test_one_part_is_enough_where_only_that_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("commands", "words"),  # in a data_dir of 10 training recordings and 1 test one a digit
+    ("commands", "words"),  # in a data_dir of 2 training recordings and 1 test one a digit
     [
-        ("cp -r NMNIST old", "several data sets .*NMNIST, .*old"),
-        ("mkdir b; mv NMNIST/Test b", "several data sets .*NMNIST, .*b"),
-        ("mv NMNIST/Test .", "several data sets"),
-        ("cp -r NMNIST/Train NMNIST/train", "holds Train and train"),
-        ("cd NMNIST; rm -r Train; touch train.zip Train.zip", r"holds Train\.zip and train\.zip"),
-        ("cp -r NMNIST/Train b; mv b NMNIST/Train/Train", "NMNIST/Train"),
-        ("rm -r NMNIST/Train", "NMNIST has no train part"),
-        ("mv NMNIST/Test NMNIST/Testing", "NMNIST has no test part"),
-        ("cd NMNIST; mv Train Training; mv Test Testing", r"holds \S+/T\w+ing/\S+\.bin, but not"),
-        ("mv NMNIST/Train/* NMNIST; rm -r NMNIST/T*", r"holds \S+/NMNIST/\d/\d+\.bin, but not"),
-        ("mv NMNIST/Train/* .; rm -r NMNIST", r"holds \S+/\d/\d+\.bin, but not"),
-        ("mv NMNIST/Train/0/* .; rm -r NMNIST", r"holds \S+/\d+\.bin, but not"),
-        ("mkdir a; mv NMNIST a", r"holds \S+/a/NMNIST/T\w+/\d/\d+\.bin, but not"),
-        ("mkdir a; mv NMNIST a; mv a NMNIST", r"holds \S+/NMNIST/NMNIST/\S+\.bin, but not"),
-        ("rm -r NMNIST; ln -s unmounted NMNIST", "/NMNIST"),
-        ("rm -r NMNIST/Train/6", "Train/6 holds nothing"),
-        ("rm -r NMNIST/Test/6/*", "Test/6 holds nothing"),
-        ("cd NMNIST/Train/6; for n in 0*[1-9]7.bin; do mv $n $n.BIN; done", "BIN .9 of 10 files"),
-        ("for n in NMNIST/*/*/*; do mv $n ${n%bin}npy; done", "00001.npy .10 of 10 files"),
-        ("gzip -k NMNIST/Train/0/00001.bin", "Train/0 holds 00001.bin.gz .1 of 11 files"),
-        ("mkdir NMNIST/Train/0/1", "Train/0 holds 1 .1 of 11 files"),
-        ("mkdir NMNIST/Train/x", "Train/x is no digit"),
-        ("mv NMNIST/Train/9 NMNIST/Train/12", "Train/12 is no digit"),
-        ("cp NMNIST/Train/0/00001.bin NMNIST/Train/1.bin", "Train/1.bin is no digit"),
-        ("cp NMNIST/Train/0/00001.bin NMNIST/Train/1.BIN", "Train/1.BIN is no digit"),
+        ("mkdir a; mv NMNIST a", r"a/NMNIST/T\w+/\d/\d+.bin, but recordings are read from"),
+        ("cp -r NMNIST b", r"b/T\w+/\d/\d+.bin, but recordings are read from"),
+        ("mv NMNIST/Test .", r"Test/\d/\d+.bin, but .* \S+/NMNIST/Test/<digit>/\*.bin: move it"),
+        ("mv NMNIST/Train a; mkdir NMNIST/Train; mv a NMNIST/Train/Train", r"Train/Train/\d/"),
+        ("mv NMNIST/Train/* .; rm -r NMNIST", r"\d/\d+.bin, but recordings are read from"),
+        ("mkdir a; touch a/train.zip", "a/train.zip, but recordings are read from"),
+        ("rm -r NMNIST/Train", "NMNIST/Train is missing"),
+        ("rm -r NMNIST; ln -s unmounted NMNIST", "NMNIST/Train is missing"),
+        ("rm -r NMNIST/Test/6", "Test/6 holds no recordings"),
     ],
 )
-def test_what_is_nearly_a_data_set_is_refused_in_one_line(tmp_path, commands, words):
-    make_recordings(tmp_path, 10, 1)
-    subprocess.run(commands, shell=True, cwd=tmp_path, check=True)
+def test_what_is_nearly_a_data_set_is_refused_in_one_line(tmp_path, commands, words, monkeypatch):
+    make_recordings(tmp_path / "data", 2, 1)
+    subprocess.run(commands, shell=True, cwd=tmp_path / "data", check=True)
+    monkeypatch.chdir(tmp_path)  # so that this is the default folder
     before = snapshot(tmp_path)
     for dataset in ("auto", "nmnist"):
         with pytest.raises(UserError, match=words) as error:
-            nmnist.open_recordings(tmp_path, dataset)
-        assert "downloaded" not in str(error.value)
+            nmnist.open_recordings("./data", dataset)
         assert "\n" not in str(error.value)
         assert snapshot(tmp_path) == before  # neither simulated recordings nor a download
 
@@ -274,120 +269,67 @@ def test_what_is_nearly_a_data_set_is_refused_in_one_line(tmp_path, commands, wo
     [
         lambda content: content[:-500],
         lambda content: content[:1000] + b"flipped bits" + content[1012:],
-        lambda content: content.replace(b"\x14\0\0\0\x08\0", b"\x14\0\x01\0\x08\0"),  # encrypted
-        lambda content: content.replace(b"\x14\0\0\0\x08\0", b"\x14\0\0\0\x09\0"),  # deflate64
-        lambda _: b"<html>not found</html>",
-        lambda _: b"PK\x05\x06" + bytes(18),  # a zip of no files
+        lambda content: content.replace(b"Train", b"Trial"),
     ],
-    ids=["cut", "flipped", "encrypted", "deflate64", "text", "empty"],
+    ids=["cut", "flipped", "of something else"],
 )
 def test_a_zip_that_cannot_be_extracted_is_named_and_leaves_nothing(tmp_path, damage):
     archive = make_recordings(tmp_path, 2, 1) / "NMNIST" / "train.zip"
-    put(archive.with_name("Train"), f"{archive}:Train")
-    archive.write_bytes(damage(archive.read_bytes()))
+    put(archive.with_name("Train"), archive)
+    whole = archive.read_bytes()
+    archive.write_bytes(damage(whole))
     before = snapshot(tmp_path)
     with pytest.raises(UserError, match=f"{archive} can't be extracted"):
         nmnist.open_recordings(tmp_path, "auto")
     assert snapshot(tmp_path) == before
+    archive.write_bytes(whole)
+    assert len(open_part(tmp_path, "train")) == 20
+
+
+def test_another_folder_than_the_default_is_never_filled_with_simulated_digits(tmp_path):
+    with pytest.raises(UserError, match=r"--data_dir .*typo is no folder: create it"):
+        nmnist.open_recordings(tmp_path / "typo")
+    with pytest.raises(UserError, match=r"Connection refused.*or choose --dataset simulated"):
+        nmnist.open_recordings(tmp_path)
+    assert not any(snapshot(tmp_path).values())
 
 
 # --- Download -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def serve(files, faulty=None, fault=None):
-    """Serve N-MNIST's zips on the loopback address, one with a fault; yield the names asked for."""
-    asked = set()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            name = self.path.strip("/")
-            asked.add(name)
-            wrong, content = fault if name == faulty else None, files[name]
-            if wrong == "missing":
-                self.send_error(404)
-                return
-            if wrong == "silent":
-                time.sleep(3)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            part = {"cut": 0.5, "stalled": 0.5, "other content": 0}.get(wrong, 1)
-            self.wfile.write(content[: int(part * len(content))])
-            if wrong == "other content":
-                self.wfile.write(bytes(len(content)))
-            if wrong == "stalled":
-                time.sleep(3)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+def test_missing_recordings_are_downloaded_once(tmp_path, monkeypatch):
+    made, data_dir = make_recordings(tmp_path / "made", 2, 1) / "NMNIST", tmp_path / "data"
+    expected = snapshot(made)
+    data_dir.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    with pytest.MonkeyPatch.context() as patch:
-        for split in nmnist.SPLITS:
-            url = f"http://127.0.0.1:{server.server_port}/{split}.zip"
-            patch.setattr(tonic.datasets.NMNIST, f"{split}_url", url)
-        yield asked
+    for split in nmnist.SPLITS:
+        archive = tmp_path / f"{split}.zip"
+        put(made / split.capitalize(), archive)
+        url = f"http://127.0.0.1:{server.server_port}/{split}.zip"
+        monkeypatch.setattr(tonic.datasets.NMNIST, f"{split}_url", url)
+        md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+        monkeypatch.setattr(tonic.datasets.NMNIST, f"{split}_md5", md5)
+    with monkeypatch.context() as patch:  # a download that is cut leaves nothing in the way
+        patch.setattr(tonic.datasets.NMNIST, "test_md5", "that of the whole file")
+        with pytest.raises(UserError, match=r"can't be downloaded \(File not found or corrupted"):
+            nmnist.open_recordings(data_dir)
+        assert listing(data_dir) == [".download"]
+    nmnist.open_recordings(data_dir)
     server.shutdown()
     server.server_close()
+    parts = nmnist.open_recordings(data_dir)
+    assert [nmnist.name_of(part) for part in parts] == ["NMNIST", "NMNIST"]
+    assert listing(data_dir) == ["NMNIST"]
+    found = snapshot(data_dir / "NMNIST")
+    assert {name: found[name] for name in expected} == expected
 
 
-@pytest.fixture
-def published(tmp_path_factory, monkeypatch):
-    """The zips of a small data set, by file name, whose md5 sums tonic knows."""
-    root = make_recordings(tmp_path_factory.mktemp("published"), 2, 1) / "NMNIST"
-    files = {}
-    for split in nmnist.SPLITS:
-        put(root / split.capitalize(), root / f"{split}.zip:{split.capitalize()}")
-        files[f"{split}.zip"] = content = (root / f"{split}.zip").read_bytes()
-        monkeypatch.setattr(tonic.datasets.NMNIST, f"{split}_md5", hashlib.md5(content).hexdigest())
-    return files
-
-
-def test_missing_recordings_are_downloaded_once(tmp_path, published):
-    with serve(published) as asked:
-        parts = nmnist.open_recordings(tmp_path, "auto")
-        assert asked == {"train.zip", "test.zip"}
-        asked.clear()
-        nmnist.open_recordings(tmp_path, "auto")
-        assert not asked
-    assert [part.name for part in parts] == ["NMNIST", "NMNIST"]
-    assert listing(tmp_path) == ["NMNIST"]
-    expected = make_recordings(tmp_path / "made", 2, 1) / "NMNIST"
-    assert snapshot(tmp_path / "NMNIST") == snapshot(expected)
-
-
-@pytest.mark.parametrize(
-    ("faulty", "fault", "words"),
-    [
-        ("train.zip", "other content", "corrupted"),
-        ("train.zip", "cut", "corrupted"),
-        ("test.zip", "stalled", "timed out"),
-        ("train.zip", "silent", "timed out"),
-        ("test.zip", "missing", "404"),
-    ],
-)
-def test_a_failed_download_leaves_nothing_visible_and_is_completed(
-    tmp_path, published, faulty, fault, words
-):
-    before = socket.getdefaulttimeout()
-    with (
-        serve(published, faulty, fault),
-        pytest.raises(UserError, match=rf"N-MNIST can't be downloaded \(.*{words}"),
-    ):
-        nmnist.download(tmp_path, silent_seconds=1)
-    assert socket.getdefaulttimeout() == before
-    assert all(name.startswith(".") for name in listing(tmp_path))
-    with serve(published) as asked:  # a zip that was finished is kept
-        assert len(open_part(tmp_path)) == 10
-        assert asked == {faulty, "test.zip"}
-    assert listing(tmp_path) == ["NMNIST"]
-
-
-def test_dataset_nmnist_does_not_fall_back_to_simulated(tmp_path):
-    with pytest.raises(UserError, match=r"no N-MNIST in .*Connection refused") as error:
-        nmnist.main(["--data_dir", str(tmp_path), "--dataset", "nmnist"])
+def test_dataset_nmnist_does_not_fall_back_to_simulated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no N-MNIST in data: .*Connection refused") as error:
+        nmnist.main(["--dataset", "nmnist"])
     assert nmnist.HOMEPAGE in str(error.value)
     assert not any(snapshot(tmp_path).values())
 
@@ -398,8 +340,8 @@ def test_dataset_nmnist_does_not_fall_back_to_simulated(tmp_path):
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
     """The result of `python nmnist.py` without network, and its data_dir."""
-    data_dir = tmp_path_factory.mktemp("simulated")
-    return run(*NMNIST, "--data_dir", data_dir, "--time_steps", "10"), data_dir
+    folder = tmp_path_factory.mktemp("simulated")
+    return run(*NMNIST, "--time_steps", "10", cwd=folder), folder / "data"
 
 
 def few_images(per_digit):
@@ -419,7 +361,7 @@ def test_dataset_auto_falls_back_to_simulated_with_a_warning(simulated):
     for words in ("WARNING: no N-MNIST in", "Connection refused", "SIMULATED", nmnist.HOMEPAGE):
         assert words in result.stderr
     for split, number in (("train", "1,437"), ("test", "360")):
-        folder = data_dir / "SimulatedNMNIST" / split.capitalize()
+        folder = f"data/SimulatedNMNIST/{split.capitalize()}"
         assert f"SimulatedNMNIST, {split}: {number} recordings in {folder}\n" in result.stdout
     assert {*listing(data_dir)} - {".download"} == {"SimulatedNMNIST", "cache"}
 
@@ -443,24 +385,31 @@ def test_simulated_recordings_are_stratified_and_read_by_tonic(simulated):
 
 def test_simulated_recordings_keep_their_name_in_another_folder(simulated, tmp_path):
     (tmp_path / "NMNIST").symlink_to(simulated[1] / "SimulatedNMNIST")
-    assert open_part(tmp_path).name == "SimulatedNMNIST"
-    path = make_recordings(tmp_path / "made", 1, 1) / "NMNIST" / nmnist.SIMULATOR_FILE
-    for content in (b"", b"{", b"[1]", b"\xff\xfe", b"{}"):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=f"{path} is damaged"):
-            open_part(tmp_path / "made")
+    assert nmnist.name_of(open_part(tmp_path)) == "SimulatedNMNIST"
 
 
-def test_simulated_recordings_of_another_camera_are_not_used(simulated, tmp_path):
-    root = tmp_path / "SimulatedNMNIST"
-    (make_recordings(tmp_path, 1, 1) / "NMNIST").rename(root)
-    camera = json.loads((simulated[1] / root.name / nmnist.SIMULATOR_FILE).read_text())
-    for content in (camera | {"threshold": 5}, camera | {"seed": 1}, {}, None):
-        (root / nmnist.SIMULATOR_FILE).write_text(json.dumps(content))
-        before = snapshot(tmp_path)
-        with pytest.raises(UserError, match=f"{root} was not made by this version.*move it away"):
-            nmnist.open_recordings(tmp_path, "simulated")
-        assert snapshot(tmp_path) == before
+def test_simulated_recordings_of_another_version_are_kept_and_made_again(
+    simulated, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(simulated[1] / "SimulatedNMNIST", "data/SimulatedNMNIST")
+    earlier = snapshot(tmp_path / "data" / "SimulatedNMNIST")
+    monkeypatch.setattr(nmnist, "SIMULATOR_VERSION", nmnist.SIMULATOR_VERSION + 1)
+    monkeypatch.setattr(nmnist, "sklearn_images", lambda: few_images(50))
+    nmnist.open_recordings(dataset="simulated")
+    assert "SimulatedNMNIST kept as data/SimulatedNMNIST.1\n" in capsys.readouterr().out
+    assert snapshot(tmp_path / "data" / "SimulatedNMNIST.1") == earlier
+    parts = nmnist.open_recordings()  # finds neither to be misplaced
+    assert sum(len(part) for part in parts) == 500
+
+
+def test_a_change_of_the_camera_needs_another_version():
+    """Counts of the first 7 by saccade and polarity: processors differ in the last bits."""
+    (events,) = nmnist.simulate_events(few_images(8)[0][56:57], generators(1))
+    saccade = np.searchsorted(nmnist.SACCADE_ENDS[:2], events["t"] / 1000)
+    counts = np.bincount(2 * saccade + events["p"])
+    assert nmnist.SIMULATOR_VERSION == 2
+    np.testing.assert_allclose(counts, [483, 488, 404, 413, 398, 432], atol=1)
 
 
 def test_a_square_gives_events_on_the_path_of_the_saccades_and_off_where_it_arrives():
@@ -513,11 +462,11 @@ def test_simulated_recordings_match_real_ones_of_the_same_images():
 
 
 def save_images(path, per_digit=2, **changes):
-    """Write scikit-learn's digits to an .npz, with some arrays changed (None: left out)."""
+    """Write scikit-learn's digits to an .npz, with some arrays changed."""
     images, labels = few_images(per_digit)
     arrays = {"train_images": images, "train_labels": labels}
     arrays |= {"test_images": images[::2], "test_labels": labels[::2]} | changes
-    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    np.savez(path, **arrays)
     return path
 
 
@@ -532,14 +481,15 @@ def test_labelled_images_are_recorded_and_the_seed_sets_the_noise(tmp_path, monk
     for name, batch_size, seed in (("a", 64, "0"), ("b", 7, "0"), ("c", 64, "1")):
         monkeypatch.setattr(nmnist, "SIM_BATCH_SIZE", batch_size)  # changes no recording
         simulate(archive, tmp_path / name, "--seed", seed)
-        assert "195 recordings" in capsys.readouterr().out
+        assert "(images.npz), train: 130 recordings in" in capsys.readouterr().out
         results.append(snapshot(tmp_path / name / "NMNIST"))
     assert results[0] == results[1]
     assert results[0].keys() == results[2].keys()
     assert results[0]["Train/0/00001.bin"] != results[2]["Train/0/00001.bin"]
     assert results[0]["Train/0/00001.bin"] != results[0]["Test/0/00001.bin"]  # the same image
     train, test = nmnist.open_recordings(tmp_path / "a", "nmnist")
-    assert (train.name, len(train), len(test)) == ("SimulatedNMNIST (images.npz)", 130, 65)
+    assert nmnist.name_of(train) == "SimulatedNMNIST (images.npz)"
+    assert (len(train), len(test)) == (130, 65)
     _, labels = few_images(13)
     assert train.labels == [labels[int(path.stem) - 1] for path in train.files]
     with pytest.raises(UserError, match="NMNIST holds recordings: choose another --data_dir"):
@@ -547,45 +497,20 @@ def test_labelled_images_are_recorded_and_the_seed_sets_the_noise(tmp_path, monk
     assert snapshot(tmp_path / "a" / "NMNIST") == results[0]
 
 
-BLANK, DIGITS = np.zeros((10, 28, 28), np.uint8), np.arange(10)
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train_images": BLANK[:, :27]}, "train_images must be uint8 [N, 28, 28]"),
-        ({"train_images": BLANK.astype(float)}, "train_images must be"),
-        ({"train_images": BLANK[0]}, "train_images must be"),
-        ({"train_images": BLANK[0, 0, 0]}, "train_images must be"),
-        ({"train_images": BLANK[:0], "train_labels": DIGITS[:0]}, "train_images must be"),
-        ({"test_labels": DIGITS[:4]}, "test_labels [N] whole numbers, all digits from 0 to 9"),
-        ({"test_labels": DIGITS / 2}, "test_labels [N]"),
-        ({"test_labels": DIGITS[:, None]}, "test_labels [N]"),
-        ({"test_labels": DIGITS.astype(str)}, "test_labels [N]"),
-        ({"test_labels": DIGITS + 1}, "test_labels [N]"),
-        ({"test_labels": DIGITS - 1}, "test_labels [N]"),
-        ({"test_labels": DIGITS // 2 * 2}, "test_labels [N]"),
-        ({"test_images": None}, "test_images must be"),
-        ({"train_images": None}, "train_images must be"),
-        ({"train_labels": None}, "train_labels [N]"),
+        ({"train_images": np.zeros((10, 28, 27), np.uint8)}, "images must be uint8 [N, 28, 28]"),
+        ({"test_labels": np.arange(10) + 1}, "labels must be whole numbers [N], 0 to 9, all ten"),
         ({"train_labels": np.array([None] * 10)}, "can't be read"),  # a pickle, which may run code
     ],
 )
 def test_wrong_images_are_refused_and_nothing_written(tmp_path, changes, words):
-    archive = save_images(tmp_path / "images.npz", **changes)
+    archive = save_images(tmp_path / "images.npz", per_digit=2, **changes)
     with pytest.raises(UserError, match=re.escape(words)) as error:
         simulate(archive, tmp_path / "out")
     assert str(archive) in str(error.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_files_that_are_not_npz_are_refused(tmp_path):
-    (tmp_path / "images.npz").write_text("hello")
-    np.save(tmp_path / "array.npy", BLANK)
-    for name in ("images.npz", "missing.npz", "", "array.npy"):
-        with pytest.raises(UserError, match=rf"{tmp_path / name} can't be read as a \.npz file"):
-            simulate(tmp_path / name, tmp_path)
-    assert listing(tmp_path) == ["array.npy", "images.npz"]
 
 
 # --- Frames ---------------------------------------------------------------------------------------
@@ -630,12 +555,16 @@ def test_bfloat16_batches_are_equal_and_channels_last(made_data_dir, device):
     assert x.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("number", [127, 128, 255, 256, 32_767, 32_768, 40_000])
+@pytest.mark.parametrize("number", [127, 128, 32_767, 32_768])
 def test_counts_of_a_bin_are_exact(tmp_path, number):
     events = make_events(0, np.random.default_rng(0), number + 1)
     events["x"], events["y"], events["p"] = 5, 6, 1
     events["t"][-1] += 1  # tonic leaves out the last time stamp
     nmnist.write_recording(make_recordings(tmp_path, 1, 1) / "NMNIST/Test/0/00001.bin", events)
+    if number > 32_767:
+        with pytest.raises(UserError, match=r"00001\.bin: a bin of 32,768 events"):
+            all_frames(open_part(tmp_path), 1)
+        return
     x = all_frames(open_part(tmp_path), 1)[:, 0]
     assert x.sum() == x[0, 1, 6, 5] == number
 
@@ -660,32 +589,31 @@ def test_recordings_without_events_are_blank_counted_and_told(tmp_path, capsys):
 
 
 def test_the_cache_takes_at_most_10_kb_per_real_recording(real_data_dir):
-    frames = nmnist.load_frames(open_part(real_data_dir, "train"), 25)
+    frames = nmnist.load_frames(
+        open_part(real_data_dir, "train"), 25, cache=real_data_dir / "cache"
+    )
     (path,) = (real_data_dir / "cache").glob("*_train_T25_*")
     assert path.stat().st_size / len(frames) < 10_000
 
 
-@pytest.mark.parametrize(("time_steps", "of_frames", "of_recordings"), CASES)
+@pytest.mark.parametrize(("time_steps", "of_frames", "of_recordings"), [CASES[1], CASES[-1]])
 def test_a_recording_of_ones_own_becomes_the_frames_of_the_training(
     made_data_dir, time_steps, of_frames, of_recordings
 ):
     expected = tonic_frames(made_data_dir, time_steps, **of_frames, **of_recordings)
-    settings = {"denoise": None, "bin_by": "time", "first_saccade_only": False, "stabilize": False}
-    settings |= {"time_steps": time_steps} | of_frames | of_recordings
+    settings = SETTINGS | {"time_steps": time_steps} | of_frames | of_recordings
     for i, (events, _) in enumerate(tonic_recordings(made_data_dir)):
         before = events.copy()
         assert torch.equal(nmnist.to_frames(events, settings)[:, 0], expected[:, i])
         np.testing.assert_array_equal(events, before)
 
 
-def test_a_recording_without_events_in_the_first_saccade_is_blank(tmp_path, capsys):
-    path = make_recordings(tmp_path, 1, 1) / "NMNIST" / "Test" / "3" / "00004.bin"
+def test_events_that_the_options_leave_blank_are_told(capsys):
     events = make_events(3, np.random.default_rng(0))
-    nmnist.write_recording(path, events[events["t"] >= 100_000])
-    nmnist.main(["--data_dir", str(tmp_path), "--first_saccade_only", "--denoise", "100000"])
-    output = capsys.readouterr()
-    assert "1 of 10 test recordings have no event in any frame" in output.err
-    assert re.search(r"^blank recordings +0 +1$", output.out, re.MULTILINE)
+    settings = SETTINGS | {"first_saccade_only": True}
+    frames = nmnist.to_frames(events[events["t"] >= 100_000], settings)
+    assert frames.sum() == 0
+    assert "WARNING: the events have no event in any frame" in capsys.readouterr().err
 
 
 def test_the_cache_is_used_until_a_recording_changes(tmp_path):
@@ -705,32 +633,25 @@ def test_the_cache_is_used_until_a_recording_changes(tmp_path):
 def test_caches_of_other_options_and_parts_are_not_mixed(tmp_path):
     make_recordings(tmp_path, 1, 1)
     for _ in range(2):  # binned, then from the cache
-        for time_steps, of_frames, of_recordings in CASES:
+        for time_steps, of_frames, of_recordings in CASES[-5:]:
             frames = all_frames(open_part(tmp_path, **of_recordings), time_steps, **of_frames)
             expected = tonic_frames(tmp_path, time_steps, **of_frames, **of_recordings)
             assert torch.equal(frames, expected)
         train = all_frames(open_part(tmp_path, "train"), 10)
         assert torch.equal(train, tonic_frames(tmp_path, 10, train=True))
-    assert len(listing(tmp_path / "cache")) == len(CASES) + 1
+    assert len(listing(tmp_path / "cache")) == 6
 
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        lambda content, _other: content[: len(content) // 2],
-        lambda content, _other: np.random.default_rng(0).bytes(len(content)),
-        lambda _content, _other: b"",
-        lambda _content, other: other,
-    ],
-    ids=["cut", "random bytes", "empty", "frames of another shape"],
+    [lambda content: content[: len(content) // 2], lambda _: b""],
+    ids=["cut", "empty"],
 )
 def test_a_cache_that_cannot_be_read_is_named_and_binned_again(tmp_path, capsys, damage):
     recordings = open_part(make_recordings(tmp_path, 2, 1))
     expected = all_frames(recordings, 5)
     (path,) = (tmp_path / "cache").iterdir()
-    nmnist.load_frames(recordings, 6)
-    (other,) = set((tmp_path / "cache").iterdir()) - {path}
-    path.write_bytes(damage(path.read_bytes(), other.read_bytes()))
+    path.write_bytes(damage(path.read_bytes()))
     capsys.readouterr()
     assert torch.equal(all_frames(recordings, 5), expected)
     assert f"WARNING: cache {path} can't be read" in capsys.readouterr().err

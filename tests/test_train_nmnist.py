@@ -142,7 +142,7 @@ def differences(first, second, model="cnn"):
 def load(data_dir, split, time_steps=5):
     """Return the frames of a part of the made-up recordings."""
     folder = data_dir / "NMNIST" / split.capitalize()
-    return nmnist.load_frames(nmnist.NMNIST(folder, split), time_steps)
+    return nmnist.load_frames(nmnist.NMNIST(folder), time_steps)
 
 
 def outputs(folder, frames, indices, model="cnn"):
@@ -1080,7 +1080,7 @@ def test_auto_takes_the_data_set_of_the_checkpoint(tmp_path, made_data_dir, monk
     """The network was trained on simulated recordings; N-MNIST could be downloaded meanwhile."""
     root = tmp_path / "SimulatedNMNIST"
     shutil.copytree(made_data_dir / "NMNIST", root)
-    simulator = nmnist.describe_simulator(nmnist.BUILT_IN_IMAGES, 0)
+    simulator = {"version": nmnist.SIMULATOR_VERSION, "images": nmnist.BUILT_IN_IMAGES}
     (root / nmnist.SIMULATOR_FILE).write_text(json.dumps(simulator))
     train(tmp_path, tmp_path, *STEP, "--epochs", 1, "--dataset", "simulated")
 
@@ -1197,7 +1197,7 @@ def test_samples_show_mistakes_first_in_the_first_saccade(tmp_path, mislabelled,
     rows = read_csv(tmp_path / "logs" / "cnn_predictions.csv")
     wrong = {n for n, row in enumerate(rows) if row["label"] != row["membrane"]}
     assert 0 < len(wrong) < 20
-    test, shown = nmnist.NMNIST(mislabelled / "NMNIST" / "Test", "test"), []
+    test, shown = nmnist.NMNIST(mislabelled / "NMNIST" / "Test"), []
     to_frames = tonic.transforms.ToFrame(sensor_size=(34, 34, 2), n_time_bins=10)
     for axis in (axis for axis in figures["cnn_samples.png"].axes if axis.images):
         title = axis.get_title()

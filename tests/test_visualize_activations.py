@@ -54,7 +54,7 @@ def activity(network_dir, data_dir, sample):
     """Return what the layers do during one test recording, by name: (spk, mem), both [T, ...]."""
     model, folder = network_dir
     network = restore_network(utils.load_checkpoint(folder / f"{model}_best.pt"))
-    frames = nmnist.load_frames(nmnist.NMNIST(data_dir / "NMNIST" / "Test", "test"), 8)
+    frames = nmnist.load_frames(nmnist.NMNIST(data_dir / "NMNIST" / "Test"), 8)
     with torch.no_grad(), ActivityMeter(network) as meter:
         network(frames.batch(torch.tensor([sample]))[0])
     return {name: [x[:, 0] for x in out] for name, out in meter.outputs.items()}

@@ -27,7 +27,7 @@ def draw(data_dir, *flags):
 @pytest.fixture
 def recordings(made_data_dir):
     """The 30 made-up test recordings."""
-    return nmnist.NMNIST(made_data_dir / "NMNIST" / "Test", "test")
+    return nmnist.NMNIST(made_data_dir / "NMNIST" / "Test")
 
 
 def test_all_figures_are_written(tmp_path, made_data_dir, recordings, monkeypatch):
