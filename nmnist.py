@@ -5,10 +5,9 @@
     python nmnist.py --dataset simulated              # scikit-learn's digits, by a simulated camera
     python nmnist.py --simulate IMAGES.npz --data_dir DIR   # labelled images of 28 x 28 pixels
 
-Events are numpy structured arrays `x, y, t, p` as tonic gives them: t in microseconds, x and y in
-0..33, p 0 (OFF) or 1 (ON). Frames are [T, B, 2, 34, 34]; the value is the number of events in that
-bin. Read from the top: the data set, frames and their cache, augmentation, what scripts use. The
-simulated camera comes last.
+Events are numpy structured arrays `x, y, t, p` as tonic gives them: x and y in 0..33, t in
+microseconds, p 0 or 1, called OFF and ON, although in N-MNIST 1 is where the light fell. Frames are
+[T, B, 2, 34, 34]; the value is the number of events in that bin.
 """
 
 import argparse
@@ -16,6 +15,7 @@ import functools
 import hashlib
 import http.client
 import io
+import itertools
 import os
 import socket
 import tempfile
@@ -39,19 +39,20 @@ from tqdm import tqdm
 import utils
 from utils import UserError, number
 
-SENSOR_SIZE = (34, 34, 2)  # x, y, polarities, as tonic orders them
-BINS_PER_FRAME = 2 * 34 * 34
-# In ms: two minima of the mean event rate of real recordings, and the mean of their last event.
+SIDE = 34  # pixels of the sensor, along each axis
+SENSOR_SIZE = (SIDE, SIDE, 2)  # x, y, polarities, as tonic orders them
+BINS_PER_FRAME = SIDE * SIDE * 2
+# In ms: two minima of real recordings' mean event rate, and their mean duration.
 SACCADE_ENDS = (100, 220, 308)
 SPLITS = ("train", "test")
 DATASETS = ("auto", "nmnist", "simulated")
-DATA_DIR = "./data"  # the only folder that digits are simulated into without being asked
+DATA_DIR = "./data"
 PUBLISHED = {"train": 60_000, "test": 10_000}  # recordings of N-MNIST
 HOMEPAGE = "https://www.garrickorchard.com/datasets/n-mnist"
-DIGITS = tuple("0123456789")  # the folders of a part
+DIGITS = tuple("0123456789")
 ARCHIVES = ("train.zip", "test.zip", "Train.zip", "Test.zip")
 SIMULATED = "SimulatedNMNIST"  # folder and name of the simulated digits
-SIMULATOR_FILE = "simulator.json"  # beside simulated recordings, which it tells from real ones
+SIMULATOR_FILE = "simulator.json"  # marks simulated recordings
 
 # --- The data set ---------------------------------------------------------------------------------
 
@@ -64,7 +65,8 @@ class NMNIST:
 
     `folder`, called Train or Test, holds <digit>/*.bin. With `first_saccade_only`, the events are
     those of the first 100 ms, with `stabilize` without the saccades' movement, as in
-    `tonic.datasets.NMNIST`. Raises `UserError` if a digit has no recordings.
+    `tonic.datasets.NMNIST`, which checks nothing, and takes only a folder of 10,000 recordings or
+    more. Raises `UserError` if a digit has no recordings.
     """
 
     dtype = tonic.datasets.NMNIST.dtype
@@ -76,7 +78,7 @@ class NMNIST:
         self.stabilize = stabilize
         self.files = []
         for digit in DIGITS:
-            files = sorted((self.folder / digit).glob("[!.]*.bin"))
+            files = sorted((self.folder / digit).glob("[!.]*.bin"))  # macOS adds ._*.bin
             if not files:
                 raise UserError(f"{self.folder / digit} holds no recordings (*.bin)")
             self.files += files
@@ -93,11 +95,11 @@ class NMNIST:
             raise UserError(f"{path}: found {len(content):,} bytes; expected 5 for each event")
         events = tonic.io.read_mnist_file(io.BytesIO(content), self.dtype, is_stream=True)
         events = check_events(events, path)
-        return select(events, self.first_saccade_only, self.stabilize), self.labels[index]
+        return with_options(events, self.first_saccade_only, self.stabilize), self.labels[index]
 
 
 def check_events(events: np.ndarray, name: str | Path) -> np.ndarray:
-    """Return events with the types of tonic's reader; `UserError` if no .bin can hold them.
+    """Return events with the types of tonic's reader; `UserError` if they are not a recording's.
 
     `events` have the fields x, y, t, p, of any type; `name` is what the error calls them.
     """
@@ -110,7 +112,7 @@ def check_events(events: np.ndarray, name: str | Path) -> np.ndarray:
 
 
 def what_is_wrong(events: np.ndarray) -> str | None:
-    """Return what no recording holds in these events, None if they are right."""
+    """Return what is wrong with the events of a recording, in words, or None."""
     if len(events) == 0:
         return "no events"
     for axis, largest in (("x", 33), ("y", 33), ("p", 1), ("t", 2**23 - 1)):
@@ -123,12 +125,12 @@ def what_is_wrong(events: np.ndarray) -> str | None:
     if (t[1:] < t[:-1]).any():
         return "t that decreases"
     if t[-1] - t[0] < 1000:
-        return f"only t from {t[0]} to {t[-1]}, less than 1 ms, as in another unit"
+        return f"only t from {t[0]} to {t[-1]}, less than 1 ms (is it another unit?)"
     return None
 
 
 def write_recording(path: str | Path, events: np.ndarray) -> None:
-    """Write events x, y, t, p as an N-MNIST file, atomically; `UserError` if it can't hold them.
+    """Write events x, y, t, p as an N-MNIST file, atomically; `UserError` if they are wrong.
 
     Each event takes 5 bytes: x, y, then p in one bit and t in 23.
     """
@@ -136,14 +138,14 @@ def write_recording(path: str | Path, events: np.ndarray) -> None:
     content = np.empty((len(events), 5), np.uint8)
     content[:, 0] = events["x"]
     content[:, 1] = events["y"]
-    content[:, 2] = events["p"] << 7 | events["t"] >> 16
-    content[:, 3] = events["t"] >> 8 & 255
+    content[:, 2] = (events["p"] << 7) | (events["t"] >> 16)
+    content[:, 3] = (events["t"] >> 8) & 255
     content[:, 4] = events["t"] & 255
     with utils.atomic_path(path) as temporary:
         temporary.write_bytes(content.tobytes())
 
 
-def select(events: np.ndarray, first_saccade_only: bool, stabilize: bool) -> np.ndarray:
+def with_options(events: np.ndarray, first_saccade_only: bool, stabilize: bool) -> np.ndarray:
     """Return events as `tonic.datasets.NMNIST` does with these options."""
     if first_saccade_only:
         events = events[events["t"] < 100_000]
@@ -153,8 +155,8 @@ def select(events: np.ndarray, first_saccade_only: bool, stabilize: bool) -> np.
     return events
 
 
-def denoised(events: np.ndarray, microseconds: int | None) -> np.ndarray:
-    """Return events after tonic's `Denoise`, if asked."""
+def denoise_events(events: np.ndarray, microseconds: int | None) -> np.ndarray:
+    """Return events after tonic's `Denoise`, if `microseconds` are given."""
     if not microseconds or len(events) == 0:
         return events
     return tonic.transforms.Denoise(microseconds)(events)
@@ -167,29 +169,29 @@ def open_recordings(
 
     `dataset` is 'nmnist', 'simulated', or 'auto': N-MNIST if it is in `data_dir` or can be
     downloaded, else, in ./data alone, simulated recordings, with a warning. `options` are those of
-    `NMNIST`. Raises `UserError` if there are none, or if some lie where they are not read.
+    `NMNIST`. Raises `UserError` if there are no recordings, or some in an unexpected place.
     """
     data_dir = Path(data_dir)
     if dataset == "simulated":
         root = simulate_digits(data_dir / SIMULATED)
     else:
         root = find_data_set(data_dir) or download_or_simulate(data_dir, dataset)
-    parts = []
+    opened = []
     for split in splits:
-        part = NMNIST(find_part(root, split), **options)
-        name = name_of(part)
-        count = f"{len(part):,}"
-        if name.startswith("NMNIST") and len(part) < PUBLISHED[split]:
+        recordings = NMNIST(unpacked_part(root, split), **options)
+        name = name_of(recordings)
+        count = f"{len(recordings):,}"
+        if name.startswith("NMNIST") and len(recordings) < PUBLISHED[split]:
             count += f" of {PUBLISHED[split]:,}"
-        print(f"data set    {name}, {split}: {count} recordings in {part.folder}")
-        parts.append(part)
-    return parts
+        print(f"data set    {name}, {split}: {count} recordings in {recordings.folder}")
+        opened.append(recordings)
+    return opened
 
 
 def name_of(recordings: NMNIST) -> str:
-    """Return the data set's name for figures, with the options that its recordings are read with.
+    """Return the data set's name for figures, and the options that its recordings are read with.
 
-    Simulated recordings are called SimulatedNMNIST, with the name of their images.
+    Simulated recordings are called SimulatedNMNIST, with the name of a user's own images.
     """
     name = "NMNIST"
     simulator = recordings.folder.parent / SIMULATOR_FILE
@@ -206,23 +208,24 @@ def name_of(recordings: NMNIST) -> str:
 
 
 def find_data_set(data_dir: Path) -> Path | None:
-    """Return `data_dir`/NMNIST or `data_dir`, where the recordings are; None if there are none.
+    """Return `data_dir`/NMNIST or `data_dir`, whichever holds recordings; None if neither does.
 
     Raises `UserError` if recordings lie elsewhere in `data_dir`.
     """
-    root = data_dir / "NMNIST"
-    if not os.path.lexists(root):
-        root = data_dir
+    root = None
+    for folder in (data_dir, data_dir / "NMNIST"):
+        if any((folder / name).exists() for name in ("Train", "Test", *ARCHIVES)):
+            root = folder
     if path := find_misplaced(data_dir, root):
-        places = f"{root}/Train/<digit>/*.bin and {root}/Test/<digit>/*.bin"
+        place = root or data_dir / "NMNIST"
+        places = f"{place}/Train/<digit>/*.bin and {place}/Test/<digit>/*.bin"
         what = f"--data_dir {data_dir} holds {path}, but recordings are read from {places}"
         raise UserError(f"{what}: move it there, or name another folder")
-    parts = [data_dir / name for name in ("NMNIST", "Train", "Test", *ARCHIVES)]
-    return root if any(os.path.lexists(path) for path in parts) else None
+    return root
 
 
-def find_misplaced(data_dir: Path, root: Path) -> Path | None:
-    """Return a recording or zip that isn't read from `root`, at most four folders deep, if any."""
+def find_misplaced(data_dir: Path, root: Path | None) -> Path | None:
+    """Return a recording or zip, at most four folders deep in `data_dir`, that is not in place."""
     for name, folders, files in os.walk(data_dir, followlinks=True):
         folder = Path(name)
         for file in files:
@@ -230,16 +233,18 @@ def find_misplaced(data_dir: Path, root: Path) -> Path | None:
             is_archive = file in ARCHIVES and folder not in (data_dir, root)
             if is_recording or is_archive:
                 return folder / file
-        skipped = DIGITS if folder in (root / "Train", root / "Test") else ()
-        if len(folder.relative_to(data_dir).parts) == 4:
-            skipped = folders
+        # os.walk goes on into the folders that are left in the list.
         hidden = (".", "__MACOSX", SIMULATED)
-        folders[:] = [f for f in folders if f not in skipped and not f.startswith(hidden)]
+        folders[:] = [f for f in folders if not f.startswith(hidden)]
+        if folder.parent == root and folder.name in ("Train", "Test"):
+            folders[:] = set(folders) - set(DIGITS)
+        if len(folder.relative_to(data_dir).parts) == 4:
+            folders.clear()
     return None
 
 
-def find_part(root: Path, split: str) -> Path:
-    """Return the folder Train or Test in `root`; if there is none yet, its zip is unpacked."""
+def unpacked_part(root: Path, split: str) -> Path:
+    """Return the folder Train or Test in `root`, where its zip is unpacked if it isn't yet."""
     folder = root / split.capitalize()
     for archive in (root / f"{split}.zip", root / f"{folder.name}.zip"):
         if not folder.exists() and archive.exists():
@@ -251,7 +256,7 @@ def find_part(root: Path, split: str) -> Path:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Extract a published zip, in which `folder` is called as here; it appears when it is whole."""
+    """Extract the folder Train or Test of a published zip to `folder`, all of it or none."""
     try:
         with (
             zipfile.ZipFile(archive) as zip_file,
@@ -270,24 +275,24 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def download_or_simulate(data_dir: Path, dataset: str) -> Path:
-    """Return N-MNIST, downloaded; where that fails, with 'auto' in ./data, simulated digits."""
-    is_default = data_dir == Path(DATA_DIR)
+    """Return N-MNIST, downloaded; if that fails, with 'auto' in ./data, simulated digits."""
+    is_default = data_dir.resolve() == Path(DATA_DIR).resolve()
     if not (is_default or data_dir.is_dir()):
-        how = "create it, and N-MNIST is downloaded into it, or add --dataset simulated"
+        how = "create it to download N-MNIST into it, or add --dataset simulated"
         raise UserError(f"--data_dir {data_dir} is no folder: {how}")
     try:
         return download(data_dir)
     except UserError as error:
-        how = f"connect this machine, or unpack {HOMEPAGE} into {data_dir}/NMNIST"
+        failed = f"no N-MNIST in {data_dir}: {error}"
+        how = f"connect this machine, or unpack the zips of {HOMEPAGE} into {data_dir}/NMNIST"
         if dataset == "nmnist" or not is_default:
-            how = f"{how}, or choose --dataset simulated"
-            raise UserError(f"no N-MNIST in {data_dir}: {error}; {how}") from None
-        utils.warn(f"no N-MNIST in {data_dir}: {error}. SIMULATED recordings instead; {how}")
+            raise UserError(f"{failed}; {how}, or choose --dataset simulated") from None
+        utils.warn(f"{failed}. SIMULATED recordings instead; {how}")
     return simulate_digits(data_dir / SIMULATED)
 
 
 def download(data_dir: Path) -> Path:
-    """Download N-MNIST into `data_dir`/NMNIST, which appears when it is whole; return it.
+    """Download N-MNIST to `data_dir`/NMNIST, all of it or none, and return that folder.
 
     Raises `UserError` if that fails; a zip whose download was finished is kept for the next try.
     """
@@ -297,14 +302,15 @@ def download(data_dir: Path) -> Path:
     socket.setdefaulttimeout(10)  # seconds that a host may be silent; tonic sets no limit
     try:
         with utils.name_in_errors(data_dir):
-            download_url(source.train_url, str(zips), "train.zip", source.train_md5)
-            download_url(source.test_url, str(zips), "test.zip", source.test_md5)
+            zips.mkdir(parents=True, exist_ok=True)
+        download_url(source.train_url, str(zips), "train.zip", source.train_md5)
+        download_url(source.test_url, str(zips), "test.zip", source.test_md5)
     except (OSError, http.client.HTTPException, RuntimeError) as error:
         raise UserError(f"N-MNIST can't be downloaded ({utils.first_line(error)})") from None
     finally:
         socket.setdefaulttimeout(before)
     for split in SPLITS:
-        find_part(zips, split)
+        unpacked_part(zips, split)
     root = zips.rename(data_dir / "NMNIST")
     for split in SPLITS:
         (root / f"{split}.zip").unlink()
@@ -328,7 +334,7 @@ class Frames:
     count: torch.Tensor  # int8 or int16 [non-zero bins]: events in the bin
     nnz_per_frame: torch.Tensor  # int16 [N, T]: non-zero bins of each frame
     labels: torch.Tensor  # uint8 [N]
-    num_events: torch.Tensor  # int32 [N]: of each recording, before --denoise
+    num_events: torch.Tensor  # int32 [N]: of each recording, with the options of `NMNIST`
     num_on_events: torch.Tensor  # int32 [N]: those of polarity 1
     duration: torch.Tensor  # int32 [N]: microseconds from the first event to the last
     hashes: torch.Tensor  # int64 [N]: of each recording's content
@@ -345,12 +351,12 @@ class Frames:
     def spans(self) -> list[slice]:
         """Where each recording's non-zero bins are."""
         ends = self.nnz_per_frame.sum(1, dtype=torch.int64).cumsum(0).tolist()
-        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
 
     @property
     def num_blank(self) -> int:
         """The number of recordings without an event in any frame."""
-        return int((self.nnz_per_frame.sum(1, dtype=torch.int64) == 0).sum())
+        return sum(span.start == span.stop for span in self.spans)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -359,7 +365,7 @@ class Frames:
         return hashlib.sha256(content).hexdigest()[:12]
 
     def to(self, device: torch.device) -> "Frames":
-        """Return the same frames, which lie on `device`; 0.5 GB for 60,000 recordings."""
+        """Return the same frames, on `device`; 0.5 GB for 60,000 recordings at T = 25."""
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def batch(
@@ -375,21 +381,23 @@ class Frames:
         spans = [self.spans[i] for i in indices.tolist()]
         bin_index = torch.cat([self.bin_index[span] for span in spans])
         count = torch.cat([self.count[span] for span in spans])
-        indices = indices.to(device, non_blocking=True)
+        on_device = indices.to(device, non_blocking=True)
         # Frame t of recording b is frame t * B + b of the batch.
-        frame_index = torch.arange(T, device=device) * B + torch.arange(B, device=device)[:, None]
-        nnz = self.nnz_per_frame[indices].flatten().long()
-        # With its size known, a GPU need not be waited for.
-        frame_index = frame_index.flatten().repeat_interleave(nnz, output_size=len(bin_index))
+        frames_of = torch.arange(T, device=device) * B + torch.arange(B, device=device)[:, None]
+        nnz = self.nnz_per_frame[on_device].long()
+        # output_size avoids a GPU synchronization.
+        frame_index = frames_of.flatten().repeat_interleave(nnz.flatten(), output_size=len(count))
         if augment:
             affine, steps = (x.to(device, non_blocking=True) for x in sample_affine(B, T))
-            moved = augment_events(frame_index, bin_index, count, affine, steps, T)
-            frame_index, bin_index, count = moved
+            frame_index, bin_index, count = augment_events(
+                frame_index, bin_index, count, affine, steps, T
+            )
         frames = torch.zeros(T * B * BINS_PER_FRAME, dtype=dtype, device=device)
+        where = frame_index * BINS_PER_FRAME + bin_index
         # Events that moved to the same bin add up.
-        where = (frame_index * BINS_PER_FRAME + bin_index,)
-        frames.index_put_(where, count.to(dtype), accumulate=augment)
-        return frames.view(T, B, 34, 34, 2).movedim(-1, 2), self.labels[indices].long()
+        frames.index_put_((where,), count.to(dtype), accumulate=augment)
+        frames = frames.view(T, B, SIDE, SIDE, 2).movedim(-1, 2)
+        return frames, self.labels[on_device].long()
 
     def batches(
         self, indices: torch.Tensor, batch_size: int, dtype: torch.dtype = torch.float32
@@ -402,32 +410,31 @@ class Frames:
 def load_frames(
     recordings: NMNIST,
     time_steps: int,
-    denoise=None,
-    bin_by="time",
+    denoise: int | None = None,
+    bin_by: str = "time",
     cache: str | Path | None = None,
 ) -> Frames:
     """Return the recordings binned into `time_steps` frames.
 
     `denoise` is the filter time of `tonic.transforms.Denoise` in microseconds; `bin_by` is 'time'
     for frames of equal duration or 'events' for frames of equal event count. If the folder `cache`
-    holds these frames, they are read from there, else written to it: they are keyed by the options
-    and by every recording's name, size and time of change.
+    holds these frames, they are read from there, else written to it: they are keyed by the options,
+    the recordings' folder, and the name, size and date of each recording.
     """
-    frames = None
-    if cache:
+    if cache is None:
+        frames = bin_recordings(recordings, time_steps, denoise, bin_by)
+    else:
         path = Path(cache) / cache_name(recordings, time_steps, denoise, bin_by)
         frames = read_cache(path)
-    if frames is None:
-        frames = bin_recordings(recordings, time_steps, denoise, bin_by)
-        if cache:
+        if frames is None:
+            frames = bin_recordings(recordings, time_steps, denoise, bin_by)
             write_cache(path, frames)
     if frames.num_blank:
-        what = f"{frames.num_blank:,} of {len(frames):,} {recordings.split} recordings have"
-        utils.warn(f"{what} {BLANK}")
+        utils.warn(
+            f"{frames.num_blank:,} of {len(frames):,} {recordings.split} recordings have no event "
+            "in any frame: choose fewer --time_steps, a longer --denoise or fewer options"
+        )
     return frames
-
-
-BLANK = "no event in any frame: choose fewer --time_steps, a longer --denoise or fewer options"
 
 
 def cache_name(recordings: NMNIST, time_steps: int, denoise: int | None, bin_by: str) -> str:
@@ -478,17 +485,20 @@ def bin_recordings(
         hashes.append(int.from_bytes(digest[:8], "big", signed=True))
         duration = events["t"][-1] - events["t"][0] if len(events) else 0
         statistics.append((len(events), events["p"].sum(), duration))
-        frame, bin_index, count = bin_events(denoised(events, denoise), time_steps, bin_by)
-        most = count.max(initial=0)
-        if most > 32_767:
-            raise UserError(f"{recordings.files[i]}: a bin of {most:,} events; it holds 32,767")
+        frame, bin_index, count = bin_events(denoise_events(events, denoise), time_steps, bin_by)
+        largest = count.max(initial=0)
+        if largest > 32_767:
+            path = recordings.files[i]
+            raise UserError(
+                f"{path}: found a bin of {largest:,} events; at most 32,767 are counted"
+            )
         indices.append(bin_index.astype(np.int16))
-        counts.append(count.astype(np.int8 if most <= 127 else np.int16))
+        counts.append(count.astype(np.int8 if largest <= 127 else np.int16))
         nnz.append(np.bincount(frame, minlength=time_steps).astype(np.int16))
     num_events, num_on_events, duration = np.array(statistics, dtype=np.int32).T
     arrays = {
         "bin_index": np.concatenate(indices),
-        "count": np.concatenate(counts),  # of the wider type
+        "count": np.concatenate(counts),  # int16 if any recording needs it
         "nnz_per_frame": np.stack(nnz),
         "labels": np.array(recordings.labels, dtype=np.uint8),
         "num_events": num_events,
@@ -496,7 +506,8 @@ def bin_recordings(
         "duration": duration,
         "hashes": np.array(hashes),
     }
-    return Frames(**{name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    return Frames(**tensors)
 
 
 def bin_events(
@@ -504,15 +515,16 @@ def bin_events(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the non-zero bins of a recording: frame, index in it as in `Frames`, event count.
 
-    They are the bins of tonic's `ToFrame`, which also fills the others, 96% of them.
+    They are the bins of tonic's `ToFrame`, which fills the others, too.
     """
     if len(events) == 0:  # the options left none
         return (np.zeros(0, int),) * 3
     slicers = {"time": tonic.slicers.SliceByTimeBins, "events": tonic.slicers.SliceByEventBins}
+    # Frame i holds the events from first[i] to last[i], which is not included.
     first, last = np.array(slicers[bin_by](time_steps).get_slice_metadata(events, None)).T
     events = events[first[0] : last[-1]]  # without the rest that time_steps do not divide
     frame = np.repeat(np.arange(time_steps), last - first)
-    bin_index = (events["y"] * 34 + events["x"]) * 2 + events["p"]
+    bin_index = (events["y"] * SIDE + events["x"]) * 2 + events["p"]
     in_recording = (frame * BINS_PER_FRAME + bin_index).astype(np.int32)  # sorted faster than int64
     in_recording, count = np.unique(in_recording, return_counts=True)
     frame, bin_index = np.divmod(in_recording, BINS_PER_FRAME)
@@ -523,17 +535,18 @@ def to_frames(events: np.ndarray, settings: dict) -> torch.Tensor:
     """Return the frames [T, 1, 2, 34, 34] of one recording's events, for a trained network.
 
     `events` have the fields x, y, t, p. `settings` are those of the network's checkpoint, which
-    say how its training's frames were made. Raises `UserError` if the events are no recording's.
+    say how its training's frames were made. Raises `UserError` if the events are wrong.
     """
     events = check_events(events, "events")
-    events = select(events, settings["first_saccade_only"], settings["stabilize"])
-    events, time_steps = denoised(events, settings["denoise"]), settings["time_steps"]
+    events = with_options(events, settings["first_saccade_only"], settings["stabilize"])
+    events = denoise_events(events, settings["denoise"])
+    time_steps = settings["time_steps"]
     frame, bin_index, count = bin_events(events, time_steps, settings["bin_by"])
     if len(count) == 0:
-        utils.warn(f"the events have {BLANK}")
+        utils.warn("with the network's settings, no event is in any frame")
     frames = torch.zeros(time_steps * BINS_PER_FRAME)
     frames[frame * BINS_PER_FRAME + bin_index] = torch.from_numpy(count).float()
-    return frames.view(time_steps, 1, 34, 34, 2).movedim(-1, 2)
+    return frames.view(time_steps, 1, SIDE, SIDE, 2).movedim(-1, 2)
 
 
 # --- Augmentation ---------------------------------------------------------------------------------
@@ -547,8 +560,8 @@ class Augmentation:
     rotation: float = 5.0  # degrees, around the centre of the sensor
     scale: float = 0.05  # relative, of each axis
     shear: float = 0.05  # pixels along x for one along y
-    time_shift: float = 0.03  # of a recording's duration
-    drop: float = 0.05  # share of the bins whose events are dropped
+    time_shift: float = 0.03  # of a recording's duration, rounded to whole frames
+    drop: float = 0.05  # probability that a bin's events are dropped
 
 
 AUGMENTATION = Augmentation()
@@ -582,17 +595,17 @@ def augment_events(frame_index, bin_index, count, affine, steps, time_steps: int
     recording = frame_index % B
     # [2, 3, non-zero bins], twice as fast as by affine[recording].
     matrix = affine.flatten(1).T.index_select(1, recording).view(2, 3, -1)
-    centre = (SENSOR_SIZE[0] - 1) / 2
+    centre = (SIDE - 1) / 2
     pixel, polarity = bin_index >> 1, bin_index & 1
-    y = pixel // 34
-    x = pixel - 34 * y
+    y = pixel // SIDE
+    x = pixel - SIDE * y
     x, y = x - centre, y - centre
     x, y = (matrix[:, 0] * x + matrix[:, 1] * y + (matrix[:, 2] + centre)).round().long()
     frame_index = frame_index + steps.index_select(0, recording) * B
-    kept = (x >= 0) & (x < 34) & (y >= 0) & (y < 34) & ~dropped
+    kept = (x >= 0) & (x < SIDE) & (y >= 0) & (y < SIDE) & ~dropped
     kept &= (frame_index >= 0) & (frame_index < time_steps * B)
     # What is dropped gets a count of 0: sizes stay fixed, so a GPU need not be waited for.
-    bin_index = torch.where(kept, (y * 34 + x) * 2 + polarity, 0)
+    bin_index = torch.where(kept, (y * SIDE + x) * 2 + polarity, 0)
     return torch.where(kept, frame_index, 0), bin_index, count * kept
 
 
@@ -601,19 +614,19 @@ def augment_events(frame_index, bin_index, count, affine, steps, time_steps: int
 
 @dataclass
 class Data:
-    """A data set, binned, on the device; `train` is None where the test part alone was loaded."""
+    """A data set, binned, on the device."""
 
     name: str  # in files and figures
-    train: Frames | None
+    train: Frames | None  # None if the test part alone was loaded
     test: Frames
     test_files: list[str]  # relative to the folder of the test part
-    flags: dict  # that name it; `dataset` is 'nmnist' or 'simulated'
+    dataset: str  # the value of --dataset that loads it: 'nmnist' or 'simulated'
     step_ms: float | None  # nominal duration of a time step; None if it varies
     saccade_ends: list[float]  # in time steps; [] if these vary
 
     def describe(self, splits: Sequence[str] = SPLITS) -> dict:
-        """Return what tells a data set from another; copied or touched files are the same data."""
-        description = {"source": self.flags["dataset"], "data_set": self.name}
+        """Return what identifies the recordings; copied or touched files are the same."""
+        description = {"source": self.dataset, "data_set": self.name}
         for split in splits:
             frames = self.train if split == "train" else self.test
             description[f"{split}_recordings"] = len(frames)
@@ -621,46 +634,43 @@ class Data:
         return description
 
 
-def load_data(args, device, splits=SPLITS, trained_on=None, loaded: Data | None = None) -> Data:
-    """Open, bin and move to `device` the recordings that the flags name, if not yet `loaded`.
+def load_data(args, device, splits=SPLITS, trained_on: dict | None = None) -> Data:
+    """Open, bin and move to `device` the recordings that the flags name.
 
     `trained_on` is `Data.describe()` of those that a network was trained on: `--dataset auto` takes
-    simulated ones again if they are in data_dir, also where N-MNIST is there meanwhile.
+    simulated ones again if they are in data_dir, even if N-MNIST has come there since.
     """
-    names = utils.flag_names(add_data_flags, add_frame_flags)
-    flags = {name: getattr(args, name) for name in names}
+    data_dir = Path(args.data_dir)
+    dataset = args.dataset
     was_simulated = trained_on and trained_on["source"] == "simulated"
-    if args.dataset == "auto" and was_simulated and (Path(args.data_dir) / SIMULATED).is_dir():
-        flags["dataset"] = "simulated"
-    if loaded and loaded.flags == flags:
-        return loaded
+    if dataset == "auto" and was_simulated and (data_dir / SIMULATED).is_dir():
+        dataset = "simulated"
     options = {"first_saccade_only": args.first_saccade_only, "stabilize": args.stabilize}
+    opened = open_recordings(data_dir, dataset, splits, **options)
     frames = {}
-    for part in open_recordings(args.data_dir, flags["dataset"], splits, **options):
-        cache = Path(args.data_dir) / "cache"
-        binned = load_frames(part, args.time_steps, args.denoise, args.bin_by, cache)
-        frames[part.split] = binned.to(device)
+    for recordings in opened:
+        cache = data_dir / "cache"
+        binned = load_frames(recordings, args.time_steps, args.denoise, args.bin_by, cache)
+        frames[recordings.split] = binned.to(device)
     train, test = frames.get("train"), frames["test"]
     if train is not None:
         repeated = int(torch.isin(test.hashes, train.hashes).sum())
         if repeated:
             utils.warn(f"{repeated:,} test recordings are also in the training part")
-    name = name_of(part)
+    root = opened[-1].folder.parent
+    dataset = "simulated" if root.name == SIMULATED else "nmnist"
+    name = name_of(opened[-1])
+    files = [str(path.relative_to(root / "Test")) for path in opened[-1].files]
     if args.bin_by == "events":
-        name += ", frames of equal event count"
-    flags["dataset"] = "simulated" if part.folder.parent.name == SIMULATED else "nmnist"
-    files = [str(path.relative_to(part.folder)) for path in part.files]
-    step_ms = None
-    saccade_ends = []
-    if args.bin_by == "time":
-        ends_ms = SACCADE_ENDS[:1] if args.first_saccade_only else SACCADE_ENDS
-        step_ms = ends_ms[-1] / args.time_steps
-        saccade_ends = [end * args.time_steps / ends_ms[-1] for end in ends_ms]
-    return Data(name, train, test, files, flags, step_ms, saccade_ends)
+        return Data(f"{name}, frames of equal event count", train, test, files, dataset, None, [])
+    ends_ms = SACCADE_ENDS[:1] if args.first_saccade_only else SACCADE_ENDS
+    step_ms = ends_ms[-1] / args.time_steps
+    saccade_ends = [end * args.time_steps / ends_ms[-1] for end in ends_ms]
+    return Data(name, train, test, files, dataset, step_ms, saccade_ends)
 
 
 def describe_tested(tested: dict, trained: dict) -> str:
-    """Return the name of recordings that a network is tested on; if it was trained on others, so.
+    """Return the name of the recordings that a network is tested on, and if others trained it.
 
     Both are `Data.describe()`.
     """
@@ -699,8 +709,8 @@ def add_frame_flags(parser) -> None:
 def add_data_flags(parser) -> None:
     """Add the flags that say where recordings are."""
     utils.add_flag(parser, "--data_dir", DATA_DIR, "folder of the recordings")
-    dataset = "nmnist: from data_dir, else downloaded; simulated: scikit-learn's digits before a "
-    dataset += f"simulated camera; auto: nmnist, or in {DATA_DIR} simulated if there is none"
+    dataset = "nmnist: from data_dir, else downloaded; simulated: scikit-learn's digits, recorded "
+    dataset += f"by a simulated camera; auto: nmnist, or in {DATA_DIR} simulated if there is none"
     utils.add_flag(parser, "--dataset", "auto", dataset, choices=DATASETS)
 
 
@@ -709,12 +719,12 @@ def add_data_flags(parser) -> None:
 
 @dataclass(frozen=True)
 class Camera:
-    """The camera's parameters, each with what it was fitted to in 100 to 400 real recordings.
+    """The camera's parameters; each comment says what in 100 to 400 real recordings it fits.
 
     Spreads between recordings are standard deviations of normal distributions, cut off at 2.5.
     """
 
-    duration: float = 308.0  # ms at mean speed; real last events: 307.6 on average
+    duration: float = SACCADE_ENDS[-1]  # ms at mean speed
     gamma: float = 4.4  # exponent from grey value to light: event maps' correlation
     blur: float = 0.53  # pixels, standard deviation of the point spread: event maps
     dark_light: float = 1.6  # of the background, where a full stroke adds 1: spread of counts
@@ -726,7 +736,7 @@ class Camera:
     noise_on: float = 0.00035  # events per pixel and ms: the corners' 0.12 per recording
     noise_off: float = 0.00002  # events per pixel and ms: almost none in the corners
     speed_spread: float = 0.0085  # relative: real last events lie between 297 and 315 ms
-    start_spread: float = 0.6  # ms: what the speed leaves of the real 0.75
+    start_spread: float = 0.6  # ms: real last events spread more than by the speed
     recording_threshold_spread: float = 0.03  # relative: counts differ by 4% for one image
     path_step: float = 8.0  # ms between the points of `path`
     # (y, x) of the digit's centre from the sensor's, y down, in pixels: shifts of real event maps.
@@ -748,7 +758,6 @@ CAMERA = Camera()
 SIMULATOR_VERSION = 2  # increased if the same image and seed give another recording
 BUILT_IN_IMAGES = "sklearn.datasets.load_digits"
 STEP = 1.0  # ms, with at most one event per pixel; halving it changed no result
-SIDE = 34  # pixels of the sensor
 MARGIN = 4  # pixels of empty scene around the sensor; the saccades reach less far
 SAMPLES = 4  # of the scene for each pixel, along each axis
 SIM_BATCH_SIZE = 64  # recordings simulated at once; the result does not depend on it
@@ -764,24 +773,25 @@ def simulate_events(images: np.ndarray, generators: list[np.random.Generator]) -
         light      I = (image / 255)^gamma, blurred, moved by `saccade_offsets`
         receptor   L = log(dark_light + I), dV/dt = (L - V) / tau; tau_dark to tau_bright with L
         event      if |V - V_ref| >= threshold: V_ref = V, then none for the refractory period
-        polarity   0 if V rose, 1 if it fell, as in N-MNIST, where 1 is called ON all the same
+        polarity   0 if V rose, 1 if it fell, as in N-MNIST
         noise      thresholds vary between pixels and recordings; some events occur at random
 
-    Time is in ms inside and in microseconds in the events, which are sorted by it. A recording's
-    generator and image determine every bit of it, whatever is recorded beside it.
+    Time is in ms inside and in microseconds in the events, which are sorted by it. A recording
+    depends on its image and generator alone, not on those beside it.
     """
     for first in range(0, len(images), SIM_BATCH_SIZE):
         batch = slice(first, first + SIM_BATCH_SIZE)
         thresholds = np.stack([sample_threshold(rng) for rng in generators[batch]])
         recording, *fired = pixel_events(log_scene(images[batch]), torch.from_numpy(thresholds))
         for i, rng in enumerate(generators[batch]):
-            both = zip(fired, sample_noise(rng), strict=True)
-            x, y, t, p = (np.concatenate([values[recording == i], noise]) for values, noise in both)
-            speed, start = np.clip(rng.standard_normal(2), -2.5, 2.5)
-            t = CAMERA.start_spread * start + (1 + CAMERA.speed_spread * speed) * t
-            t = np.maximum(1000 * t, 0).astype(np.int64)
-            events = tonic.io.make_structured_array(x, y, t, p, dtype=NMNIST.dtype)
-            yield events[np.argsort(t, kind="stable")]
+            noise = sample_noise(rng)
+            fired_here = [values[recording == i] for values in fired]
+            x, y, t, p = (np.concatenate(both) for both in zip(fired_here, noise, strict=True))
+            speed = 1 + CAMERA.speed_spread * np.clip(rng.standard_normal(), -2.5, 2.5)
+            start = CAMERA.start_spread * np.clip(rng.standard_normal(), -2.5, 2.5)
+            microseconds = np.maximum(1000 * (start + speed * t), 0).astype(np.int64)
+            events = tonic.io.make_structured_array(x, y, microseconds, p, dtype=NMNIST.dtype)
+            yield events[np.argsort(microseconds, kind="stable")]
 
 
 def sample_threshold(rng: np.random.Generator) -> np.ndarray:
@@ -792,7 +802,7 @@ def sample_threshold(rng: np.random.Generator) -> np.ndarray:
 
 
 def sample_noise(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """Draw x, y, time in ms and polarity of the events that nothing caused."""
+    """Draw x, y, time in ms and polarity of noise events."""
     rates = np.array([CAMERA.noise_off, CAMERA.noise_on])
     counts = rng.poisson(rates * SIDE * SIDE * CAMERA.duration)
     x, y = rng.integers(0, SIDE, (2, counts.sum()))
@@ -809,7 +819,7 @@ def saccade_offsets(times: np.ndarray) -> np.ndarray:
 
 
 def log_scene(images: np.ndarray) -> torch.Tensor:
-    """Return L [N, H, H] of images [N, 28, 28] at rest, with SAMPLES rows and columns per pixel."""
+    """Return L of images [N, 28, 28] at rest, [N, H, H], H = SAMPLES * (SIDE + 2 * MARGIN)."""
     light = (images / 255) ** CAMERA.gamma
     border = MARGIN + (SIDE - 28) // 2
     light = np.pad(light, ((0, 0), (border, border), (border, border)))
@@ -818,8 +828,8 @@ def log_scene(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.log(CAMERA.dark_light + light)).float()
 
 
-def view(scene: torch.Tensor, offset: np.ndarray) -> torch.Tensor:
-    """Return what the pixels [N, 34, 34] see with the scene moved by `offset` (y, x) in pixels."""
+def view_at(scene: torch.Tensor, offset: np.ndarray) -> torch.Tensor:
+    """Return what the pixels [N, 34, 34] see if the scene moves by `offset` (y, x) in pixels."""
     pixels = torch.arange(SIDE) - (SIDE - 1) / 2
     to_unit = SIDE / 2 + MARGIN  # grid_sample counts from -1 to 1
     y, x = ((pixels - moved) / to_unit for moved in offset)
@@ -837,13 +847,13 @@ def pixel_events(scene: torch.Tensor, threshold: torch.Tensor) -> list[np.ndarra
     slow, fast = 1 - np.exp(-STEP / CAMERA.tau_dark), 1 - np.exp(-STEP / CAMERA.tau_bright)
     times = np.arange(0, CAMERA.duration + STEP, STEP)
     offsets = saccade_offsets(times)
-    v = view(scene, offsets[0])
+    v = view_at(scene, offsets[0])
     v_ref = v.clone()
     free_at = torch.zeros_like(v)  # the end of the refractory period
     fired = []
     for end, offset in zip(times[1:], offsets[1:], strict=True):
-        log_light = view(scene, offset)
-        # In a step, V moves by a share of its distance to L.
+        log_light = view_at(scene, offset)
+        # In a step, V moves by a share of its distance to L, which is larger in bright light.
         share = slow + (fast - slow) / (bright - dark) * (log_light - dark)
         rise = share * (log_light - v)
         v += rise
@@ -851,8 +861,8 @@ def pixel_events(scene: torch.Tensor, threshold: torch.Tensor) -> list[np.ndarra
         fires = ((change.abs() >= threshold) & (free_at < end)).nonzero(as_tuple=True)
         change, rise = change[fires], rise[fires]
         # An event occurs when V has moved by the threshold, or else when the pixel is free.
-        too_far = (change.abs() - threshold[fires]) / rise.abs().clamp(min=1e-9)
-        when = torch.maximum(end - STEP * too_far.clamp(max=1), free_at[fires])
+        overshoot = (change.abs() - threshold[fires]) / rise.abs().clamp(min=1e-9)
+        when = torch.maximum(end - STEP * overshoot.clamp(max=1), free_at[fires])
         v_ref[fires] = v[fires] - (end - when) / STEP * rise
         free_at[fires] = when + CAMERA.refractory
         recording, y, x = fires
@@ -861,29 +871,25 @@ def pixel_events(scene: torch.Tensor, threshold: torch.Tensor) -> list[np.ndarra
 
 
 def record_data_set(root: Path, parts: dict[str, tuple], name: str, seed: int) -> None:
-    """Record the images of 'Train' and 'Test' into `root`, which appears when it is whole.
+    """Record the images of 'Train' and 'Test' into the folder `root`, all of them or none.
 
     A part is its images (uint8 [N, 28, 28]), their labels [N] and the numbers [N] that name the
     recordings; these and the seed draw the noise. `name` is that of the images.
     """
-    root.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.TemporaryDirectory(prefix=".", dir=root.parent)
-    with utils.name_in_errors(root), temporary as beside:
-        new = Path(beside) / root.name
-        for part, (folder, (images, labels, numbers)) in enumerate(parts.items()):
-            generators = [np.random.default_rng([seed, part, i]) for i in numbers]
+    with utils.atomic_path(root) as new:
+        for i, (folder, (images, labels, numbers)) in enumerate(parts.items()):
+            generators = [np.random.default_rng([seed, i, n]) for n in numbers]
             recordings = simulate_events(images, generators)
             bar = tqdm(recordings, f"simulate {folder}", len(images), unit="recording")
-            for events, label, i in zip(bar, labels, numbers, strict=True):
-                write_recording(new / folder / str(label) / f"{i:05d}.bin", events)
+            for events, label, n in zip(bar, labels, numbers, strict=True):
+                write_recording(new / folder / str(label) / f"{n:05d}.bin", events)
         simulator = {"version": SIMULATOR_VERSION, "images": name, "seed": seed}
         utils.write_json(new / SIMULATOR_FILE, simulator)
-        new.rename(root)
     print(f"simulated   {root} (by version {SIMULATOR_VERSION} of the camera)")
 
 
 def simulate_digits(root: Path) -> Path:
-    """Record scikit-learn's digits into `root`, split once for all, unless they are there."""
+    """Record scikit-learn's digits into `root`, with a fixed split, unless they are there."""
     simulator = utils.read_json(root / SIMULATOR_FILE)
     if simulator and simulator.get("version") == SIMULATOR_VERSION:
         return root
@@ -979,8 +985,9 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{there} holds recordings: choose another --data_dir to record into")
         name = Path(args.simulate).name
         record_data_set(Path(args.data_dir, "NMNIST"), parts, name, args.seed)
+        args.dataset = "nmnist"
     elif args.seed:
-        parser.error("argument --seed: nothing is random without argument --simulate")
+        parser.error("argument --seed: needs argument --simulate")
     data = load_data(args, torch.device("cpu"))
     print_table({"train": data.train, "test": data.test})
 

@@ -707,20 +707,20 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--model {args.model}: {error}") from None
 
 
-def run(args, argv: list[str], device, loaded: Data | None = None) -> tuple[dict, Data]:
+def run(args, argv: list[str], device) -> tuple[dict, Data]:
     """Train and test one network, or test it alone; return metrics and recordings.
 
-    `loaded` are the recordings of the seed before, if any. The first process alone tests.
+    The first process alone tests.
     """
     files = RunFiles(args)
     with files.hold(args.test_only):
         if args.test_only:
             checkpoint = read_checkpoint(files.best, settings_of(args))
             args = take_settings(args, argv, checkpoint["settings"])
-            data = nmnist.load_data(args, device, ["test"], checkpoint["data"], loaded)
+            data = nmnist.load_data(args, device, ["test"], checkpoint["data"])
         else:
             last = utils.of_first_process(lambda: load_last(args, files))
-            data = load_training_data(args, device, last.get("data"), loaded)
+            data = load_training_data(args, device, last.get("data"))
             try:
                 last = train(args, files, data, device, last)
             except KeyboardInterrupt:
@@ -732,10 +732,10 @@ def run(args, argv: list[str], device, loaded: Data | None = None) -> tuple[dict
         return test(args, files, data, device, checkpoint), data
 
 
-def load_training_data(args, device, trained_on: dict | None, loaded: Data | None) -> Data:
+def load_training_data(args, device, trained_on: dict | None) -> Data:
     """Return the recordings; raise `UserError` if another process has others."""
     with utils.first_process_first():  # on a shared disk, it downloads and bins for all
-        data = nmnist.load_data(args, device, nmnist.SPLITS, trained_on, loaded)
+        data = nmnist.load_data(args, device, nmnist.SPLITS, trained_on)
     first = utils.of_first_process(data.describe)
     if changes := models.describe_changes(data.describe(), first):
         raise UserError(f"torchrun: not the recordings of the first process: {changes}")
@@ -792,8 +792,8 @@ def run_seeds(args: argparse.Namespace, argv: list[str], device, seeds: list[int
             of_seed.seed = seed
             of_seed.save_dir = str(files.save_dir / f"seed_{seed}")
             of_seed.log_dir = str(files.log_dir / f"seed_{seed}")
-            of_seed.dataset = data.flags["dataset"] if data else args.dataset  # the same for all
-            metrics, data = run(of_seed, argv, device, data)
+            of_seed.dataset = data.dataset if data else args.dataset  # the same for all
+            metrics, data = run(of_seed, argv, device)
             tests.append(metrics)
         if rank() == 0:
             print_seeds(tests, files.seeds)

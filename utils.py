@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import secrets
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
@@ -259,7 +260,7 @@ def name_in_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which replaces it on success, else is removed.
+    """Yield a temporary path for a file or folder, which replaces `path` on success, else goes.
 
     A reader sees the old file or the new one, never a part of it. The folder is made if missing.
     """
@@ -272,6 +273,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             yield temporary
             os.replace(temporary, path)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
 
 

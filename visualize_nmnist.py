@@ -58,7 +58,9 @@ def choose_samples(
     turns = utils.occurrences(labels[order])  # so that ten samples show all digits
     chosen = order[np.argsort(turns, kind="stable")][:num_samples]
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]
-    samples = [(int(i), nmnist.denoised(recordings[i][0], denoise), int(labels[i])) for i in chosen]
+    samples = [
+        (int(i), nmnist.denoise_events(recordings[i][0], denoise), int(labels[i])) for i in chosen
+    ]
     for index, events, _ in samples:
         if len(events) == 0:
             path = recordings.files[index]
@@ -156,7 +158,7 @@ def plot_digits(
         indices = np.flatnonzero(labels == d)[:RECORDINGS_PER_DIGIT]
         total = np.zeros((34, 34))
         for index in indices:
-            events = nmnist.denoised(recordings[index][0], denoise)
+            events = nmnist.denoise_events(recordings[index][0], denoise)
             total += to_image(events).sum(0) if len(events) else 0
         means[d], counts[d] = total / len(indices), len(indices)
     full = np.quantile(np.stack(list(means.values())), 0.995)  # so that hot pixels pale no others
