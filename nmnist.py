@@ -80,7 +80,7 @@ class NMNIST:
         for digit in DIGITS:
             files = sorted((self.folder / digit).glob("[!.]*.bin"))  # macOS adds ._*.bin
             if not files:
-                raise UserError(f"{self.folder / digit} holds no recordings (*.bin)")
+                raise UserError(f"{self.folder / digit} holds no *.bin: every digit needs some")
             self.files += files
         self.labels = [int(file.parent.name) for file in self.files]
 
@@ -113,6 +113,8 @@ def check_events(events: np.ndarray, name: str | Path) -> np.ndarray:
 
 def what_is_wrong(events: np.ndarray) -> str | None:
     """Return what is wrong with the events of a recording, in words, or None."""
+    if not set("xytp") <= set(np.asarray(events).dtype.names or ()):
+        return "no array with the fields x, y, t, p"
     if len(events) == 0:
         return "no events"
     for axis, largest in (("x", 33), ("y", 33), ("p", 1), ("t", 2**23 - 1)):
@@ -220,7 +222,7 @@ def find_data_set(data_dir: Path) -> Path | None:
         place = root or data_dir / "NMNIST"
         places = f"{place}/Train/<digit>/*.bin and {place}/Test/<digit>/*.bin"
         what = f"--data_dir {data_dir} holds {path}, but recordings are read from {places}"
-        raise UserError(f"{what}: move it there, or name another folder")
+        raise UserError(f"{what}: move them there, or choose another --data_dir")
     return root
 
 
@@ -267,7 +269,7 @@ def unpack(archive: Path, folder: Path) -> None:
                 zip_file.extract(member, temporary)
             new = Path(temporary) / folder.name
             if not new.is_dir():
-                raise zipfile.BadZipFile(f"no {folder.name} in it")
+                raise zipfile.BadZipFile(f"it holds no folder {folder.name}")
             new.rename(folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         reason = f"can't be extracted ({utils.first_line(error)})"
@@ -488,10 +490,8 @@ def bin_recordings(
         frame, bin_index, count = bin_events(denoise_events(events, denoise), time_steps, bin_by)
         largest = count.max(initial=0)
         if largest > 32_767:
-            path = recordings.files[i]
-            raise UserError(
-                f"{path}: found a bin of {largest:,} events; at most 32,767 are counted"
-            )
+            where = f"{recordings.files[i]}: {largest:,} events in one bin"
+            raise UserError(f"{where}, more than 32,767: choose more --time_steps")
         indices.append(bin_index.astype(np.int16))
         counts.append(count.astype(np.int8 if largest <= 127 else np.int16))
         nnz.append(np.bincount(frame, minlength=time_steps).astype(np.int16))
@@ -658,7 +658,7 @@ def load_data(args, device, splits=SPLITS, trained_on: dict | None = None) -> Da
         if repeated:
             utils.warn(f"{repeated:,} test recordings are also in the training part")
     root = opened[-1].folder.parent
-    dataset = "simulated" if root.name == SIMULATED else "nmnist"
+    dataset = "simulated" if root == data_dir / SIMULATED else "nmnist"
     name = name_of(opened[-1])
     files = [str(path.relative_to(root / "Test")) for path in opened[-1].files]
     if args.bin_by == "events":
@@ -919,10 +919,11 @@ def sklearn_images() -> tuple[np.ndarray, np.ndarray]:
 def read_images(path: str | Path) -> dict[str, tuple]:
     """Read labelled images from a .npz file, as `record_data_set` takes them.
 
-    It holds `train_images` (uint8 [N, 28, 28]), `train_labels` ([N], 0 to 9), `test_images` and
-    `test_labels`. A recording's name is its image's index in its array, counted from 1. Raises
-    `UserError` naming the file and what is wrong with it.
+    Their numbers are their indices in the file's arrays, counted from 1. Raises `UserError` naming
+    the file, and what it must hold.
     """
+    needed = "train_images and test_images, uint8 [N, 28, 28], train_labels and test_labels, whole "
+    needed += "numbers [N], 0 to 9, some of each"
     parts = {}
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -930,13 +931,13 @@ def read_images(path: str | Path) -> dict[str, tuple]:
                 images, labels = archive[f"{split}_images"], archive[f"{split}_labels"]
                 parts[split.capitalize()] = images, labels, np.arange(1, len(images) + 1)
     except Exception as error:  # NumPy raises many types on other files
-        raise UserError(f"--simulate {path} can't be read: {utils.first_line(error)}") from None
+        reason = utils.first_line(error)
+        raise UserError(f"--simulate {path} can't be read ({reason}); it needs {needed}") from None
     for images, labels, _ in parts.values():
-        if images.dtype != np.uint8 or images.shape[1:] != (28, 28):
-            raise UserError(f"--simulate {path}: images must be uint8 [N, 28, 28]")
-        are_whole = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
-        if not are_whole or set(labels.tolist()) != set(range(10)):
-            raise UserError(f"--simulate {path}: labels must be whole numbers [N], 0 to 9, all ten")
+        are_images = images.dtype == np.uint8 and images.shape[1:] == (28, 28)
+        are_labels = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+        if not (are_images and are_labels and set(labels.tolist()) == set(range(10))):
+            raise UserError(f"--simulate {path} holds other arrays; it needs {needed}")
     return parts
 
 
@@ -979,7 +980,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.simulate:
+    if args.simulate is not None:
         parts = read_images(args.simulate)
         if there := find_data_set(Path(args.data_dir)):
             raise UserError(f"{there} holds recordings: choose another --data_dir to record into")

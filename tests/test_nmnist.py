@@ -157,6 +157,12 @@ def test_events_that_no_recording_holds_are_refused(tmp_path, axis, change, word
     assert listing(tmp_path) == []
 
 
+@pytest.mark.parametrize("kind", [list, dict, torch.tensor, np.array])
+def test_what_is_no_array_of_events_is_refused(kind):
+    with pytest.raises(UserError, match=r"^events: found no array with the fields x, y, t, p"):
+        nmnist.to_frames(kind([[1, 2], [3, 4]]), SETTINGS)
+
+
 def test_events_of_other_types_are_read(tmp_path):
     """Small integers would overflow, and numpy copies fields by their place."""
     events = make_events(9, np.random.default_rng(0))
@@ -244,12 +250,12 @@ def test_one_part_is_enough_where_only_that_is_asked_for(tmp_path):
     [
         ("mkdir a; mv NMNIST a", r"a/NMNIST/T\w+/\d/\d+.bin, but recordings are read from"),
         ("cp -r NMNIST b", r"b/T\w+/\d/\d+.bin, but recordings are read from"),
-        ("mv NMNIST/Test .", r"Test/\d/\d+.bin, but .* \S+/NMNIST/Test/<digit>/\*.bin: move it"),
+        ("mv NMNIST/Test .", r"Test/\d/\d+.bin, but .* \S+/NMNIST/Test/<digit>/\*.bin: move"),
         ("mv NMNIST/Train a; mkdir NMNIST/Train; mv a NMNIST/Train/Train", r"Train/Train/\d/"),
         ("mv NMNIST/Train/* .; rm -r NMNIST", r"\d/\d+.bin, but recordings are read from"),
         ("mkdir a; touch a/train.zip", "a/train.zip, but recordings are read from"),
         ("rm -r NMNIST/Train", "NMNIST/Train is missing"),
-        ("rm -r NMNIST/Test/6", "Test/6 holds no recordings"),
+        ("rm -r NMNIST/Test/6", "Test/6 holds no \\*.bin"),
     ],
 )
 def test_what_is_nearly_a_data_set_is_refused_in_one_line(tmp_path, commands, words, monkeypatch):
@@ -497,8 +503,8 @@ def test_labelled_images_are_recorded_and_the_seed_sets_the_noise(tmp_path, monk
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train_images": np.zeros((10, 28, 27), np.uint8)}, "images must be uint8 [N, 28, 28]"),
-        ({"test_labels": np.arange(10) + 1}, "labels must be whole numbers [N], 0 to 9, all ten"),
+        ({"train_images": np.zeros((20, 28, 27), np.uint8)}, "holds other arrays; it needs train_"),
+        ({"test_labels": np.arange(1, 11)}, "holds other arrays; it needs train_images and test_"),
         ({"train_labels": np.array([None] * 10)}, "can't be read"),  # a pickle, which may run code
     ],
 )
@@ -559,7 +565,7 @@ def test_counts_of_a_bin_are_exact(tmp_path, number):
     events["t"][-1] += 1  # tonic leaves out the last time stamp
     nmnist.write_recording(make_recordings(tmp_path, 1, 1) / "NMNIST/Test/0/00001.bin", events)
     if number > 32_767:
-        with pytest.raises(UserError, match=r"00001\.bin: found a bin of 32,768 events"):
+        with pytest.raises(UserError, match=r"00001\.bin: 32,768 events in one bin"):
             all_frames(open_part(tmp_path), 1)
         return
     x = all_frames(open_part(tmp_path), 1)[:, 0]
