@@ -1,12 +1,12 @@
 """N-MNIST recordings: find, download, check and bin them, make batches, simulate recordings.
 
     python nmnist.py                                  # a table of what is in ./data
-    python nmnist.py --data_dir DIR --time_steps 10   # of another folder, with 10 frames each
-    python nmnist.py --dataset simulated              # scikit-learn's digits, by a simulated camera
-    python nmnist.py --simulate IMAGES.npz --data_dir DIR   # labelled images of 28 x 28 pixels
+    python nmnist.py --data_dir DIR --time_steps 10   # of what is in another folder
+    python nmnist.py --dataset simulated              # of simulated recordings of digits
+    python nmnist.py --simulate IMAGES.npz --data_dir DIR   # record images of 28 x 28 pixels
 
 Events are numpy structured arrays `x, y, t, p` as tonic gives them: x and y in 0..33, t in
-microseconds, p 0 or 1, called OFF and ON, although in N-MNIST 1 is where the light fell. Frames are
+microseconds, p 0 (called OFF) or 1 (called ON). In N-MNIST, 1 means that the light fell. Frames are
 [T, B, 2, 34, 34]; the value is the number of events in that bin.
 """
 
@@ -42,7 +42,7 @@ from utils import UserError, number
 SIDE = 34  # pixels of the sensor, along each axis
 SENSOR_SIZE = (SIDE, SIDE, 2)  # x, y, polarities, as tonic orders them
 BINS_PER_FRAME = SIDE * SIDE * 2
-# In ms: two minima of real recordings' mean event rate, and their mean duration.
+# In ms: minima of the mean event rate of real recordings, and their mean duration.
 SACCADE_ENDS = (100, 220, 308)
 SPLITS = ("train", "test")
 DATASETS = ("auto", "nmnist", "simulated")
@@ -53,6 +53,7 @@ DIGITS = tuple("0123456789")
 ARCHIVES = ("train.zip", "test.zip", "Train.zip", "Test.zip")
 SIMULATED = "SimulatedNMNIST"  # folder and name of the simulated digits
 SIMULATOR_FILE = "simulator.json"  # marks simulated recordings
+BUILT_IN_IMAGES = "sklearn.datasets.load_digits"
 
 # --- The data set ---------------------------------------------------------------------------------
 
@@ -63,10 +64,10 @@ class NMNIST:
         test = NMNIST("data/NMNIST/Test")
         events, digit = test[0]
 
-    `folder`, called Train or Test, holds <digit>/*.bin. With `first_saccade_only`, the events are
-    those of the first 100 ms, with `stabilize` without the saccades' movement, as in
-    `tonic.datasets.NMNIST`, which checks nothing, and takes only a folder of 10,000 recordings or
-    more. Raises `UserError` if a digit has no recordings.
+    `folder`, called Train or Test, holds <digit>/*.bin. `first_saccade_only` keeps the events of
+    the first 100 ms, `stabilize` takes the saccades' movement out of them, both as in
+    `tonic.datasets.NMNIST`. That class checks nothing, and needs 10,000 recordings or more.
+    Raises `UserError` if a digit has no recordings.
     """
 
     dtype = tonic.datasets.NMNIST.dtype
@@ -88,7 +89,7 @@ class NMNIST:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """Return (events, digit). Raises `UserError` naming a file that is no recording."""
+        """Return (events, digit). Raises `UserError` naming a file that is not a recording."""
         path = self.files[index]
         content = path.read_bytes()
         if len(content) % 5:
@@ -99,14 +100,14 @@ class NMNIST:
 
 
 def check_events(events: np.ndarray, name: str | Path) -> np.ndarray:
-    """Return events with the types of tonic's reader; `UserError` if they are not a recording's.
+    """Return events with the types of tonic's reader; `UserError` if they can't be a recording.
 
     `events` have the fields x, y, t, p, of any type; `name` is what the error calls them.
     """
     if wrong := what_is_wrong(events):
         expected = "x and y from 0 to 33, p 0 or 1, t in whole microseconds from 0 to 8,388,607"
         raise UserError(f"{name}: found {wrong}; expected {expected}, sorted by t")
-    if events.dtype == NMNIST.dtype:  # as those of a file
+    if events.dtype == NMNIST.dtype:  # as read from a file
         return events
     return tonic.io.make_structured_array(*(events[axis] for axis in "xytp"), dtype=NMNIST.dtype)
 
@@ -127,7 +128,7 @@ def what_is_wrong(events: np.ndarray) -> str | None:
     if (t[1:] < t[:-1]).any():
         return "t that decreases"
     if t[-1] - t[0] < 1000:
-        return f"only t from {t[0]} to {t[-1]}, less than 1 ms (is it another unit?)"
+        return f"only t from {t[0]} to {t[-1]}, less than 1 ms (is it in another unit?)"
     return None
 
 
@@ -180,10 +181,11 @@ def open_recordings(
         root = find_data_set(data_dir) or download_or_simulate(data_dir, dataset)
     opened = []
     for split in splits:
-        recordings = NMNIST(unpacked_part(root, split), **options)
+        recordings = NMNIST(part_folder(root, split), **options)
         name = name_of(recordings)
         count = f"{len(recordings):,}"
-        if name.startswith("NMNIST") and len(recordings) < PUBLISHED[split]:
+        is_real = not (root / SIMULATOR_FILE).exists()
+        if is_real and len(recordings) < PUBLISHED[split]:
             count += f" of {PUBLISHED[split]:,}"
         print(f"data set    {name}, {split}: {count} recordings in {recordings.folder}")
         opened.append(recordings)
@@ -191,7 +193,7 @@ def open_recordings(
 
 
 def name_of(recordings: NMNIST) -> str:
-    """Return the data set's name for figures, and the options that its recordings are read with.
+    """Return the data set's name for figures, with the options that change its recordings.
 
     Simulated recordings are called SimulatedNMNIST, with the name of a user's own images.
     """
@@ -210,43 +212,43 @@ def name_of(recordings: NMNIST) -> str:
 
 
 def find_data_set(data_dir: Path) -> Path | None:
-    """Return `data_dir`/NMNIST or `data_dir`, whichever holds recordings; None if neither does.
+    """Return `data_dir`/NMNIST or `data_dir`, whichever holds Train, Test or a zip, else None.
 
-    Raises `UserError` if recordings lie elsewhere in `data_dir`.
+    Raises `UserError` if there are recordings elsewhere in `data_dir`.
     """
-    root = None
-    for folder in (data_dir, data_dir / "NMNIST"):
+    roots = []
+    for folder in (data_dir / "NMNIST", data_dir):
         if any((folder / name).exists() for name in ("Train", "Test", *ARCHIVES)):
-            root = folder
+            roots.append(folder)
+    root = roots[0] if roots else None
     if path := find_misplaced(data_dir, root):
         place = root or data_dir / "NMNIST"
-        places = f"{place}/Train/<digit>/*.bin and {place}/Test/<digit>/*.bin"
-        what = f"--data_dir {data_dir} holds {path}, but recordings are read from {places}"
-        raise UserError(f"{what}: move them there, or choose another --data_dir")
+        advice = f"move its recordings to {place}/Train/<digit> and {place}/Test/<digit>"
+        advice += ", or choose another folder"
+        raise UserError(f"--data_dir {data_dir}: {path} is not read; {advice}")
     return root
 
 
 def find_misplaced(data_dir: Path, root: Path | None) -> Path | None:
-    """Return a recording or zip, at most four folders deep in `data_dir`, that is not in place."""
+    """Return a recording or zip, at most four folders deep, that is not where it should be."""
     for name, folders, files in os.walk(data_dir, followlinks=True):
         folder = Path(name)
-        for file in files:
-            is_recording = file.endswith(".bin") and folder.name in DIGITS
-            is_archive = file in ARCHIVES and folder not in (data_dir, root)
-            if is_recording or is_archive:
-                return folder / file
-        # os.walk goes on into the folders that are left in the list.
-        hidden = (".", "__MACOSX", SIMULATED)
-        folders[:] = [f for f in folders if not f.startswith(hidden)]
-        if folder.parent == root and folder.name in ("Train", "Test"):
-            folders[:] = set(folders) - set(DIGITS)
+        # The walk skips the recordings that are in place: all that it meets are misplaced.
+        skipped = DIGITS if folder.parent == root and folder.name in ("Train", "Test") else ()
+        prefixes = (".", "__MACOSX", SIMULATED)
+        folders[:] = [f for f in folders if f not in skipped and not f.startswith(prefixes)]
         if len(folder.relative_to(data_dir).parts) == 4:
             folders.clear()
+        for file in files:
+            is_recording = folder.name in DIGITS and file.endswith(".bin")
+            is_archive = file in ARCHIVES and folder not in (root, data_dir)
+            if is_recording or is_archive:
+                return folder / file
     return None
 
 
-def unpacked_part(root: Path, split: str) -> Path:
-    """Return the folder Train or Test in `root`, where its zip is unpacked if it isn't yet."""
+def part_folder(root: Path, split: str) -> Path:
+    """Return the folder Train or Test in `root`; its zip is unpacked if that is all there is."""
     folder = root / split.capitalize()
     for archive in (root / f"{split}.zip", root / f"{folder.name}.zip"):
         if not folder.exists() and archive.exists():
@@ -277,30 +279,33 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def download_or_simulate(data_dir: Path, dataset: str) -> Path:
-    """Return N-MNIST, downloaded; if that fails, with 'auto' in ./data, simulated digits."""
+    """Download N-MNIST and return its folder; if that fails, simulate digits instead.
+
+    They are simulated with `dataset` 'auto' in ./data alone, elsewhere `UserError` is raised.
+    """
     is_default = data_dir.resolve() == Path(DATA_DIR).resolve()
     if not (is_default or data_dir.is_dir()):
-        how = "create it to download N-MNIST into it, or add --dataset simulated"
-        raise UserError(f"--data_dir {data_dir} is no folder: {how}")
+        advice = "create it to download N-MNIST into it, or add --dataset simulated"
+        raise UserError(f"--data_dir {data_dir} is not a folder: {advice}")
     try:
         return download(data_dir)
     except UserError as error:
-        failed = f"no N-MNIST in {data_dir}: {error}"
-        how = f"connect this machine, or unpack the zips of {HOMEPAGE} into {data_dir}/NMNIST"
+        problem = f"no N-MNIST in {data_dir}: {error}"
+        advice = f"connect to the internet, or unpack the zips of {HOMEPAGE} into {data_dir}/NMNIST"
         if dataset == "nmnist" or not is_default:
-            raise UserError(f"{failed}; {how}, or choose --dataset simulated") from None
-        utils.warn(f"{failed}. SIMULATED recordings instead; {how}")
-    return simulate_digits(data_dir / SIMULATED)
+            raise UserError(f"{problem}; {advice}, or choose --dataset simulated") from None
+        utils.warn(f"{problem}. Using SIMULATED recordings instead; {advice}")
+        return simulate_digits(data_dir / SIMULATED)
 
 
 def download(data_dir: Path) -> Path:
     """Download N-MNIST to `data_dir`/NMNIST, all of it or none, and return that folder.
 
-    Raises `UserError` if that fails; a zip whose download was finished is kept for the next try.
+    Raises `UserError` if the zips can't be had; one that is complete is kept for the next try.
     """
     source = tonic.datasets.NMNIST
     zips = data_dir / ".download"
-    before = socket.getdefaulttimeout()
+    previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds that a host may be silent; tonic sets no limit
     try:
         with utils.name_in_errors(data_dir):
@@ -310,9 +315,9 @@ def download(data_dir: Path) -> Path:
     except (OSError, http.client.HTTPException, RuntimeError) as error:
         raise UserError(f"N-MNIST can't be downloaded ({utils.first_line(error)})") from None
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(previous)
     for split in SPLITS:
-        unpacked_part(zips, split)
+        part_folder(zips, split)
     root = zips.rename(data_dir / "NMNIST")
     for split in SPLITS:
         (root / f"{split}.zip").unlink()
@@ -362,7 +367,7 @@ class Frames:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A text that is equal if and only if recordings, labels and their order are."""
+        """A text that is equal if the recordings' files, their labels and their order are."""
         content = self.hashes.cpu().numpy().tobytes() + self.labels.cpu().numpy().tobytes()
         return hashlib.sha256(content).hexdigest()[:12]
 
@@ -375,31 +380,28 @@ class Frames:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return frames [T, B, 2, 34, 34] and labels int64 [B] of the recordings `indices` [B].
 
-        `indices` are on the CPU. The frames are stored channels-last, as `dtype`. `augment` moves
-        and drops events at random (`augment_events`).
+        `indices` are on the CPU. The frames are stored channels-last, as `dtype`. `augment` changes
+        them at random, as `Augmentation` says.
         """
         device = self.labels.device
         T, B = self.time_steps, len(indices)
         spans = [self.spans[i] for i in indices.tolist()]
         bin_index = torch.cat([self.bin_index[span] for span in spans])
         count = torch.cat([self.count[span] for span in spans])
-        on_device = indices.to(device, non_blocking=True)
-        # Frame t of recording b is frame t * B + b of the batch.
-        frames_of = torch.arange(T, device=device) * B + torch.arange(B, device=device)[:, None]
-        nnz = self.nnz_per_frame[on_device].long()
+        device_indices = indices.to(device, non_blocking=True)
+        # Frame t of recording b is frame t * B + b of the batch: [B, T].
+        of_batch = torch.arange(T, device=device) * B + torch.arange(B, device=device)[:, None]
+        nnz = self.nnz_per_frame[device_indices].long()
         # output_size avoids a GPU synchronization.
-        frame_index = frames_of.flatten().repeat_interleave(nnz.flatten(), output_size=len(count))
+        frame_index = of_batch.flatten().repeat_interleave(nnz.flatten(), output_size=len(count))
         if augment:
-            affine, steps = (x.to(device, non_blocking=True) for x in sample_affine(B, T))
-            frame_index, bin_index, count = augment_events(
-                frame_index, bin_index, count, affine, steps, T
-            )
+            frame_index, bin_index, count = augment_events(frame_index, bin_index, count, T, B)
         frames = torch.zeros(T * B * BINS_PER_FRAME, dtype=dtype, device=device)
         where = frame_index * BINS_PER_FRAME + bin_index
         # Events that moved to the same bin add up.
         frames.index_put_((where,), count.to(dtype), accumulate=augment)
         frames = frames.view(T, B, SIDE, SIDE, 2).movedim(-1, 2)
-        return frames, self.labels[on_device].long()
+        return frames, self.labels[device_indices].long()
 
     def batches(
         self, indices: torch.Tensor, batch_size: int, dtype: torch.dtype = torch.float32
@@ -423,13 +425,11 @@ def load_frames(
     holds these frames, they are read from there, else written to it: they are keyed by the options,
     the recordings' folder, and the name, size and date of each recording.
     """
-    if cache is None:
+    path = Path(cache) / cache_name(recordings, time_steps, denoise, bin_by) if cache else None
+    frames = read_cache(path) if path else None
+    if frames is None:
         frames = bin_recordings(recordings, time_steps, denoise, bin_by)
-    else:
-        path = Path(cache) / cache_name(recordings, time_steps, denoise, bin_by)
-        frames = read_cache(path)
-        if frames is None:
-            frames = bin_recordings(recordings, time_steps, denoise, bin_by)
+        if path:
             write_cache(path, frames)
     if frames.num_blank:
         utils.warn(
@@ -479,60 +479,55 @@ def write_cache(path: Path, frames: Frames) -> None:
 def bin_recordings(
     recordings: NMNIST, time_steps: int, denoise: int | None = None, bin_by: str = "time"
 ) -> Frames:
-    """Bin recordings as tonic's `ToFrame` does, after its `Denoise` if asked."""
+    """Bin recordings as tonic's `ToFrame` does, after its `Denoise` if a time is given."""
     indices, counts, nnz, statistics, hashes = [], [], [], [], []
     for i in tqdm(range(len(recordings)), desc=f"bin {recordings.split}", unit="recording"):
-        events, _ = recordings[i]
-        digest = hashlib.sha256(recordings.files[i].read_bytes()).digest()
+        path = recordings.files[i]
+        digest = hashlib.sha256(path.read_bytes()).digest()  # which no option changes
         hashes.append(int.from_bytes(digest[:8], "big", signed=True))
-        duration = events["t"][-1] - events["t"][0] if len(events) else 0
-        statistics.append((len(events), events["p"].sum(), duration))
+        events, _ = recordings[i]
+        t = events["t"]
+        statistics.append((len(t), events["p"].sum(), t[-1] - t[0] if len(t) else 0))
         frame, bin_index, count = bin_events(denoise_events(events, denoise), time_steps, bin_by)
-        largest = count.max(initial=0)
-        if largest > 32_767:
-            where = f"{recordings.files[i]}: {largest:,} events in one bin"
-            raise UserError(f"{where}, more than 32,767: choose more --time_steps")
+        if count.max(initial=0) > 32_767:
+            most = f"{count.max():,} events in one bin, more than 32,767"
+            raise UserError(f"{path}: {most}: choose more --time_steps")
         indices.append(bin_index.astype(np.int16))
-        counts.append(count.astype(np.int8 if largest <= 127 else np.int16))
+        counts.append(count.astype(np.int8 if count.max(initial=0) <= 127 else np.int16))
         nnz.append(np.bincount(frame, minlength=time_steps).astype(np.int16))
-    num_events, num_on_events, duration = np.array(statistics, dtype=np.int32).T
-    arrays = {
-        "bin_index": np.concatenate(indices),
-        "count": np.concatenate(counts),  # int16 if any recording needs it
-        "nnz_per_frame": np.stack(nnz),
-        "labels": np.array(recordings.labels, dtype=np.uint8),
-        "num_events": num_events,
-        "num_on_events": num_on_events,
-        "duration": duration,
-        "hashes": np.array(hashes),
-    }
-    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-    return Frames(**tensors)
+    num_events, num_on_events, duration = torch.tensor(statistics, dtype=torch.int32).T.contiguous()
+    return Frames(
+        bin_index=torch.from_numpy(np.concatenate(indices)),
+        count=torch.from_numpy(np.concatenate(counts)),  # int16 if any recording needs it
+        nnz_per_frame=torch.from_numpy(np.stack(nnz)),
+        labels=torch.tensor(recordings.labels, dtype=torch.uint8),
+        num_events=num_events,
+        num_on_events=num_on_events,
+        duration=duration,
+        hashes=torch.tensor(hashes),
+    )
 
 
 def bin_events(
-    events: np.ndarray, time_steps: int, bin_by: str = "time"
+    events: np.ndarray, time_steps: int, bin_by: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the non-zero bins of a recording: frame, index in it as in `Frames`, event count.
-
-    They are the bins of tonic's `ToFrame`, which fills the others, too.
-    """
+    """Return the bins of tonic's `ToFrame` that are not zero: frame, index in it, event count."""
     if len(events) == 0:  # the options left none
         return (np.zeros(0, int),) * 3
     slicers = {"time": tonic.slicers.SliceByTimeBins, "events": tonic.slicers.SliceByEventBins}
     # Frame i holds the events from first[i] to last[i], which is not included.
     first, last = np.array(slicers[bin_by](time_steps).get_slice_metadata(events, None)).T
-    events = events[first[0] : last[-1]]  # without the rest that time_steps do not divide
+    events = events[first[0] : last[-1]]  # without the remainder
     frame = np.repeat(np.arange(time_steps), last - first)
     bin_index = (events["y"] * SIDE + events["x"]) * 2 + events["p"]
-    in_recording = (frame * BINS_PER_FRAME + bin_index).astype(np.int32)  # sorted faster than int64
-    in_recording, count = np.unique(in_recording, return_counts=True)
-    frame, bin_index = np.divmod(in_recording, BINS_PER_FRAME)
+    index = (frame * BINS_PER_FRAME + bin_index).astype(np.int32)  # sorts faster than int64
+    index, count = np.unique(index, return_counts=True)
+    frame, bin_index = np.divmod(index, BINS_PER_FRAME)
     return frame, bin_index, count
 
 
 def to_frames(events: np.ndarray, settings: dict) -> torch.Tensor:
-    """Return the frames [T, 1, 2, 34, 34] of one recording's events, for a trained network.
+    """Return the frames [T, 1, 2, 34, 34] of a user's own events, for a trained network.
 
     `events` have the fields x, y, t, p. `settings` are those of the network's checkpoint, which
     say how its training's frames were made. Raises `UserError` if the events are wrong.
@@ -554,13 +549,13 @@ def to_frames(events: np.ndarray, settings: dict) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far a recording is changed: limits of uniform distributions around no change."""
+    """How far a recording is changed: each value is drawn uniformly from -limit to limit."""
 
     shift: float = 1.0  # pixels, along each axis
     rotation: float = 5.0  # degrees, around the centre of the sensor
     scale: float = 0.05  # relative, of each axis
     shear: float = 0.05  # pixels along x for one along y
-    time_shift: float = 0.03  # of a recording's duration, rounded to whole frames
+    time_shift: float = 0.03  # of a recording's duration, rounded to whole frames: none if T < 17
     drop: float = 0.05  # probability that a bin's events are dropped
 
 
@@ -568,7 +563,7 @@ AUGMENTATION = Augmentation()
 
 
 def sample_affine(batch_size: int, time_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw how each recording of a batch moves: in space, matrices [B, 2, 3], in time, steps [B].
+    """Draw how each recording of a batch moves: matrices [B, 2, 3], and steps in time [B].
 
     A matrix maps (x, y, 1), with x and y from the sensor's centre, to x and y: shear, scale,
     rotation, then shift. The numbers are drawn on the CPU, from torch's generator.
@@ -584,13 +579,12 @@ def sample_affine(batch_size: int, time_steps: int) -> tuple[torch.Tensor, torch
     return affine, (a.time_shift * time_steps * shift_t).round().long()
 
 
-def augment_events(frame_index, bin_index, count, affine, steps, time_steps: int):
-    """Move each recording's events by `affine` [B, 2, 3] and `steps` [B], and drop some at random.
+def augment_events(frame_index, bin_index, count, T: int, B: int):
+    """Move the events of each recording of a batch, and drop some; return the same three tensors.
 
-    `frame_index` (t * B + b), `bin_index` and `count` [non-zero bins] are a batch's, as are the
-    three that are returned.
+    `frame_index` (t * B + b), `bin_index` and `count` are those of the non-zero bins.
     """
-    B = len(steps)
+    affine, steps = (x.to(count.device, non_blocking=True) for x in sample_affine(B, T))
     dropped = torch.rand(len(count), device=count.device) < AUGMENTATION.drop
     recording = frame_index % B
     # [2, 3, non-zero bins], twice as fast as by affine[recording].
@@ -603,13 +597,13 @@ def augment_events(frame_index, bin_index, count, affine, steps, time_steps: int
     x, y = (matrix[:, 0] * x + matrix[:, 1] * y + (matrix[:, 2] + centre)).round().long()
     frame_index = frame_index + steps.index_select(0, recording) * B
     kept = (x >= 0) & (x < SIDE) & (y >= 0) & (y < SIDE) & ~dropped
-    kept &= (frame_index >= 0) & (frame_index < time_steps * B)
-    # What is dropped gets a count of 0: sizes stay fixed, so a GPU need not be waited for.
+    kept &= (frame_index >= 0) & (frame_index < T * B)
+    # The others get a count of 0: sizes stay fixed, which avoids a GPU synchronization.
     bin_index = torch.where(kept, (y * SIDE + x) * 2 + polarity, 0)
     return torch.where(kept, frame_index, 0), bin_index, count * kept
 
 
-# --- What scripts use -----------------------------------------------------------------------------
+# --- Loading, splitting, flags --------------------------------------------------------------------
 
 
 @dataclass
@@ -620,13 +614,13 @@ class Data:
     train: Frames | None  # None if the test part alone was loaded
     test: Frames
     test_files: list[str]  # relative to the folder of the test part
-    dataset: str  # the value of --dataset that loads it: 'nmnist' or 'simulated'
+    source: str  # the value of --dataset that loads it: 'nmnist' or 'simulated'
     step_ms: float | None  # nominal duration of a time step; None if it varies
     saccade_ends: list[float]  # in time steps; [] if these vary
 
     def describe(self, splits: Sequence[str] = SPLITS) -> dict:
-        """Return what identifies the recordings; copied or touched files are the same."""
-        description = {"source": self.dataset, "data_set": self.name}
+        """Return what identifies the recordings, by their content."""
+        description = {"source": self.source, "data_set": self.name}
         for split in splits:
             frames = self.train if split == "train" else self.test
             description[f"{split}_recordings"] = len(frames)
@@ -635,10 +629,10 @@ class Data:
 
 
 def load_data(args, device, splits=SPLITS, trained_on: dict | None = None) -> Data:
-    """Open, bin and move to `device` the recordings that the flags name.
+    """Open, bin and move to `device` the recordings that the flags name; "test" comes last.
 
-    `trained_on` is `Data.describe()` of those that a network was trained on: `--dataset auto` takes
-    simulated ones again if they are in data_dir, even if N-MNIST has come there since.
+    `trained_on` is `Data.describe()` of the recordings that a network was trained on. If they were
+    simulated and are still in data_dir, `--dataset auto` takes them, even if N-MNIST is there, too.
     """
     data_dir = Path(args.data_dir)
     dataset = args.dataset
@@ -647,30 +641,46 @@ def load_data(args, device, splits=SPLITS, trained_on: dict | None = None) -> Da
         dataset = "simulated"
     options = {"first_saccade_only": args.first_saccade_only, "stabilize": args.stabilize}
     opened = open_recordings(data_dir, dataset, splits, **options)
+    cache = data_dir / "cache"
     frames = {}
-    for recordings in opened:
-        cache = data_dir / "cache"
-        binned = load_frames(recordings, args.time_steps, args.denoise, args.bin_by, cache)
-        frames[recordings.split] = binned.to(device)
+    for part in opened:
+        binned = load_frames(part, args.time_steps, args.denoise, args.bin_by, cache)
+        frames[part.split] = binned.to(device)
     train, test = frames.get("train"), frames["test"]
     if train is not None:
         repeated = int(torch.isin(test.hashes, train.hashes).sum())
         if repeated:
             utils.warn(f"{repeated:,} test recordings are also in the training part")
-    root = opened[-1].folder.parent
-    dataset = "simulated" if root == data_dir / SIMULATED else "nmnist"
-    name = name_of(opened[-1])
-    files = [str(path.relative_to(root / "Test")) for path in opened[-1].files]
+    test_part = opened[-1]
+    name = name_of(test_part)
     if args.bin_by == "events":
-        return Data(f"{name}, frames of equal event count", train, test, files, dataset, None, [])
-    ends_ms = SACCADE_ENDS[:1] if args.first_saccade_only else SACCADE_ENDS
-    step_ms = ends_ms[-1] / args.time_steps
-    saccade_ends = [end * args.time_steps / ends_ms[-1] for end in ends_ms]
-    return Data(name, train, test, files, dataset, step_ms, saccade_ends)
+        name += ", frames of equal event count"
+    is_simulated = test_part.folder.parent == data_dir / SIMULATED
+    step_ms, saccade_ends = time_axis(args.time_steps, args.bin_by, args.first_saccade_only)
+    return Data(
+        name=name,
+        train=train,
+        test=test,
+        test_files=[str(path.relative_to(test_part.folder)) for path in test_part.files],
+        source="simulated" if is_simulated else "nmnist",
+        step_ms=step_ms,
+        saccade_ends=saccade_ends,
+    )
+
+
+def time_axis(time_steps: int, bin_by: str, first_saccade_only: bool):
+    """Return the duration of a time step in ms, and the ends of the saccades in time steps.
+
+    They are None and [] for frames of equal event count.
+    """
+    if bin_by == "events":
+        return None, []
+    ends_ms = SACCADE_ENDS[:1] if first_saccade_only else SACCADE_ENDS
+    return ends_ms[-1] / time_steps, [end * time_steps / ends_ms[-1] for end in ends_ms]
 
 
 def describe_tested(tested: dict, trained: dict) -> str:
-    """Return the name of the recordings that a network is tested on, and if others trained it.
+    """Return the name of the recordings of a test, which tells if a network was trained on others.
 
     Both are `Data.describe()`.
     """
@@ -710,7 +720,7 @@ def add_data_flags(parser) -> None:
     """Add the flags that say where recordings are."""
     utils.add_flag(parser, "--data_dir", DATA_DIR, "folder of the recordings")
     dataset = "nmnist: from data_dir, else downloaded; simulated: scikit-learn's digits, recorded "
-    dataset += f"by a simulated camera; auto: nmnist, or in {DATA_DIR} simulated if there is none"
+    dataset += f"by a simulated camera; auto: nmnist, or in {DATA_DIR} simulated if that fails"
     utils.add_flag(parser, "--dataset", "auto", dataset, choices=DATASETS)
 
 
@@ -719,12 +729,12 @@ def add_data_flags(parser) -> None:
 
 @dataclass(frozen=True)
 class Camera:
-    """The camera's parameters; each comment says what in 100 to 400 real recordings it fits.
+    """The camera's parameters, and what each was fitted to, in 100 to 400 real recordings.
 
-    Spreads between recordings are standard deviations of normal distributions, cut off at 2.5.
+    Spreads are standard deviations of normal distributions, between recordings within 2.5 of them.
     """
 
-    duration: float = SACCADE_ENDS[-1]  # ms at mean speed
+    duration: float = SACCADE_ENDS[-1]  # ms, on average
     gamma: float = 4.4  # exponent from grey value to light: event maps' correlation
     blur: float = 0.53  # pixels, standard deviation of the point spread: event maps
     dark_light: float = 1.6  # of the background, where a full stroke adds 1: spread of counts
@@ -735,43 +745,42 @@ class Camera:
     tau_bright: float = 3.2  # ms, receptor at full light: OFF events, 4.2 ms apart
     noise_on: float = 0.00035  # events per pixel and ms: the corners' 0.12 per recording
     noise_off: float = 0.00002  # events per pixel and ms: almost none in the corners
-    speed_spread: float = 0.0085  # relative: real last events lie between 297 and 315 ms
-    start_spread: float = 0.6  # ms: real last events spread more than by the speed
+    duration_spread: float = 0.0085  # relative: real last events lie between 297 and 315 ms
+    start_spread: float = 0.6  # ms: what `duration_spread` leaves of that
     recording_threshold_spread: float = 0.03  # relative: counts differ by 4% for one image
-    path_step: float = 8.0  # ms between the points of `path`
-    # (y, x) of the digit's centre from the sensor's, y down, in pixels: shifts of real event maps.
-    # fmt: off
-    path: tuple = (
-        (-1.62, -2.53), (-1.40, -2.57), (-1.17, -2.60), (-0.74, -2.65), (0.00, -2.69),
-        (0.96, -2.65), (1.98, -2.54), (2.81, -2.04), (3.35, -1.53), (3.57, -1.11),
-        (3.60, -1.02), (3.55, -0.93), (3.43, -0.82), (3.34, -0.69), (3.33, -0.52),
-        (3.31, -0.33), (3.00, 0.15), (2.39, 0.68), (1.50, 1.19), (0.56, 1.38),
-        (-0.34, 1.55), (-1.12, 1.91), (-1.50, 2.15), (-1.62, 2.31), (-1.60, 2.40),
-        (-1.54, 2.58), (-1.53, 2.73), (-1.61, 2.79), (-1.68, 2.65), (-1.61, 2.16),
-        (-1.54, 1.38), (-1.55, 0.65), (-1.59, -0.22), (-1.64, -1.05), (-1.75, -1.64),
-        (-1.85, -2.00), (-1.84, -2.34), (-1.78, -2.46), (-1.77, -2.43), (-1.77, -2.44),
-    )
-    # fmt: on
 
 
 CAMERA = Camera()
-SIMULATOR_VERSION = 2  # increased if the same image and seed give another recording
-BUILT_IN_IMAGES = "sklearn.datasets.load_digits"
-STEP = 1.0  # ms, with at most one event per pixel; halving it changed no result
+# (y, x) of the digit's centre from the sensor's in pixels, y down, every PATH_STEP ms: how far the
+# event maps of real recordings are shifted.
+# fmt: off
+SACCADE_PATH = (
+    (-1.62, -2.53), (-1.40, -2.57), (-1.17, -2.60), (-0.74, -2.65), (0.00, -2.69),
+    (0.96, -2.65), (1.98, -2.54), (2.81, -2.04), (3.35, -1.53), (3.57, -1.11),
+    (3.60, -1.02), (3.55, -0.93), (3.43, -0.82), (3.34, -0.69), (3.33, -0.52),
+    (3.31, -0.33), (3.00, 0.15), (2.39, 0.68), (1.50, 1.19), (0.56, 1.38),
+    (-0.34, 1.55), (-1.12, 1.91), (-1.50, 2.15), (-1.62, 2.31), (-1.60, 2.40),
+    (-1.54, 2.58), (-1.53, 2.73), (-1.61, 2.79), (-1.68, 2.65), (-1.61, 2.16),
+    (-1.54, 1.38), (-1.55, 0.65), (-1.59, -0.22), (-1.64, -1.05), (-1.75, -1.64),
+    (-1.85, -2.00), (-1.84, -2.34), (-1.78, -2.46), (-1.77, -2.43), (-1.77, -2.44),
+)
+# fmt: on
+PATH_STEP = 8.0
+STEP = 1.0  # ms, in which a pixel fires at most once; halving it changed no result
 MARGIN = 4  # pixels of empty scene around the sensor; the saccades reach less far
 SAMPLES = 4  # of the scene for each pixel, along each axis
-SIM_BATCH_SIZE = 64  # recordings simulated at once; the result does not depend on it
+SIM_BATCH_SIZE = 64  # recordings simulated at once, which changes none of them
 
 
 def simulate_events(images: np.ndarray, generators: list[np.random.Generator]) -> Iterator:
     """Record images (uint8 [N, 28, 28]) with a simulated event camera; yield each one's events.
 
-    The image moves along N-MNIST's three saccades (Orchard et al. 2015) before pixels as
-    Lichtsteiner et al. 2008 built them, as ESIM (Rebecq et al. 2018) and v2e (Hu et al. 2021)
-    simulate them:
+    The image moves along N-MNIST's three saccades (Orchard et al. 2015) before the pixels of
+    Lichtsteiner et al. 2008, which are simulated as by ESIM (Rebecq et al. 2018) and v2e (Hu et al.
+    2021):
 
         light      I = (image / 255)^gamma, blurred, moved by `saccade_offsets`
-        receptor   L = log(dark_light + I), dV/dt = (L - V) / tau; tau_dark to tau_bright with L
+        receptor   L = log(dark_light + I), dV/dt = (L - V) / tau, faster the larger L is
         event      if |V - V_ref| >= threshold: V_ref = V, then none for the refractory period
         polarity   0 if V rose, 1 if it fell, as in N-MNIST
         noise      thresholds vary between pixels and recordings; some events occur at random
@@ -780,16 +789,16 @@ def simulate_events(images: np.ndarray, generators: list[np.random.Generator]) -
     depends on its image and generator alone, not on those beside it.
     """
     for first in range(0, len(images), SIM_BATCH_SIZE):
-        batch = slice(first, first + SIM_BATCH_SIZE)
-        thresholds = np.stack([sample_threshold(rng) for rng in generators[batch]])
-        recording, *fired = pixel_events(log_scene(images[batch]), torch.from_numpy(thresholds))
-        for i, rng in enumerate(generators[batch]):
+        chosen = slice(first, first + SIM_BATCH_SIZE)
+        thresholds = np.stack([sample_threshold(rng) for rng in generators[chosen]])
+        recording, *fired = pixel_events(log_scene(images[chosen]), torch.from_numpy(thresholds))
+        for i, rng in enumerate(generators[chosen]):
+            caused = [values[recording == i] for values in fired]
             noise = sample_noise(rng)
-            fired_here = [values[recording == i] for values in fired]
-            x, y, t, p = (np.concatenate(both) for both in zip(fired_here, noise, strict=True))
-            speed = 1 + CAMERA.speed_spread * np.clip(rng.standard_normal(), -2.5, 2.5)
+            x, y, t, p = (np.concatenate(both) for both in zip(caused, noise, strict=True))
+            stretch = 1 + CAMERA.duration_spread * np.clip(rng.standard_normal(), -2.5, 2.5)
             start = CAMERA.start_spread * np.clip(rng.standard_normal(), -2.5, 2.5)
-            microseconds = np.maximum(1000 * (start + speed * t), 0).astype(np.int64)
+            microseconds = np.maximum(1000 * (start + stretch * t), 0).astype(np.int64)
             events = tonic.io.make_structured_array(x, y, microseconds, p, dtype=NMNIST.dtype)
             yield events[np.argsort(microseconds, kind="stable")]
 
@@ -798,7 +807,7 @@ def sample_threshold(rng: np.random.Generator) -> np.ndarray:
     """Draw a recording's thresholds, float32 [34, 34]."""
     level = 1 + CAMERA.recording_threshold_spread * np.clip(rng.standard_normal(), -2.5, 2.5)
     pixels = 1 + CAMERA.threshold_spread * rng.standard_normal((SIDE, SIDE))
-    return (CAMERA.threshold * level * np.maximum(pixels, 0.3)).astype(np.float32)
+    return (CAMERA.threshold * level * pixels).astype(np.float32)
 
 
 def sample_noise(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
@@ -812,10 +821,9 @@ def sample_noise(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
 
 def saccade_offsets(times: np.ndarray) -> np.ndarray:
     """Return the digit's offset (y, x) [n, 2] in pixels at `times` in ms, on a smooth curve."""
-    points = np.array(CAMERA.path)
-    at = CAMERA.path_step * np.arange(len(points))
-    path = CubicHermiteSpline(at, points, np.gradient(points, CAMERA.path_step, axis=0))
-    return path(np.minimum(times, at[-1]))
+    points = np.array(SACCADE_PATH)
+    at = PATH_STEP * np.arange(len(points))
+    return CubicHermiteSpline(at, points, np.gradient(points, PATH_STEP, axis=0))(times)
 
 
 def log_scene(images: np.ndarray) -> torch.Tensor:
@@ -839,12 +847,12 @@ def view_at(scene: torch.Tensor, offset: np.ndarray) -> torch.Tensor:
 
 
 def pixel_events(scene: torch.Tensor, threshold: torch.Tensor) -> list[np.ndarray]:
-    """Step the pixel equations of `simulate_events` along the path, thresholds [N, 34, 34].
+    """Return recording, x, y, time in ms and polarity of the events that a scene [N, H, H] causes.
 
-    Returns recording, x, y, time in ms and polarity of each event.
+    `threshold` is [N, 34, 34]. The equations are those of `simulate_events`.
     """
     dark, bright = np.log(CAMERA.dark_light), np.log(CAMERA.dark_light + 1)
-    slow, fast = 1 - np.exp(-STEP / CAMERA.tau_dark), 1 - np.exp(-STEP / CAMERA.tau_bright)
+    dark_share, bright_share = 1 - np.exp(-STEP / np.array([CAMERA.tau_dark, CAMERA.tau_bright]))
     times = np.arange(0, CAMERA.duration + STEP, STEP)
     offsets = saccade_offsets(times)
     v = view_at(scene, offsets[0])
@@ -853,28 +861,31 @@ def pixel_events(scene: torch.Tensor, threshold: torch.Tensor) -> list[np.ndarra
     fired = []
     for end, offset in zip(times[1:], offsets[1:], strict=True):
         log_light = view_at(scene, offset)
-        # In a step, V moves by a share of its distance to L, which is larger in bright light.
-        share = slow + (fast - slow) / (bright - dark) * (log_light - dark)
-        rise = share * (log_light - v)
-        v += rise
+        # V moves by this share of its distance to L; it is larger in bright light.
+        share = dark_share + (bright_share - dark_share) * (log_light - dark) / (bright - dark)
+        dv = share * (log_light - v)
+        v += dv
         change = v - v_ref
         fires = ((change.abs() >= threshold) & (free_at < end)).nonzero(as_tuple=True)
-        change, rise = change[fires], rise[fires]
-        # An event occurs when V has moved by the threshold, or else when the pixel is free.
-        overshoot = (change.abs() - threshold[fires]) / rise.abs().clamp(min=1e-9)
+        change, dv = change[fires], dv[fires]
+        # An event occurs when V has moved by the threshold, but not before the pixel is free.
+        overshoot = (change.abs() - threshold[fires]) / dv.abs().clamp(min=1e-9)
         when = torch.maximum(end - STEP * overshoot.clamp(max=1), free_at[fires])
-        v_ref[fires] = v[fires] - (end - when) / STEP * rise
+        v_ref[fires] = v[fires] - (end - when) / STEP * dv
         free_at[fires] = when + CAMERA.refractory
         recording, y, x = fires
         fired.append((recording, x, y, when, change < 0))
     return [torch.cat(column).numpy() for column in zip(*fired, strict=True)]
 
 
+SIMULATOR_VERSION = 2  # increased if the same image and seed give another recording
+
+
 def record_data_set(root: Path, parts: dict[str, tuple], name: str, seed: int) -> None:
     """Record the images of 'Train' and 'Test' into the folder `root`, all of them or none.
 
     A part is its images (uint8 [N, 28, 28]), their labels [N] and the numbers [N] that name the
-    recordings; these and the seed draw the noise. `name` is that of the images.
+    recordings. A recording's noise is drawn by its number and the seed. `name` is the images'.
     """
     with utils.atomic_path(root) as new:
         for i, (folder, (images, labels, numbers)) in enumerate(parts.items()):
@@ -895,11 +906,11 @@ def simulate_digits(root: Path) -> Path:
         return root
     utils.keep_earlier_files(root)  # of another version of the camera
     images, labels = sklearn_images()
-    numbers = np.arange(1, len(labels) + 1)
-    train, test = train_test_split(numbers, test_size=360, stratify=labels, random_state=0)
+    indices = np.arange(len(labels))
+    train, test = train_test_split(indices, test_size=360, stratify=labels, random_state=0)
     parts = {}
     for folder, chosen in (("Train", np.sort(train)), ("Test", np.sort(test))):
-        parts[folder] = images[chosen - 1], labels[chosen - 1], chosen
+        parts[folder] = images[chosen], labels[chosen], chosen + 1
     record_data_set(root, parts, BUILT_IN_IMAGES, seed=0)
     return root
 
@@ -919,8 +930,7 @@ def sklearn_images() -> tuple[np.ndarray, np.ndarray]:
 def read_images(path: str | Path) -> dict[str, tuple]:
     """Read labelled images from a .npz file, as `record_data_set` takes them.
 
-    Their numbers are their indices in the file's arrays, counted from 1. Raises `UserError` naming
-    the file, and what it must hold.
+    They are numbered from 1 in each array. Raises `UserError` naming the file and what it needs.
     """
     needed = "train_images and test_images, uint8 [N, 28, 28], train_labels and test_labels, whole "
     needed += "numbers [N], 0 to 9, some of each"
@@ -945,7 +955,7 @@ def read_images(path: str | Path) -> dict[str, tuple]:
 
 
 def print_table(parts: dict[str, Frames]) -> None:
-    """Print what the data set holds, one column a part."""
+    """Print what the data set holds, with a column for each part."""
     frames = list(parts.values())
     rows = {"": list(parts)}
     for digit in range(10):
@@ -982,10 +992,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.simulate is not None:
         parts = read_images(args.simulate)
-        if there := find_data_set(Path(args.data_dir)):
-            raise UserError(f"{there} holds recordings: choose another --data_dir to record into")
-        name = Path(args.simulate).name
-        record_data_set(Path(args.data_dir, "NMNIST"), parts, name, args.seed)
+        root = Path(args.data_dir, "NMNIST")
+        if find_data_set(Path(args.data_dir)) or root.exists():
+            raise UserError(f"--data_dir {args.data_dir} holds a data set: choose another")
+        record_data_set(root, parts, Path(args.simulate).name, args.seed)
         args.dataset = "nmnist"
     elif args.seed:
         parser.error("argument --seed: needs argument --simulate")

@@ -792,7 +792,7 @@ def run_seeds(args: argparse.Namespace, argv: list[str], device, seeds: list[int
             of_seed.seed = seed
             of_seed.save_dir = str(files.save_dir / f"seed_{seed}")
             of_seed.log_dir = str(files.log_dir / f"seed_{seed}")
-            of_seed.dataset = data.dataset if data else args.dataset  # the same for all
+            of_seed.dataset = data.source if data else args.dataset  # the same for all
             metrics, data = run(of_seed, argv, device)
             tests.append(metrics)
         if rank() == 0:

@@ -248,12 +248,12 @@ def test_one_part_is_enough_where_only_that_is_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("commands", "words"),  # in a data_dir of 2 training recordings and 1 test one a digit
     [
-        ("mkdir a; mv NMNIST a", r"a/NMNIST/T\w+/\d/\d+.bin, but recordings are read from"),
-        ("cp -r NMNIST b", r"b/T\w+/\d/\d+.bin, but recordings are read from"),
-        ("mv NMNIST/Test .", r"Test/\d/\d+.bin, but .* \S+/NMNIST/Test/<digit>/\*.bin: move"),
+        ("mkdir a; mv NMNIST a", r"a/NMNIST/T\w+/\d/\d+.bin is not read; move"),
+        ("cp -r NMNIST b", r"b/T\w+/\d/\d+.bin is not read; move"),
+        ("mv NMNIST/Test .", r"Test/\d/\d+.bin is not read; .* \S+/NMNIST/Test/<digit>"),
         ("mv NMNIST/Train a; mkdir NMNIST/Train; mv a NMNIST/Train/Train", r"Train/Train/\d/"),
-        ("mv NMNIST/Train/* .; rm -r NMNIST", r"\d/\d+.bin, but recordings are read from"),
-        ("mkdir a; touch a/train.zip", "a/train.zip, but recordings are read from"),
+        ("mv NMNIST/Train/* .; rm -r NMNIST", r"\d/\d+.bin is not read; move"),
+        ("mkdir a; touch a/train.zip", "a/train.zip is not read; move"),
         ("rm -r NMNIST/Train", "NMNIST/Train is missing"),
         ("rm -r NMNIST/Test/6", "Test/6 holds no \\*.bin"),
     ],
@@ -296,7 +296,7 @@ def test_simulated_digits_are_made_in_the_default_folder_alone(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     for data_dir, dataset, words in (
-        ("typo", "auto", "--data_dir typo is no folder: create it"),
+        ("typo", "auto", "--data_dir typo is not a folder: create it"),
         ("empty", "auto", r"no N-MNIST in empty: .*Connection refused.* --dataset simulated"),
         ("./data", "nmnist", f"no N-MNIST in data: .*Connection refused.*{nmnist.HOMEPAGE}"),
     ):
@@ -437,7 +437,7 @@ def test_pixels_keep_the_refractory_period(monkeypatch):
         order = np.lexsort((events["t"], pixel))
         gaps = np.diff(events["t"][order])[np.diff(pixel[order]) == 0]
         assert len(gaps) > 500
-        assert gaps.min() > 1000 * camera.refractory * (1 - 3 * camera.speed_spread)
+        assert gaps.min() > 1000 * camera.refractory * (1 - 3 * camera.duration_spread)
 
 
 def test_a_blank_image_gives_only_noise():
@@ -495,7 +495,7 @@ def test_labelled_images_are_recorded_and_the_seed_sets_the_noise(tmp_path, monk
     assert (len(train), len(test)) == (130, 65)
     _, labels = few_images(13)
     assert train.labels == [labels[int(path.stem) - 1] for path in train.files]
-    with pytest.raises(UserError, match="NMNIST holds recordings: choose another --data_dir"):
+    with pytest.raises(UserError, match=r"holds a data set: choose another"):
         simulate(archive, tmp_path / "a")
     assert snapshot(tmp_path / "a" / "NMNIST") == results[0]
 
