@@ -791,9 +791,10 @@ def simulate_events(images: np.ndarray, generators: list[np.random.Generator]) -
     for first in range(0, len(images), SIM_BATCH_SIZE):
         chosen = slice(first, first + SIM_BATCH_SIZE)
         thresholds = np.stack([sample_threshold(rng) for rng in generators[chosen]])
-        recording, *fired = pixel_events(log_scene(images[chosen]), torch.from_numpy(thresholds))
+        recording, *fired = pixel_events(log_scene(images[chosen]), thresholds.ravel())
         for i, rng in enumerate(generators[chosen]):
-            caused = [values[recording == i] for values in fired]
+            mine = np.flatnonzero(recording == i)
+            caused = [values[mine] for values in fired]
             noise = sample_noise(rng)
             x, y, t, p = (np.concatenate(both) for both in zip(caused, noise, strict=True))
             stretch = 1 + CAMERA.duration_spread * np.clip(rng.standard_normal(), -2.5, 2.5)
@@ -827,55 +828,62 @@ def saccade_offsets(times: np.ndarray) -> np.ndarray:
 
 
 def log_scene(images: np.ndarray) -> torch.Tensor:
-    """Return L of images [N, 28, 28] at rest, [N, H, H], H = SAMPLES * (SIDE + 2 * MARGIN)."""
+    """Return L of images [N, 28, 28] at rest, [1, N, H, H], H = SAMPLES * (SIDE + 2 * MARGIN).
+
+    The recordings are the channels of one picture, stored last: sampled at once, and faster.
+    """
     light = (images / 255) ** CAMERA.gamma
     border = MARGIN + (SIDE - 28) // 2
     light = np.pad(light, ((0, 0), (border, border), (border, border)))
     light = light.repeat(SAMPLES, axis=1).repeat(SAMPLES, axis=2)
     light = gaussian_filter(light, SAMPLES * CAMERA.blur, axes=(1, 2))
-    return torch.from_numpy(np.log(CAMERA.dark_light + light)).float()
+    scene = torch.from_numpy(np.log(CAMERA.dark_light + light)).float()[None]
+    return scene.contiguous(memory_format=torch.channels_last)
 
 
-def view_at(scene: torch.Tensor, offset: np.ndarray) -> torch.Tensor:
-    """Return what the pixels [N, 34, 34] see if the scene moves by `offset` (y, x) in pixels."""
+def view_at(scene: torch.Tensor, offset: np.ndarray) -> np.ndarray:
+    """Return what each pixel [N * 34 * 34] sees if the scene moves by `offset` (y, x) in pixels."""
     pixels = torch.arange(SIDE) - (SIDE - 1) / 2
     to_unit = SIDE / 2 + MARGIN  # grid_sample counts from -1 to 1
     y, x = ((pixels - moved) / to_unit for moved in offset)
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
-    # The recordings are the channels of one picture.
-    return F.grid_sample(scene[None], grid[None].float(), align_corners=False)[0]
+    return F.grid_sample(scene, grid[None].float(), align_corners=False).flatten().numpy()
 
 
-def pixel_events(scene: torch.Tensor, threshold: torch.Tensor) -> list[np.ndarray]:
-    """Return recording, x, y, time in ms and polarity of the events that a scene [N, H, H] causes.
+def pixel_events(scene: torch.Tensor, threshold: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return recording, x, y, time in ms and polarity of the events that a scene causes.
 
-    `threshold` is [N, 34, 34]. The equations are those of `simulate_events`.
+    `scene` is that of `log_scene`, `threshold` is float32 [N * 34 * 34]. The equations are those of
+    `simulate_events`.
     """
     dark, bright = np.log(CAMERA.dark_light), np.log(CAMERA.dark_light + 1)
     dark_share, bright_share = 1 - np.exp(-STEP / np.array([CAMERA.tau_dark, CAMERA.tau_bright]))
-    times = np.arange(0, CAMERA.duration + STEP, STEP)
+    gain = np.float32((bright_share - dark_share) / (bright - dark))
+    base = np.float32(dark_share - gain * dark)
+    times = np.arange(0, CAMERA.duration + STEP, STEP, dtype=np.float32)
     offsets = saccade_offsets(times)
     v = view_at(scene, offsets[0])
-    v_ref = v.clone()
-    free_at = torch.zeros_like(v)  # the end of the refractory period
+    v_ref = v.copy()
+    free_at = np.zeros_like(v)  # the end of the refractory period
     fired = []
     for end, offset in zip(times[1:], offsets[1:], strict=True):
         log_light = view_at(scene, offset)
-        # V moves by this share of its distance to L; it is larger in bright light.
-        share = dark_share + (bright_share - dark_share) * (log_light - dark) / (bright - dark)
-        dv = share * (log_light - v)
+        # V moves by a share of its distance to L, a share that is larger in bright light.
+        dv = (base + gain * log_light) * (log_light - v)
         v += dv
         change = v - v_ref
-        fires = ((change.abs() >= threshold) & (free_at < end)).nonzero(as_tuple=True)
-        change, dv = change[fires], dv[fires]
+        pixel = np.flatnonzero((np.abs(change) >= threshold) & (free_at < end))
+        change, dv = change[pixel], dv[pixel]
         # An event occurs when V has moved by the threshold, but not before the pixel is free.
-        overshoot = (change.abs() - threshold[fires]) / dv.abs().clamp(min=1e-9)
-        when = torch.maximum(end - STEP * overshoot.clamp(max=1), free_at[fires])
-        v_ref[fires] = v[fires] - (end - when) / STEP * dv
-        free_at[fires] = when + CAMERA.refractory
-        recording, y, x = fires
-        fired.append((recording, x, y, when, change < 0))
-    return [torch.cat(column).numpy() for column in zip(*fired, strict=True)]
+        overshoot = (np.abs(change) - threshold[pixel]) / np.maximum(np.abs(dv), 1e-9)
+        when = np.maximum(end - STEP * np.minimum(overshoot, 1), free_at[pixel])
+        v_ref[pixel] = v[pixel] - (end - when) / STEP * dv
+        free_at[pixel] = when + CAMERA.refractory
+        fired.append((pixel, when, change < 0))
+    pixel, when, polarity = (np.concatenate(column) for column in zip(*fired, strict=True))
+    recording, pixel = np.divmod(pixel, SIDE * SIDE)
+    y, x = np.divmod(pixel, SIDE)
+    return recording, x, y, when, polarity
 
 
 SIMULATOR_VERSION = 2  # increased if the same image and seed give another recording
