@@ -1,4 +1,4 @@
-"""N-MNIST recordings: find, download, check and bin them, make batches, simulate recordings.
+"""Find, download, check, bin, batch, augment and simulate N-MNIST recordings.
 
     python nmnist.py                                  # a table of what is in ./data
     python nmnist.py --data_dir DIR --time_steps 10   # of what is in another folder
@@ -42,14 +42,14 @@ from utils import UserError, number
 SIDE = 34  # pixels of the sensor, along each axis
 SENSOR_SIZE = (SIDE, SIDE, 2)  # x, y, polarities, as tonic orders them
 BINS_PER_FRAME = SIDE * SIDE * 2
-# In ms: minima of the mean event rate of real recordings, and their mean duration.
+# In ms: two minima of the mean event rate of real recordings, and the recordings' mean duration.
 SACCADE_ENDS = (100, 220, 308)
 SPLITS = ("train", "test")
 DATASETS = ("auto", "nmnist", "simulated")
 DATA_DIR = "./data"
 PUBLISHED = {"train": 60_000, "test": 10_000}  # recordings of N-MNIST
 HOMEPAGE = "https://www.garrickorchard.com/datasets/n-mnist"
-DIGITS = tuple("0123456789")
+DIGIT_FOLDERS = tuple("0123456789")
 ARCHIVES = ("train.zip", "test.zip", "Train.zip", "Test.zip")
 SIMULATED = "SimulatedNMNIST"  # folder and name of the simulated digits
 SIMULATOR_FILE = "simulator.json"  # marks simulated recordings
@@ -78,7 +78,7 @@ class NMNIST:
         self.first_saccade_only = first_saccade_only
         self.stabilize = stabilize
         self.files = []
-        for digit in DIGITS:
+        for digit in DIGIT_FOLDERS:
             files = sorted((self.folder / digit).glob("[!.]*.bin"))  # macOS adds ._*.bin
             if not files:
                 raise UserError(f"{self.folder / digit} holds no *.bin: every digit needs some")
@@ -96,13 +96,14 @@ class NMNIST:
             raise UserError(f"{path}: found {len(content):,} bytes; expected 5 for each event")
         events = tonic.io.read_mnist_file(io.BytesIO(content), self.dtype, is_stream=True)
         events = check_events(events, path)
-        return with_options(events, self.first_saccade_only, self.stabilize), self.labels[index]
+        return apply_options(events, self.first_saccade_only, self.stabilize), self.labels[index]
 
 
 def check_events(events: np.ndarray, name: str | Path) -> np.ndarray:
-    """Return events with the types of tonic's reader; `UserError` if they can't be a recording.
+    """Check that events can be a recording, and return them in tonic's dtype.
 
-    `events` have the fields x, y, t, p, of any type; `name` is what the error calls them.
+    `events` have the fields x, y, t, p, of any numeric type. Raises `UserError`, which calls them
+    `name`.
     """
     if wrong := what_is_wrong(events):
         expected = "x and y from 0 to 33, p 0 or 1, t in whole microseconds from 0 to 8,388,607"
@@ -115,7 +116,7 @@ def check_events(events: np.ndarray, name: str | Path) -> np.ndarray:
 def what_is_wrong(events: np.ndarray) -> str | None:
     """Return what is wrong with the events of a recording, in words, or None."""
     if not set("xytp") <= set(np.asarray(events).dtype.names or ()):
-        return "no array with the fields x, y, t, p"
+        return "something else than an array with the fields x, y, t, p"
     if len(events) == 0:
         return "no events"
     for axis, largest in (("x", 33), ("y", 33), ("p", 1), ("t", 2**23 - 1)):
@@ -148,8 +149,8 @@ def write_recording(path: str | Path, events: np.ndarray) -> None:
         temporary.write_bytes(content.tobytes())
 
 
-def with_options(events: np.ndarray, first_saccade_only: bool, stabilize: bool) -> np.ndarray:
-    """Return events as `tonic.datasets.NMNIST` does with these options."""
+def apply_options(events: np.ndarray, first_saccade_only: bool, stabilize: bool) -> np.ndarray:
+    """Apply the options of `tonic.datasets.NMNIST` to events."""
     if first_saccade_only:
         events = events[events["t"] < 100_000]
     if stabilize:
@@ -158,21 +159,24 @@ def with_options(events: np.ndarray, first_saccade_only: bool, stabilize: bool) 
     return events
 
 
-def denoise_events(events: np.ndarray, microseconds: int | None) -> np.ndarray:
-    """Return events after tonic's `Denoise`, if `microseconds` are given."""
-    if not microseconds or len(events) == 0:
+def denoise_events(events: np.ndarray, denoise: int | None) -> np.ndarray:
+    """Drop isolated events by tonic's `Denoise`, if its filter time in microseconds is given."""
+    if denoise is None or len(events) == 0:
         return events
-    return tonic.transforms.Denoise(microseconds)(events)
+    return tonic.transforms.Denoise(denoise)(events)
 
 
 def open_recordings(
     data_dir: str | Path = DATA_DIR, dataset="auto", splits: Sequence[str] = SPLITS, **options: bool
 ) -> list[NMNIST]:
-    """Return the parts `splits` of a data set, and print what they are.
+    """Open the parts `splits` of a data set, and print a line about each.
 
-    `dataset` is 'nmnist', 'simulated', or 'auto': N-MNIST if it is in `data_dir` or can be
-    downloaded, else, in ./data alone, simulated recordings, with a warning. `options` are those of
-    `NMNIST`. Raises `UserError` if there are no recordings, or some in an unexpected place.
+    `dataset` is one of
+        nmnist      N-MNIST, which is in `data_dir` or is downloaded
+        simulated   simulated recordings of scikit-learn's digits, which are made if missing
+        auto        nmnist; if it can't be downloaded to ./data, simulated, with a warning
+    `options` are those of `NMNIST`. Raises `UserError` if there are no recordings, or some in an
+    unexpected place.
     """
     data_dir = Path(data_dir)
     if dataset == "simulated":
@@ -195,7 +199,7 @@ def open_recordings(
 def name_of(recordings: NMNIST) -> str:
     """Return the data set's name for figures, with the options that change its recordings.
 
-    Simulated recordings are called SimulatedNMNIST, with the name of a user's own images.
+    Simulated recordings are called SimulatedNMNIST, followed by the file of a user's own images.
     """
     name = "NMNIST"
     simulator = recordings.folder.parent / SIMULATOR_FILE
@@ -212,20 +216,18 @@ def name_of(recordings: NMNIST) -> str:
 
 
 def find_data_set(data_dir: Path) -> Path | None:
-    """Return `data_dir`/NMNIST or `data_dir`, whichever holds Train, Test or a zip, else None.
+    """Return `data_dir`/NMNIST or `data_dir`, the first that holds Train, Test or a zip, or None.
 
     Raises `UserError` if there are recordings elsewhere in `data_dir`.
     """
-    roots = []
-    for folder in (data_dir / "NMNIST", data_dir):
+    root = None
+    for folder in (data_dir, data_dir / "NMNIST"):
         if any((folder / name).exists() for name in ("Train", "Test", *ARCHIVES)):
-            roots.append(folder)
-    root = roots[0] if roots else None
+            root = folder
     if path := find_misplaced(data_dir, root):
         place = root or data_dir / "NMNIST"
-        advice = f"move its recordings to {place}/Train/<digit> and {place}/Test/<digit>"
-        advice += ", or choose another folder"
-        raise UserError(f"--data_dir {data_dir}: {path} is not read; {advice}")
+        expected = f"{place}/Train/<digit>/*.bin and {place}/Test/<digit>/*.bin, or zips in {place}"
+        raise UserError(f"--data_dir {data_dir}: found {path}; expected {expected}: move it there")
     return root
 
 
@@ -233,22 +235,22 @@ def find_misplaced(data_dir: Path, root: Path | None) -> Path | None:
     """Return a recording or zip, at most four folders deep, that is not where it should be."""
     for name, folders, files in os.walk(data_dir, followlinks=True):
         folder = Path(name)
-        # The walk skips the recordings that are in place: all that it meets are misplaced.
-        skipped = DIGITS if folder.parent == root and folder.name in ("Train", "Test") else ()
-        prefixes = (".", "__MACOSX", SIMULATED)
-        folders[:] = [f for f in folders if f not in skipped and not f.startswith(prefixes)]
+        # The walk leaves out what is in place, so any recording that it meets is misplaced.
+        if folder.parent == root and folder.name in ("Train", "Test"):
+            folders[:] = set(folders) - set(DIGIT_FOLDERS)
         if len(folder.relative_to(data_dir).parts) == 4:
             folders.clear()
+        folders[:] = [f for f in folders if not f.startswith((".", "__MACOSX", SIMULATED))]
         for file in files:
-            is_recording = folder.name in DIGITS and file.endswith(".bin")
-            is_archive = file in ARCHIVES and folder not in (root, data_dir)
+            is_recording = folder.name in DIGIT_FOLDERS and file.endswith(".bin")
+            is_archive = file in ARCHIVES and folder != root
             if is_recording or is_archive:
                 return folder / file
     return None
 
 
 def part_folder(root: Path, split: str) -> Path:
-    """Return the folder Train or Test in `root`; its zip is unpacked if that is all there is."""
+    """Return the folder Train or Test in `root`; if there is none, its zip is unpacked first."""
     folder = root / split.capitalize()
     for archive in (root / f"{split}.zip", root / f"{folder.name}.zip"):
         if not folder.exists() and archive.exists():
@@ -279,10 +281,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def download_or_simulate(data_dir: Path, dataset: str) -> Path:
-    """Download N-MNIST and return its folder; if that fails, simulate digits instead.
-
-    They are simulated with `dataset` 'auto' in ./data alone, elsewhere `UserError` is raised.
-    """
+    """Download N-MNIST and return its folder; if that fails, see `open_recordings`."""
     is_default = data_dir.resolve() == Path(DATA_DIR).resolve()
     if not (is_default or data_dir.is_dir()):
         advice = "create it to download N-MNIST into it, or add --dataset simulated"
@@ -301,12 +300,12 @@ def download_or_simulate(data_dir: Path, dataset: str) -> Path:
 def download(data_dir: Path) -> Path:
     """Download N-MNIST to `data_dir`/NMNIST, all of it or none, and return that folder.
 
-    Raises `UserError` if the zips can't be had; one that is complete is kept for the next try.
+    Raises `UserError` if a zip can't be downloaded; a complete one is kept for the next try.
     """
     source = tonic.datasets.NMNIST
     zips = data_dir / ".download"
     previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)  # seconds that a host may be silent; tonic sets no limit
+    socket.setdefaulttimeout(10)  # give up after 10 s of silence; tonic would wait for ever
     try:
         with utils.name_in_errors(data_dir):
             zips.mkdir(parents=True, exist_ok=True)
@@ -326,7 +325,7 @@ def download(data_dir: Path) -> Path:
 
 # --- Frames and their cache -----------------------------------------------------------------------
 
-CACHE_VERSION = 7  # increased if the same options and recordings give other frames
+CACHE_VERSION = 7  # increase it when the same options and recordings give other frames
 
 
 @dataclass
@@ -367,12 +366,12 @@ class Frames:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A text that is equal if the recordings' files, their labels and their order are."""
+        """A hash of the recordings' files, labels and order."""
         content = self.hashes.cpu().numpy().tobytes() + self.labels.cpu().numpy().tobytes()
         return hashlib.sha256(content).hexdigest()[:12]
 
     def to(self, device: torch.device) -> "Frames":
-        """Return the same frames, on `device`; 0.5 GB for 60,000 recordings at T = 25."""
+        """Copy the frames to `device`: 0.5 GB for 60,000 recordings at T = 25."""
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def batch(
@@ -388,25 +387,25 @@ class Frames:
         spans = [self.spans[i] for i in indices.tolist()]
         bin_index = torch.cat([self.bin_index[span] for span in spans])
         count = torch.cat([self.count[span] for span in spans])
-        device_indices = indices.to(device, non_blocking=True)
-        # Frame t of recording b is frame t * B + b of the batch: [B, T].
-        of_batch = torch.arange(T, device=device) * B + torch.arange(B, device=device)[:, None]
-        nnz = self.nnz_per_frame[device_indices].long()
+        indices = indices.to(device, non_blocking=True)
+        nnz = self.nnz_per_frame[indices].long()  # [B, T]
+        t, b = torch.arange(T, device=device), torch.arange(B, device=device)
+        frame_index = t * B + b[:, None]  # [B, T], of each frame in the batch
         # output_size avoids a GPU synchronization.
-        frame_index = of_batch.flatten().repeat_interleave(nnz.flatten(), output_size=len(count))
+        frame_index = frame_index.flatten().repeat_interleave(nnz.flatten(), output_size=len(count))
         if augment:
             frame_index, bin_index, count = augment_events(frame_index, bin_index, count, T, B)
         frames = torch.zeros(T * B * BINS_PER_FRAME, dtype=dtype, device=device)
-        where = frame_index * BINS_PER_FRAME + bin_index
+        position = frame_index * BINS_PER_FRAME + bin_index
         # Events that moved to the same bin add up.
-        frames.index_put_((where,), count.to(dtype), accumulate=augment)
+        frames.index_put_((position,), count.to(dtype), accumulate=augment)
         frames = frames.view(T, B, SIDE, SIDE, 2).movedim(-1, 2)
-        return frames, self.labels[device_indices].long()
+        return frames, self.labels[indices].long()
 
     def batches(
         self, indices: torch.Tensor, batch_size: int, dtype: torch.dtype = torch.float32
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield `batch` of `indices`, `batch_size` at a time; the last may be smaller."""
+        """Yield the batches of `indices`; the last may be smaller."""
         for chunk in indices.split(batch_size):
             yield self.batch(chunk, dtype)
 
@@ -414,8 +413,8 @@ class Frames:
 def load_frames(
     recordings: NMNIST,
     time_steps: int,
-    denoise: int | None = None,
-    bin_by: str = "time",
+    denoise=None,
+    bin_by="time",
     cache: str | Path | None = None,
 ) -> Frames:
     """Return the recordings binned into `time_steps` frames.
@@ -423,7 +422,7 @@ def load_frames(
     `denoise` is the filter time of `tonic.transforms.Denoise` in microseconds; `bin_by` is 'time'
     for frames of equal duration or 'events' for frames of equal event count. If the folder `cache`
     holds these frames, they are read from there, else written to it: they are keyed by the options,
-    the recordings' folder, and the name, size and date of each recording.
+    the recordings' folder, and the name, size and date of each recording's file.
     """
     path = Path(cache) / cache_name(recordings, time_steps, denoise, bin_by) if cache else None
     frames = read_cache(path) if path else None
@@ -434,7 +433,7 @@ def load_frames(
     if frames.num_blank:
         utils.warn(
             f"{frames.num_blank:,} of {len(frames):,} {recordings.split} recordings have no event "
-            "in any frame: choose fewer --time_steps, a longer --denoise or fewer options"
+            "in any frame: choose fewer --time_steps, a longer --denoise, no --first_saccade_only"
         )
     return frames
 
@@ -483,7 +482,7 @@ def bin_recordings(
     indices, counts, nnz, statistics, hashes = [], [], [], [], []
     for i in tqdm(range(len(recordings)), desc=f"bin {recordings.split}", unit="recording"):
         path = recordings.files[i]
-        digest = hashlib.sha256(path.read_bytes()).digest()  # which no option changes
+        digest = hashlib.sha256(path.read_bytes()).digest()  # of the whole file
         hashes.append(int.from_bytes(digest[:8], "big", signed=True))
         events, _ = recordings[i]
         t = events["t"]
@@ -511,7 +510,7 @@ def bin_recordings(
 def bin_events(
     events: np.ndarray, time_steps: int, bin_by: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the bins of tonic's `ToFrame` that are not zero: frame, index in it, event count."""
+    """Return the non-zero bins of tonic's `ToFrame`: their frame, index in it, event count."""
     if len(events) == 0:  # the options left none
         return (np.zeros(0, int),) * 3
     slicers = {"time": tonic.slicers.SliceByTimeBins, "events": tonic.slicers.SliceByEventBins}
@@ -530,15 +529,15 @@ def to_frames(events: np.ndarray, settings: dict) -> torch.Tensor:
     """Return the frames [T, 1, 2, 34, 34] of a user's own events, for a trained network.
 
     `events` have the fields x, y, t, p. `settings` are those of the network's checkpoint, which
-    say how its training's frames were made. Raises `UserError` if the events are wrong.
+    say how the frames that it was trained on were made. Raises `UserError` if the events are wrong.
     """
     events = check_events(events, "events")
-    events = with_options(events, settings["first_saccade_only"], settings["stabilize"])
+    events = apply_options(events, settings["first_saccade_only"], settings["stabilize"])
     events = denoise_events(events, settings["denoise"])
     time_steps = settings["time_steps"]
     frame, bin_index, count = bin_events(events, time_steps, settings["bin_by"])
     if len(count) == 0:
-        utils.warn("with the network's settings, no event is in any frame")
+        utils.warn("the network's settings leave no event in any frame")
     frames = torch.zeros(time_steps * BINS_PER_FRAME)
     frames[frame * BINS_PER_FRAME + bin_index] = torch.from_numpy(count).float()
     return frames.view(time_steps, 1, SIDE, SIDE, 2).movedim(-1, 2)
@@ -549,7 +548,7 @@ def to_frames(events: np.ndarray, settings: dict) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far a recording is changed: each value is drawn uniformly from -limit to limit."""
+    """How a recording is changed: by values drawn from -limit to limit, and drops."""
 
     shift: float = 1.0  # pixels, along each axis
     rotation: float = 5.0  # degrees, around the centre of the sensor
@@ -563,7 +562,7 @@ AUGMENTATION = Augmentation()
 
 
 def sample_affine(batch_size: int, time_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw how each recording of a batch moves: matrices [B, 2, 3], and steps in time [B].
+    """Draw how each recording of a batch moves: matrices [B, 2, 3], and frames in time [B].
 
     A matrix maps (x, y, 1), with x and y from the sensor's centre, to x and y: shear, scale,
     rotation, then shift. The numbers are drawn on the CPU, from torch's generator.
@@ -584,21 +583,21 @@ def augment_events(frame_index, bin_index, count, T: int, B: int):
 
     `frame_index` (t * B + b), `bin_index` and `count` are those of the non-zero bins.
     """
-    affine, steps = (x.to(count.device, non_blocking=True) for x in sample_affine(B, T))
+    affine, time_shift = (x.to(count.device, non_blocking=True) for x in sample_affine(B, T))
     dropped = torch.rand(len(count), device=count.device) < AUGMENTATION.drop
     recording = frame_index % B
-    # [2, 3, non-zero bins], twice as fast as by affine[recording].
+    # [2, 3, non-zero bins]; affine[recording] takes three times as long.
     matrix = affine.flatten(1).T.index_select(1, recording).view(2, 3, -1)
     centre = (SIDE - 1) / 2
     pixel, polarity = bin_index >> 1, bin_index & 1
-    y = pixel // SIDE
-    x = pixel - SIDE * y
-    x, y = x - centre, y - centre
+    row = pixel // SIDE
+    x, y = pixel - SIDE * row - centre, row - centre
+    # Both rows of the matrices at once.
     x, y = (matrix[:, 0] * x + matrix[:, 1] * y + (matrix[:, 2] + centre)).round().long()
-    frame_index = frame_index + steps.index_select(0, recording) * B
+    frame_index = frame_index + time_shift.index_select(0, recording) * B
     kept = (x >= 0) & (x < SIDE) & (y >= 0) & (y < SIDE) & ~dropped
     kept &= (frame_index >= 0) & (frame_index < T * B)
-    # The others get a count of 0: sizes stay fixed, which avoids a GPU synchronization.
+    # Events that are not kept get a count of 0: fixed sizes avoid a GPU synchronization.
     bin_index = torch.where(kept, (y * SIDE + x) * 2 + polarity, 0)
     return torch.where(kept, frame_index, 0), bin_index, count * kept
 
@@ -629,10 +628,10 @@ class Data:
 
 
 def load_data(args, device, splits=SPLITS, trained_on: dict | None = None) -> Data:
-    """Open, bin and move to `device` the recordings that the flags name; "test" comes last.
+    """Open, bin and move to `device` the recordings that the flags name, the test part at least.
 
     `trained_on` is `Data.describe()` of the recordings that a network was trained on. If they were
-    simulated and are still in data_dir, `--dataset auto` takes them, even if N-MNIST is there, too.
+    simulated and are still in data_dir, `--dataset auto` uses them, even if N-MNIST is there too.
     """
     data_dir = Path(args.data_dir)
     dataset = args.dataset
@@ -640,28 +639,27 @@ def load_data(args, device, splits=SPLITS, trained_on: dict | None = None) -> Da
     if dataset == "auto" and was_simulated and (data_dir / SIMULATED).is_dir():
         dataset = "simulated"
     options = {"first_saccade_only": args.first_saccade_only, "stabilize": args.stabilize}
-    opened = open_recordings(data_dir, dataset, splits, **options)
-    cache = data_dir / "cache"
+    opened = {part.split: part for part in open_recordings(data_dir, dataset, splits, **options)}
     frames = {}
-    for part in opened:
+    for split, part in opened.items():
+        cache = data_dir / "cache"
         binned = load_frames(part, args.time_steps, args.denoise, args.bin_by, cache)
-        frames[part.split] = binned.to(device)
-    train, test = frames.get("train"), frames["test"]
-    if train is not None:
-        repeated = int(torch.isin(test.hashes, train.hashes).sum())
+        frames[split] = binned.to(device)
+    if "train" in frames:
+        repeated = int(torch.isin(frames["test"].hashes, frames["train"].hashes).sum())
         if repeated:
             utils.warn(f"{repeated:,} test recordings are also in the training part")
-    test_part = opened[-1]
-    name = name_of(test_part)
+    test = opened["test"]
+    name = name_of(test)
     if args.bin_by == "events":
         name += ", frames of equal event count"
-    is_simulated = test_part.folder.parent == data_dir / SIMULATED
+    is_simulated = test.folder.parent == data_dir / SIMULATED
     step_ms, saccade_ends = time_axis(args.time_steps, args.bin_by, args.first_saccade_only)
     return Data(
         name=name,
-        train=train,
-        test=test,
-        test_files=[str(path.relative_to(test_part.folder)) for path in test_part.files],
+        train=frames.get("train"),
+        test=frames["test"],
+        test_files=[str(path.relative_to(test.folder)) for path in test.files],
         source="simulated" if is_simulated else "nmnist",
         step_ms=step_ms,
         saccade_ends=saccade_ends,
@@ -680,7 +678,7 @@ def time_axis(time_steps: int, bin_by: str, first_saccade_only: bool):
 
 
 def describe_tested(tested: dict, trained: dict) -> str:
-    """Return the name of the recordings of a test, which tells if a network was trained on others.
+    """Name the recordings of a test, and say so if the network was trained on others.
 
     Both are `Data.describe()`.
     """
@@ -729,30 +727,31 @@ def add_data_flags(parser) -> None:
 
 @dataclass(frozen=True)
 class Camera:
-    """The camera's parameters, and what each was fitted to, in 100 to 400 real recordings.
+    """The camera's parameters, and what in 100 to 400 real recordings each was fitted to.
 
-    Spreads are standard deviations of normal distributions, between recordings within 2.5 of them.
+    Spreads are standard deviations. Values drawn for a recording are clipped at 2.5 of them.
     """
 
     duration: float = SACCADE_ENDS[-1]  # ms, on average
-    gamma: float = 4.4  # exponent from grey value to light: event maps' correlation
-    blur: float = 0.53  # pixels, standard deviation of the point spread: event maps
-    dark_light: float = 1.6  # of the background, where a full stroke adds 1: spread of counts
-    threshold: float = 0.065  # log light between two events: 4,101 events on average
-    threshold_spread: float = 0.055  # relative, from pixel to pixel: event maps
-    refractory: float = 1.7  # ms without events after one: 99% of real pauses are longer
-    tau_dark: float = 5.3  # ms, receptor at the background's light: ON events, 5.4 ms apart
-    tau_bright: float = 3.2  # ms, receptor at full light: OFF events, 4.2 ms apart
-    noise_on: float = 0.00035  # events per pixel and ms: the corners' 0.12 per recording
-    noise_off: float = 0.00002  # events per pixel and ms: almost none in the corners
-    duration_spread: float = 0.0085  # relative: real last events lie between 297 and 315 ms
-    start_spread: float = 0.6  # ms: what `duration_spread` leaves of that
-    recording_threshold_spread: float = 0.03  # relative: counts differ by 4% for one image
+    gamma: float = 4.4  # exponent from grey value to light; fitted to event maps
+    blur: float = 0.53  # pixels, standard deviation of the point spread; event maps
+    dark_light: float = 1.6  # of the background, to which a full stroke adds 1; spread of counts
+    threshold: float = 0.065  # log light between two events; 4,101 events on average
+    threshold_spread: float = 0.055  # relative, from pixel to pixel; event maps
+    refractory: float = 1.7  # ms without events after one; 99% of real pauses are longer
+    tau_dark: float = 5.3  # ms, of the receptor in the dark; ON events are 5.4 ms apart
+    tau_bright: float = 3.2  # ms, of the receptor in full light; OFF events are 4.2 ms apart
+    noise_on: float = 0.00035  # events per pixel and ms; in the corners, 0.12 a recording
+    noise_off: float = 0.00002  # events per pixel and ms; in the corners, almost none
+    duration_spread: float = 0.0085  # relative; last events are between 297 and 315 ms
+    start_spread: float = 0.6  # ms; the rest of that spread
+    recording_threshold_spread: float = 0.03  # relative; counts differ by 4% for one image
 
 
 CAMERA = Camera()
-# (y, x) of the digit's centre from the sensor's in pixels, y down, every PATH_STEP ms: how far the
-# event maps of real recordings are shifted.
+PATH_STEP = 8.0  # ms
+# Position (y, x) of the digit's centre from the sensor's in pixels, y down, every PATH_STEP:
+# measured as the shift of real event maps.
 # fmt: off
 SACCADE_PATH = (
     (-1.62, -2.53), (-1.40, -2.57), (-1.17, -2.60), (-0.74, -2.65), (0.00, -2.69),
@@ -765,25 +764,26 @@ SACCADE_PATH = (
     (-1.85, -2.00), (-1.84, -2.34), (-1.78, -2.46), (-1.77, -2.43), (-1.77, -2.44),
 )
 # fmt: on
-PATH_STEP = 8.0
-STEP = 1.0  # ms, in which a pixel fires at most once; halving it changed no result
-MARGIN = 4  # pixels of empty scene around the sensor; the saccades reach less far
-SAMPLES = 4  # of the scene for each pixel, along each axis
-SIM_BATCH_SIZE = 64  # recordings simulated at once, which changes none of them
+STEP = 1.0  # ms; a pixel fires at most once in it. Halving it made no difference.
+MARGIN = 4  # pixels of empty scene around the sensor, more than the digit moves
+SAMPLES = 4  # per pixel of the scene, along each axis
+SIM_BATCH_SIZE = 64  # recordings simulated at once; does not affect the result
+SIMULATOR_VERSION = 2  # increase it when the same image and seed give another recording
 
 
 def simulate_events(images: np.ndarray, generators: list[np.random.Generator]) -> Iterator:
     """Record images (uint8 [N, 28, 28]) with a simulated event camera; yield each one's events.
 
-    The image moves along N-MNIST's three saccades (Orchard et al. 2015) before the pixels of
-    Lichtsteiner et al. 2008, which are simulated as by ESIM (Rebecq et al. 2018) and v2e (Hu et al.
-    2021):
+    The image moves along N-MNIST's three saccades (Orchard et al. 2015) in front of an event camera
+    (Lichtsteiner et al. 2008), modelled as in ESIM (Rebecq et al. 2018) and v2e (Hu et al. 2021):
 
         light      I = (image / 255)^gamma, blurred, moved by `saccade_offsets`
-        receptor   L = log(dark_light + I), dV/dt = (L - V) / tau, faster the larger L is
+        receptor   L = log(dark_light + I), dV/dt = (L - V) / tau, faster in bright light: in a
+                   step, V moves by a share of its distance to L that is linear in L
         event      if |V - V_ref| >= threshold: V_ref = V, then none for the refractory period
         polarity   0 if V rose, 1 if it fell, as in N-MNIST
-        noise      thresholds vary between pixels and recordings; some events occur at random
+        noise      thresholds vary between pixels and recordings, start and duration between
+                   recordings; some events occur at random
 
     Time is in ms inside and in microseconds in the events, which are sorted by it. A recording
     depends on its image and generator alone, not on those beside it.
@@ -793,20 +793,25 @@ def simulate_events(images: np.ndarray, generators: list[np.random.Generator]) -
         thresholds = np.stack([sample_threshold(rng) for rng in generators[chosen]])
         recording, *fired = pixel_events(log_scene(images[chosen]), thresholds.ravel())
         for i, rng in enumerate(generators[chosen]):
-            mine = np.flatnonzero(recording == i)
-            caused = [values[mine] for values in fired]
+            of_i = np.flatnonzero(recording == i)
+            caused = [values[of_i] for values in fired]
             noise = sample_noise(rng)
             x, y, t, p = (np.concatenate(both) for both in zip(caused, noise, strict=True))
-            stretch = 1 + CAMERA.duration_spread * np.clip(rng.standard_normal(), -2.5, 2.5)
-            start = CAMERA.start_spread * np.clip(rng.standard_normal(), -2.5, 2.5)
+            stretch = 1 + CAMERA.duration_spread * clipped_normal(rng)
+            start = CAMERA.start_spread * clipped_normal(rng)
             microseconds = np.maximum(1000 * (start + stretch * t), 0).astype(np.int64)
             events = tonic.io.make_structured_array(x, y, microseconds, p, dtype=NMNIST.dtype)
             yield events[np.argsort(microseconds, kind="stable")]
 
 
+def clipped_normal(rng: np.random.Generator) -> float:
+    """Draw a number from a standard normal distribution, clipped."""
+    return np.clip(rng.standard_normal(), -2.5, 2.5)
+
+
 def sample_threshold(rng: np.random.Generator) -> np.ndarray:
     """Draw a recording's thresholds, float32 [34, 34]."""
-    level = 1 + CAMERA.recording_threshold_spread * np.clip(rng.standard_normal(), -2.5, 2.5)
+    level = 1 + CAMERA.recording_threshold_spread * clipped_normal(rng)
     pixels = 1 + CAMERA.threshold_spread * rng.standard_normal((SIDE, SIDE))
     return (CAMERA.threshold * level * pixels).astype(np.float32)
 
@@ -830,7 +835,7 @@ def saccade_offsets(times: np.ndarray) -> np.ndarray:
 def log_scene(images: np.ndarray) -> torch.Tensor:
     """Return L of images [N, 28, 28] at rest, [1, N, H, H], H = SAMPLES * (SIDE + 2 * MARGIN).
 
-    The recordings are the channels of one picture, stored last: sampled at once, and faster.
+    The recordings are the channels of one picture, which one `grid_sample` reads.
     """
     light = (images / 255) ** CAMERA.gamma
     border = MARGIN + (SIDE - 28) // 2
@@ -856,44 +861,41 @@ def pixel_events(scene: torch.Tensor, threshold: np.ndarray) -> tuple[np.ndarray
     `scene` is that of `log_scene`, `threshold` is float32 [N * 34 * 34]. The equations are those of
     `simulate_events`.
     """
+    # In a step, V moves by the share offset + slope * L of its distance to L.
     dark, bright = np.log(CAMERA.dark_light), np.log(CAMERA.dark_light + 1)
     dark_share, bright_share = 1 - np.exp(-STEP / np.array([CAMERA.tau_dark, CAMERA.tau_bright]))
-    gain = np.float32((bright_share - dark_share) / (bright - dark))
-    base = np.float32(dark_share - gain * dark)
+    slope = np.float32((bright_share - dark_share) / (bright - dark))
+    offset = np.float32(dark_share - slope * dark)
     times = np.arange(0, CAMERA.duration + STEP, STEP, dtype=np.float32)
-    offsets = saccade_offsets(times)
-    v = view_at(scene, offsets[0])
+    positions = saccade_offsets(times)
+    v = view_at(scene, positions[0])
     v_ref = v.copy()
     free_at = np.zeros_like(v)  # the end of the refractory period
     fired = []
-    for end, offset in zip(times[1:], offsets[1:], strict=True):
-        log_light = view_at(scene, offset)
-        # V moves by a share of its distance to L, a share that is larger in bright light.
-        dv = (base + gain * log_light) * (log_light - v)
+    for end, position in zip(times[1:], positions[1:], strict=True):
+        log_light = view_at(scene, position)
+        dv = (offset + slope * log_light) * (log_light - v)
         v += dv
         change = v - v_ref
-        pixel = np.flatnonzero((np.abs(change) >= threshold) & (free_at < end))
-        change, dv = change[pixel], dv[pixel]
+        i = np.flatnonzero((np.abs(change) >= threshold) & (free_at < end))
+        change, dv = change[i], dv[i]
         # An event occurs when V has moved by the threshold, but not before the pixel is free.
-        overshoot = (np.abs(change) - threshold[pixel]) / np.maximum(np.abs(dv), 1e-9)
-        when = np.maximum(end - STEP * np.minimum(overshoot, 1), free_at[pixel])
-        v_ref[pixel] = v[pixel] - (end - when) / STEP * dv
-        free_at[pixel] = when + CAMERA.refractory
-        fired.append((pixel, when, change < 0))
-    pixel, when, polarity = (np.concatenate(column) for column in zip(*fired, strict=True))
-    recording, pixel = np.divmod(pixel, SIDE * SIDE)
+        steps_ago = (np.abs(change) - threshold[i]) / np.maximum(np.abs(dv), 1e-9)
+        when = np.maximum(end - STEP * np.minimum(steps_ago, 1), free_at[i])
+        v_ref[i] = v[i] - (end - when) / STEP * dv  # V at that time
+        free_at[i] = when + CAMERA.refractory
+        fired.append((i, when, change < 0))
+    i, when, polarity = (np.concatenate(column) for column in zip(*fired, strict=True))
+    recording, pixel = np.divmod(i, SIDE * SIDE)
     y, x = np.divmod(pixel, SIDE)
     return recording, x, y, when, polarity
-
-
-SIMULATOR_VERSION = 2  # increased if the same image and seed give another recording
 
 
 def record_data_set(root: Path, parts: dict[str, tuple], name: str, seed: int) -> None:
     """Record the images of 'Train' and 'Test' into the folder `root`, all of them or none.
 
     A part is its images (uint8 [N, 28, 28]), their labels [N] and the numbers [N] that name the
-    recordings. A recording's noise is drawn by its number and the seed. `name` is the images'.
+    recordings. The number and the seed determine the noise. `name` says which images they are.
     """
     with utils.atomic_path(root) as new:
         for i, (folder, (images, labels, numbers)) in enumerate(parts.items()):
@@ -938,10 +940,10 @@ def sklearn_images() -> tuple[np.ndarray, np.ndarray]:
 def read_images(path: str | Path) -> dict[str, tuple]:
     """Read labelled images from a .npz file, as `record_data_set` takes them.
 
-    They are numbered from 1 in each array. Raises `UserError` naming the file and what it needs.
+    They are numbered from 1 in each part. Raises `UserError` if the file is not as it must be.
     """
     needed = "train_images and test_images, uint8 [N, 28, 28], train_labels and test_labels, whole "
-    needed += "numbers [N], 0 to 9, some of each"
+    needed += "numbers [N], every digit from 0 to 9"
     parts = {}
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -1002,7 +1004,9 @@ def main(argv: list[str] | None = None) -> None:
         parts = read_images(args.simulate)
         root = Path(args.data_dir, "NMNIST")
         if find_data_set(Path(args.data_dir)) or root.exists():
-            raise UserError(f"--data_dir {args.data_dir} holds a data set: choose another")
+            raise UserError(
+                f"--data_dir {args.data_dir} holds NMNIST or recordings: choose another"
+            )
         record_data_set(root, parts, Path(args.simulate).name, args.seed)
         args.dataset = "nmnist"
     elif args.seed:

@@ -707,10 +707,10 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--model {args.model}: {error}") from None
 
 
-def run(args, argv: list[str], device) -> tuple[dict, Data]:
+def run(args, argv: list[str], device, loaded: Data | None = None) -> tuple[dict, Data]:
     """Train and test one network, or test it alone; return metrics and recordings.
 
-    The first process alone tests.
+    `loaded` are those that the seed before was trained on, if any. The first process alone tests.
     """
     files = RunFiles(args)
     with files.hold(args.test_only):
@@ -720,7 +720,7 @@ def run(args, argv: list[str], device) -> tuple[dict, Data]:
             data = nmnist.load_data(args, device, ["test"], checkpoint["data"])
         else:
             last = utils.of_first_process(lambda: load_last(args, files))
-            data = load_training_data(args, device, last.get("data"))
+            data = loaded or load_training_data(args, device, last.get("data"))
             try:
                 last = train(args, files, data, device, last)
             except KeyboardInterrupt:
@@ -793,7 +793,7 @@ def run_seeds(args: argparse.Namespace, argv: list[str], device, seeds: list[int
             of_seed.save_dir = str(files.save_dir / f"seed_{seed}")
             of_seed.log_dir = str(files.log_dir / f"seed_{seed}")
             of_seed.dataset = data.source if data else args.dataset  # the same for all
-            metrics, data = run(of_seed, argv, device)
+            metrics, data = run(of_seed, argv, device, data)
             tests.append(metrics)
         if rank() == 0:
             print_seeds(tests, files.seeds)

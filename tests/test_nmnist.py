@@ -159,7 +159,7 @@ def test_events_that_no_recording_holds_are_refused(tmp_path, axis, change, word
 
 @pytest.mark.parametrize("kind", [list, dict, torch.tensor, np.array])
 def test_what_is_no_array_of_events_is_refused(kind):
-    with pytest.raises(UserError, match=r"^events: found no array with the fields x, y, t, p"):
+    with pytest.raises(UserError, match=r"^events: found something else than an array with"):
         nmnist.to_frames(kind([[1, 2], [3, 4]]), SETTINGS)
 
 
@@ -248,12 +248,12 @@ def test_one_part_is_enough_where_only_that_is_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("commands", "words"),  # in a data_dir of 2 training recordings and 1 test one a digit
     [
-        ("mkdir a; mv NMNIST a", r"a/NMNIST/T\w+/\d/\d+.bin is not read; move"),
-        ("cp -r NMNIST b", r"b/T\w+/\d/\d+.bin is not read; move"),
-        ("mv NMNIST/Test .", r"Test/\d/\d+.bin is not read; .* \S+/NMNIST/Test/<digit>"),
+        ("mkdir a; mv NMNIST a", r"a/NMNIST/T\w+/\d/\d+.bin; expected"),
+        ("cp -r NMNIST b", r"b/T\w+/\d/\d+.bin; expected"),
+        ("mv NMNIST/Test .", r"Test/\d/\d+.bin; expected .* \S+/NMNIST/Test/<digit>"),
         ("mv NMNIST/Train a; mkdir NMNIST/Train; mv a NMNIST/Train/Train", r"Train/Train/\d/"),
-        ("mv NMNIST/Train/* .; rm -r NMNIST", r"\d/\d+.bin is not read; move"),
-        ("mkdir a; touch a/train.zip", "a/train.zip is not read; move"),
+        ("mv NMNIST/Train/* .; rm -r NMNIST", r"\d/\d+.bin; expected"),
+        ("mkdir a; touch a/train.zip", "a/train.zip; expected"),
         ("rm -r NMNIST/Train", "NMNIST/Train is missing"),
         ("rm -r NMNIST/Test/6", "Test/6 holds no \\*.bin"),
     ],
@@ -495,7 +495,7 @@ def test_labelled_images_are_recorded_and_the_seed_sets_the_noise(tmp_path, monk
     assert (len(train), len(test)) == (130, 65)
     _, labels = few_images(13)
     assert train.labels == [labels[int(path.stem) - 1] for path in train.files]
-    with pytest.raises(UserError, match=r"holds a data set: choose another"):
+    with pytest.raises(UserError, match=r"holds NMNIST or recordings: choose another"):
         simulate(archive, tmp_path / "a")
     assert snapshot(tmp_path / "a" / "NMNIST") == results[0]
 
@@ -608,9 +608,7 @@ def test_events_that_the_options_leave_blank_are_told(capsys):
     settings = SETTINGS | {"first_saccade_only": True}
     frames = nmnist.to_frames(events[events["t"] >= 100_000], settings)
     assert frames.sum() == 0
-    assert (
-        "WARNING: with the network's settings, no event is in any frame" in capsys.readouterr().err
-    )
+    assert "WARNING: the network's settings leave no event in any frame" in capsys.readouterr().err
 
 
 def test_the_cache_is_used_until_a_recording_changes(tmp_path):
