@@ -1,6 +1,6 @@
 """Find, download, check, bin, batch, augment and simulate N-MNIST recordings.
 
-    python nmnist.py                                  # a table of what is in ./data
+    python nmnist.py                                  # a table of N-MNIST; download it if missing
     python nmnist.py --data_dir DIR --time_steps 10   # of what is in another folder
     python nmnist.py --dataset simulated              # of simulated recordings of digits
     python nmnist.py --simulate IMAGES.npz --data_dir DIR   # record images of 28 x 28 pixels
@@ -66,7 +66,7 @@ class NMNIST:
 
     `folder`, called Train or Test, holds <digit>/*.bin. `first_saccade_only` keeps the events of
     the first 100 ms, `stabilize` takes the saccades' movement out of them, both as in
-    `tonic.datasets.NMNIST`. That class checks nothing, and needs 10,000 recordings or more.
+    `tonic.datasets.NMNIST`. That class checks no recording, and needs 10,000 or more.
     Raises `UserError` if a digit has no recordings.
     """
 
@@ -107,7 +107,7 @@ def check_events(events: np.ndarray, name: str | Path) -> np.ndarray:
     """
     if wrong := what_is_wrong(events):
         expected = "x and y from 0 to 33, p 0 or 1, t in whole microseconds from 0 to 8,388,607"
-        raise UserError(f"{name}: found {wrong}; expected {expected}, sorted by t")
+        raise UserError(f"{name}: found {wrong}; expected {expected}, sorted, over 1 ms or more")
     if events.dtype == NMNIST.dtype:  # as read from a file
         return events
     return tonic.io.make_structured_array(*(events[axis] for axis in "xytp"), dtype=NMNIST.dtype)
@@ -119,7 +119,7 @@ def what_is_wrong(events: np.ndarray) -> str | None:
         return "something else than an array with the fields x, y, t, p"
     if len(events) == 0:
         return "no events"
-    for axis, largest in (("x", 33), ("y", 33), ("p", 1), ("t", 2**23 - 1)):
+    for axis, largest in (("x", 33), ("y", 33), ("t", 2**23 - 1), ("p", 1)):
         values = events[axis]
         if values.min() < 0 or values.max() > largest:
             return f"{axis} from {values.min()} to {values.max()}"
@@ -216,16 +216,18 @@ def name_of(recordings: NMNIST) -> str:
 
 
 def find_data_set(data_dir: Path) -> Path | None:
-    """Return `data_dir`/NMNIST or `data_dir`, the first that holds Train, Test or a zip, or None.
+    """Return `data_dir`/NMNIST if anything is in it, `data_dir` if it holds Train, Test or a zip.
 
-    Raises `UserError` if there are recordings elsewhere in `data_dir`.
+    Returns None if there is neither. Raises `UserError` if recordings lie elsewhere in `data_dir`.
     """
+    nmnist = data_dir / "NMNIST"
     root = None
-    for folder in (data_dir, data_dir / "NMNIST"):
-        if any((folder / name).exists() for name in ("Train", "Test", *ARCHIVES)):
-            root = folder
+    if nmnist.is_dir() and any(nmnist.iterdir()):
+        root = nmnist
+    elif any((data_dir / name).exists() for name in ("Train", "Test", *ARCHIVES)):
+        root = data_dir
     if path := find_misplaced(data_dir, root):
-        place = root or data_dir / "NMNIST"
+        place = root or nmnist
         expected = f"{place}/Train/<digit>/*.bin and {place}/Test/<digit>/*.bin, or zips in {place}"
         raise UserError(f"--data_dir {data_dir}: found {path}; expected {expected}: move it there")
     return root
@@ -235,16 +237,16 @@ def find_misplaced(data_dir: Path, root: Path | None) -> Path | None:
     """Return a recording or zip, at most four folders deep, that is not where it should be."""
     for name, folders, files in os.walk(data_dir, followlinks=True):
         folder = Path(name)
-        # The walk leaves out what is in place, so any recording that it meets is misplaced.
-        if folder.parent == root and folder.name in ("Train", "Test"):
-            folders[:] = set(folders) - set(DIGIT_FOLDERS)
+        is_part = folder.parent == root and folder.name in ("Train", "Test")
+        in_place = DIGIT_FOLDERS if is_part else ()
+        hidden = (".", "__MACOSX", SIMULATED)
+        folders[:] = [f for f in folders if f not in in_place and not f.startswith(hidden)]
         if len(folder.relative_to(data_dir).parts) == 4:
             folders.clear()
-        folders[:] = [f for f in folders if not f.startswith((".", "__MACOSX", SIMULATED))]
+        # The walk leaves out what is in place, so any recording that it meets is misplaced.
         for file in files:
             is_recording = folder.name in DIGIT_FOLDERS and file.endswith(".bin")
-            is_archive = file in ARCHIVES and folder != root
-            if is_recording or is_archive:
+            if is_recording or (file in ARCHIVES and folder != root):
                 return folder / file
     return None
 
@@ -281,7 +283,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def download_or_simulate(data_dir: Path, dataset: str) -> Path:
-    """Download N-MNIST and return its folder; if that fails, see `open_recordings`."""
+    """Download N-MNIST and return its folder; for 'auto' in ./data, simulate if that fails."""
     is_default = data_dir.resolve() == Path(DATA_DIR).resolve()
     if not (is_default or data_dir.is_dir()):
         advice = "create it to download N-MNIST into it, or add --dataset simulated"
@@ -371,7 +373,7 @@ class Frames:
         return hashlib.sha256(content).hexdigest()[:12]
 
     def to(self, device: torch.device) -> "Frames":
-        """Copy the frames to `device`: 0.5 GB for 60,000 recordings at T = 25."""
+        """Move the frames to `device`: 0.5 GB for 60,000 recordings at T = 25."""
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def batch(
@@ -387,20 +389,20 @@ class Frames:
         spans = [self.spans[i] for i in indices.tolist()]
         bin_index = torch.cat([self.bin_index[span] for span in spans])
         count = torch.cat([self.count[span] for span in spans])
-        indices = indices.to(device, non_blocking=True)
-        nnz = self.nnz_per_frame[indices].long()  # [B, T]
-        t, b = torch.arange(T, device=device), torch.arange(B, device=device)
-        frame_index = t * B + b[:, None]  # [B, T], of each frame in the batch
-        # output_size avoids a GPU synchronization.
-        frame_index = frame_index.flatten().repeat_interleave(nnz.flatten(), output_size=len(count))
+        chosen = indices.to(device, non_blocking=True)
+        nnz = self.nnz_per_frame[chosen].long()  # [B, T]
+        # Frame t of recording b is frame t * B + b of the batch.
+        batch_frame = torch.arange(T, device=device) * B + torch.arange(B, device=device)[:, None]
+        # [non-zero bins]; with output_size, a GPU need not synchronize.
+        frame_index = batch_frame.flatten().repeat_interleave(nnz.flatten(), output_size=len(count))
         if augment:
-            frame_index, bin_index, count = augment_events(frame_index, bin_index, count, T, B)
-        frames = torch.zeros(T * B * BINS_PER_FRAME, dtype=dtype, device=device)
+            frame_index, bin_index, count = augment_events(frame_index, bin_index, count, B, T)
         position = frame_index * BINS_PER_FRAME + bin_index
+        frames = torch.zeros(T * B * BINS_PER_FRAME, dtype=dtype, device=device)
         # Events that moved to the same bin add up.
         frames.index_put_((position,), count.to(dtype), accumulate=augment)
         frames = frames.view(T, B, SIDE, SIDE, 2).movedim(-1, 2)
-        return frames, self.labels[indices].long()
+        return frames, self.labels[chosen].long()
 
     def batches(
         self, indices: torch.Tensor, batch_size: int, dtype: torch.dtype = torch.float32
@@ -475,24 +477,22 @@ def write_cache(path: Path, frames: Frames) -> None:
         utils.warn(f"cache {path} can't be written ({error.strerror}): frames stay in memory")
 
 
-def bin_recordings(
-    recordings: NMNIST, time_steps: int, denoise: int | None = None, bin_by: str = "time"
-) -> Frames:
+def bin_recordings(recordings: NMNIST, time_steps: int, denoise: int | None, bin_by: str) -> Frames:
     """Bin recordings as tonic's `ToFrame` does, after its `Denoise` if a time is given."""
     indices, counts, nnz, statistics, hashes = [], [], [], [], []
     for i in tqdm(range(len(recordings)), desc=f"bin {recordings.split}", unit="recording"):
         path = recordings.files[i]
-        digest = hashlib.sha256(path.read_bytes()).digest()  # of the whole file
+        digest = hashlib.sha256(path.read_bytes()).digest()  # whatever the options
         hashes.append(int.from_bytes(digest[:8], "big", signed=True))
         events, _ = recordings[i]
         t = events["t"]
         statistics.append((len(t), events["p"].sum(), t[-1] - t[0] if len(t) else 0))
         frame, bin_index, count = bin_events(denoise_events(events, denoise), time_steps, bin_by)
-        if count.max(initial=0) > 32_767:
-            most = f"{count.max():,} events in one bin, more than 32,767"
-            raise UserError(f"{path}: {most}: choose more --time_steps")
+        largest = count.max(initial=0)
+        if largest > 32_767:
+            raise UserError(f"{path}: {largest:,} events in one bin: choose more --time_steps")
         indices.append(bin_index.astype(np.int16))
-        counts.append(count.astype(np.int8 if count.max(initial=0) <= 127 else np.int16))
+        counts.append(count.astype(np.int8 if largest <= 127 else np.int16))
         nnz.append(np.bincount(frame, minlength=time_steps).astype(np.int16))
     num_events, num_on_events, duration = torch.tensor(statistics, dtype=torch.int32).T.contiguous()
     return Frames(
@@ -548,7 +548,7 @@ def to_frames(events: np.ndarray, settings: dict) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a recording is changed: by values drawn from -limit to limit, and drops."""
+    """How a recording is changed. Values are drawn uniformly from minus these limits to these."""
 
     shift: float = 1.0  # pixels, along each axis
     rotation: float = 5.0  # degrees, around the centre of the sensor
@@ -568,17 +568,18 @@ def sample_affine(batch_size: int, time_steps: int) -> tuple[torch.Tensor, torch
     rotation, then shift. The numbers are drawn on the CPU, from torch's generator.
     """
     a = AUGMENTATION
-    angle, scale_x, scale_y, shear, shift_x, shift_y, shift_t = 2 * torch.rand(7, batch_size) - 1
-    angle = torch.deg2rad(a.rotation * angle)
+    u = 2 * torch.rand(7, batch_size) - 1
+    angle = torch.deg2rad(a.rotation * u[0])
     cos, sin = torch.cos(angle), torch.sin(angle)
-    scale_x, scale_y, shear = 1 + a.scale * scale_x, 1 + a.scale * scale_y, a.shear * shear
-    x_row = [cos * scale_x, cos * scale_x * shear - sin * scale_y, a.shift * shift_x]
-    y_row = [sin * scale_x, sin * scale_x * shear + cos * scale_y, a.shift * shift_y]
+    scale_x, scale_y = 1 + a.scale * u[1], 1 + a.scale * u[2]
+    shear = a.shear * u[3]
+    x_row = [cos * scale_x, cos * scale_x * shear - sin * scale_y, a.shift * u[4]]
+    y_row = [sin * scale_x, sin * scale_x * shear + cos * scale_y, a.shift * u[5]]
     affine = torch.stack([torch.stack(x_row, -1), torch.stack(y_row, -1)], 1)
-    return affine, (a.time_shift * time_steps * shift_t).round().long()
+    return affine, (a.time_shift * time_steps * u[6]).round().long()
 
 
-def augment_events(frame_index, bin_index, count, T: int, B: int):
+def augment_events(frame_index, bin_index, count, B: int, T: int):
     """Move the events of each recording of a batch, and drop some; return the same three tensors.
 
     `frame_index` (t * B + b), `bin_index` and `count` are those of the non-zero bins.
@@ -592,7 +593,7 @@ def augment_events(frame_index, bin_index, count, T: int, B: int):
     pixel, polarity = bin_index >> 1, bin_index & 1
     row = pixel // SIDE
     x, y = pixel - SIDE * row - centre, row - centre
-    # Both rows of the matrices at once.
+    # Both coordinates at once: matrix[:, 0] is [2, non-zero bins].
     x, y = (matrix[:, 0] * x + matrix[:, 1] * y + (matrix[:, 2] + centre)).round().long()
     frame_index = frame_index + time_shift.index_select(0, recording) * B
     kept = (x >= 0) & (x < SIDE) & (y >= 0) & (y < SIDE) & ~dropped
@@ -653,14 +654,14 @@ def load_data(args, device, splits=SPLITS, trained_on: dict | None = None) -> Da
     name = name_of(test)
     if args.bin_by == "events":
         name += ", frames of equal event count"
-    is_simulated = test.folder.parent == data_dir / SIMULATED
+    is_built_in = test.folder.parent == data_dir / SIMULATED
     step_ms, saccade_ends = time_axis(args.time_steps, args.bin_by, args.first_saccade_only)
     return Data(
         name=name,
         train=frames.get("train"),
         test=frames["test"],
         test_files=[str(path.relative_to(test.folder)) for path in test.files],
-        source="simulated" if is_simulated else "nmnist",
+        source="simulated" if is_built_in else "nmnist",
         step_ms=step_ms,
         saccade_ends=saccade_ends,
     )
@@ -780,10 +781,10 @@ def simulate_events(images: np.ndarray, generators: list[np.random.Generator]) -
         light      I = (image / 255)^gamma, blurred, moved by `saccade_offsets`
         receptor   L = log(dark_light + I), dV/dt = (L - V) / tau, faster in bright light: in a
                    step, V moves by a share of its distance to L that is linear in L
-        event      if |V - V_ref| >= threshold: V_ref = V, then none for the refractory period
+        event      when |V - V_ref| >= threshold: V_ref = V, then none for the refractory period
         polarity   0 if V rose, 1 if it fell, as in N-MNIST
-        noise      thresholds vary between pixels and recordings, start and duration between
-                   recordings; some events occur at random
+        noise      thresholds vary between pixels and recordings; some events occur at random
+        time       starts and durations vary between recordings
 
     Time is in ms inside and in microseconds in the events, which are sorted by it. A recording
     depends on its image and generator alone, not on those beside it.
@@ -861,20 +862,20 @@ def pixel_events(scene: torch.Tensor, threshold: np.ndarray) -> tuple[np.ndarray
     `scene` is that of `log_scene`, `threshold` is float32 [N * 34 * 34]. The equations are those of
     `simulate_events`.
     """
-    # In a step, V moves by the share offset + slope * L of its distance to L.
+    # In a step, V moves by the share share_at_0 + slope * L of its distance to L.
     dark, bright = np.log(CAMERA.dark_light), np.log(CAMERA.dark_light + 1)
     dark_share, bright_share = 1 - np.exp(-STEP / np.array([CAMERA.tau_dark, CAMERA.tau_bright]))
     slope = np.float32((bright_share - dark_share) / (bright - dark))
-    offset = np.float32(dark_share - slope * dark)
+    share_at_0 = np.float32(dark_share - slope * dark)
     times = np.arange(0, CAMERA.duration + STEP, STEP, dtype=np.float32)
-    positions = saccade_offsets(times)
-    v = view_at(scene, positions[0])
+    offsets = saccade_offsets(times)
+    v = view_at(scene, offsets[0])
     v_ref = v.copy()
     free_at = np.zeros_like(v)  # the end of the refractory period
     fired = []
-    for end, position in zip(times[1:], positions[1:], strict=True):
-        log_light = view_at(scene, position)
-        dv = (offset + slope * log_light) * (log_light - v)
+    for end, offset in zip(times[1:], offsets[1:], strict=True):
+        log_light = view_at(scene, offset)
+        dv = (share_at_0 + slope * log_light) * (log_light - v)
         v += dv
         change = v - v_ref
         i = np.flatnonzero((np.abs(change) >= threshold) & (free_at < end))
@@ -895,7 +896,7 @@ def record_data_set(root: Path, parts: dict[str, tuple], name: str, seed: int) -
     """Record the images of 'Train' and 'Test' into the folder `root`, all of them or none.
 
     A part is its images (uint8 [N, 28, 28]), their labels [N] and the numbers [N] that name the
-    recordings. The number and the seed determine the noise. `name` says which images they are.
+    recordings. Part, number and seed determine the noise. `name` says which images they are.
     """
     with utils.atomic_path(root) as new:
         for i, (folder, (images, labels, numbers)) in enumerate(parts.items()):
@@ -1002,12 +1003,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.simulate is not None:
         parts = read_images(args.simulate)
-        root = Path(args.data_dir, "NMNIST")
-        if find_data_set(Path(args.data_dir)) or root.exists():
-            raise UserError(
-                f"--data_dir {args.data_dir} holds NMNIST or recordings: choose another"
-            )
-        record_data_set(root, parts, Path(args.simulate).name, args.seed)
+        if there := find_data_set(Path(args.data_dir)):
+            raise UserError(f"{there} is not empty: choose another --data_dir to record into")
+        name = Path(args.simulate).name
+        record_data_set(Path(args.data_dir, "NMNIST"), parts, name, args.seed)
         args.dataset = "nmnist"
     elif args.seed:
         parser.error("argument --seed: needs argument --simulate")

@@ -125,7 +125,7 @@ def benchmark_speed(args: argparse.Namespace) -> None:
     loop = Loop(network).to(device)
     with tempfile.TemporaryDirectory() as folder:
         recordings = make_recordings(Path(folder), 1_000)
-        cached = nmnist.bin_recordings(recordings, args.time_steps).to(device)
+        cached = nmnist.load_frames(recordings, args.time_steps).to(device)
         indices = torch.randperm(len(cached))[: args.batch_size]
         frames, labels = cached.batch(indices, network.dtype)
         plain = frames.float().contiguous()
@@ -143,7 +143,7 @@ def benchmark_speed(args: argparse.Namespace) -> None:
         epoch = training_epoch(network, cached, settings)
         passes = {
             EPOCH: epoch,
-            "binning": lambda: nmnist.bin_recordings(recordings, args.time_steps),
+            "binning": lambda: nmnist.load_frames(recordings, args.time_steps),
             "binning by tonic alone": lambda: bin_with_tonic(recordings, args.time_steps),
         }
         seconds = measure(batches, args.rounds, 3, device) | measure(passes, args.rounds, 1, device)

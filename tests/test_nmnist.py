@@ -495,7 +495,7 @@ def test_labelled_images_are_recorded_and_the_seed_sets_the_noise(tmp_path, monk
     assert (len(train), len(test)) == (130, 65)
     _, labels = few_images(13)
     assert train.labels == [labels[int(path.stem) - 1] for path in train.files]
-    with pytest.raises(UserError, match=r"holds NMNIST or recordings: choose another"):
+    with pytest.raises(UserError, match=r"NMNIST is not empty: choose another"):
         simulate(archive, tmp_path / "a")
     assert snapshot(tmp_path / "a" / "NMNIST") == results[0]
 
