@@ -201,6 +201,8 @@ def process_group(device: torch.device) -> Iterator[None]:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     yield
     if launched:
+        # Without it, a process that ends at once may abort: a thread of gloo still holds a tensor.
+        distributed.barrier()
         distributed.destroy_process_group()
 
 
