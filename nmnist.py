@@ -175,7 +175,7 @@ def open_recordings(
         nmnist      N-MNIST, which is in `data_dir` or is downloaded
         simulated   simulated recordings of scikit-learn's digits, which are made if missing
         auto        nmnist; if it can't be downloaded to ./data, simulated, with a warning
-    `options` are those of `NMNIST`. Raises `UserError` if there are no recordings, or some in an
+    `options` are those of `NMNIST`. Raises `UserError` if recordings are missing or in an
     unexpected place.
     """
     data_dir = Path(data_dir)
@@ -202,10 +202,13 @@ def name_of(recordings: NMNIST) -> str:
     Simulated recordings are called SimulatedNMNIST, followed by the file of a user's own images.
     """
     name = "NMNIST"
-    simulator = recordings.folder.parent / SIMULATOR_FILE
-    if simulator.exists():
+    path = recordings.folder.parent / SIMULATOR_FILE
+    if path.exists():
         name = SIMULATED
-        images = (utils.read_json(simulator) or {}).get("images", "unknown images")
+        try:
+            images = utils.read_json(path)["images"]
+        except (TypeError, KeyError):
+            raise UserError(f"{path} is damaged: record the data set again") from None
         if images != BUILT_IN_IMAGES:
             name += f" ({images})"
     if recordings.first_saccade_only:
@@ -415,8 +418,8 @@ class Frames:
 def load_frames(
     recordings: NMNIST,
     time_steps: int,
-    denoise=None,
-    bin_by="time",
+    denoise: int | None = None,
+    bin_by: str = "time",
     cache: str | Path | None = None,
 ) -> Frames:
     """Return the recordings binned into `time_steps` frames.
@@ -427,7 +430,7 @@ def load_frames(
     the recordings' folder, and the name, size and date of each recording's file.
     """
     path = Path(cache) / cache_name(recordings, time_steps, denoise, bin_by) if cache else None
-    frames = read_cache(path) if path else None
+    frames = read_cache(path, (len(recordings), time_steps)) if path else None
     if frames is None:
         frames = bin_recordings(recordings, time_steps, denoise, bin_by)
         if path:
@@ -451,21 +454,25 @@ def cache_name(recordings: NMNIST, time_steps: int, denoise: int | None, bin_by:
         name += "_by_events"
     digest = hashlib.sha256(f"version {CACHE_VERSION} {recordings.folder.resolve()}\n".encode())
     for path in recordings.files:
-        status, file = path.stat(), path.relative_to(recordings.folder)
+        status = path.stat()
+        file = path.relative_to(recordings.folder)
         digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
     return f"{name}_T{time_steps}_denoise{denoise or 0}_{digest.hexdigest()[:16]}.pt"
 
 
-def read_cache(path: Path) -> Frames | None:
-    """Return the frames in a cache, memory-mapped; None if it isn't there or can't be read."""
+def read_cache(path: Path, shape: tuple[int, int]) -> Frames | None:
+    """Return the frames in a cache, memory-mapped, None if there are none of `shape` [N, T]."""
     try:
-        return Frames(**torch.load(path, mmap=True, weights_only=True))
+        frames = Frames(**torch.load(path, mmap=True, weights_only=True))
+        if frames.nnz_per_frame.shape == shape:
+            return frames
+        reason = "its shape is wrong"
     except FileNotFoundError:
         return None
     except Exception as error:  # torch raises many types on a damaged file
         reason = utils.first_line(error)
-        utils.warn(f"cache {path} can't be read ({reason}): binning again")
-        return None
+    utils.warn(f"cache {path} can't be read ({reason}): binning again")
+    return None
 
 
 def write_cache(path: Path, frames: Frames) -> None:
@@ -907,13 +914,14 @@ def record_data_set(root: Path, parts: dict[str, tuple], name: str, seed: int) -
                 write_recording(new / folder / str(label) / f"{n:05d}.bin", events)
         simulator = {"version": SIMULATOR_VERSION, "images": name, "seed": seed}
         utils.write_json(new / SIMULATOR_FILE, simulator)
-    print(f"simulated   {root} (by version {SIMULATOR_VERSION} of the camera)")
+    total = sum(len(labels) for _, labels, _ in parts.values())
+    print(f"simulated   {root} ({total:,} recordings, version {SIMULATOR_VERSION} of the camera)")
 
 
 def simulate_digits(root: Path) -> Path:
     """Record scikit-learn's digits into `root`, with a fixed split, unless they are there."""
     simulator = utils.read_json(root / SIMULATOR_FILE)
-    if simulator and simulator.get("version") == SIMULATOR_VERSION:
+    if isinstance(simulator, dict) and simulator.get("version") == SIMULATOR_VERSION:
         return root
     utils.keep_earlier_files(root)  # of another version of the camera
     images, labels = sklearn_images()
@@ -922,7 +930,11 @@ def simulate_digits(root: Path) -> Path:
     parts = {}
     for folder, chosen in (("Train", np.sort(train)), ("Test", np.sort(test))):
         parts[folder] = images[chosen], labels[chosen], chosen + 1
-    record_data_set(root, parts, BUILT_IN_IMAGES, seed=0)
+    try:
+        record_data_set(root, parts, BUILT_IN_IMAGES, seed=0)
+    except OSError:
+        if not (root / SIMULATOR_FILE).exists():  # else another process was faster
+            raise
     return root
 
 

@@ -188,7 +188,7 @@ def make_network(settings: argparse.Namespace, device: torch.device) -> models.S
 def make_recordings(folder: Path, number: int) -> nmnist.NMNIST:
     """Record `number` of scikit-learn's digits into `folder`, and open them."""
     images, labels = nmnist.sklearn_images()
-    train = images[:number], labels[:number], np.arange(number)
+    train = images[:number], labels[:number], np.arange(1, number + 1)
     nmnist.record_data_set(folder / "simulated", {"Train": train}, "benchmark", seed=0)
     return nmnist.NMNIST(folder / "simulated" / "Train")
 

@@ -225,11 +225,15 @@ def test_recordings_are_found(tmp_path, capsys, train, test):
         assert second == f"data set    NMNIST, test: 10 of 10,000 recordings in {parts[1].folder}"
 
 
-def test_hidden_files_are_not_recordings(tmp_path):
-    """What macOS and an unfinished copy leave beside recordings."""
+def test_files_of_other_systems_are_not_recordings(tmp_path):
+    """What macOS, Windows and an unfinished copy leave beside recordings."""
     root = make_recordings(tmp_path, 2, 1) / "NMNIST"
     before = open_part(tmp_path, "train").files
-    for name in ("__MACOSX/Train/0/._00001.bin", "Train/2/._00003.bin", "Train/2/.2.bin.x7Yk2"):
+    for name in (
+        *("__MACOSX/Train/0/._00001.bin", "Train/__MACOSX/0/1.bin", "Train/2/.AppleDouble/1.bin"),
+        *("Train/2/._00003.bin", "Train/2/.00002.bin.x7Yk2", "Train/.hidden.bin"),
+        *(".DS_Store", "Train/.DS_Store", "Train/2/.DS_Store", "Train/2/Thumbs.db", "desktop.ini"),
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(before[0].read_bytes())
     assert open_part(tmp_path, "train").files == before
@@ -239,6 +243,8 @@ def test_one_part_is_enough_where_only_that_is_asked_for(tmp_path):
     root = make_recordings(tmp_path, 2, 1) / "NMNIST"
     put(root / "Test", root / "test.zip")
     shutil.rmtree(root / "Train")
+    (test,) = nmnist.open_recordings(tmp_path, "auto", ["test"])
+    assert (test.split, len(test)) == ("test", 10)
     (root / "train.zip").write_bytes(b"which is not opened")
     data = load_data(tmp_path, splits=["test"])
     assert (data.train, len(data.test)) == (None, 10)
@@ -266,6 +272,7 @@ def test_what_is_nearly_a_data_set_is_refused_in_one_line(tmp_path, commands, wo
     for dataset in ("auto", "nmnist"):
         with pytest.raises(UserError, match=words) as error:
             nmnist.open_recordings("./data", dataset)
+        assert "downloaded" not in str(error.value)
         assert "\n" not in str(error.value)
         assert snapshot(tmp_path) == before  # neither simulated recordings nor a download
 
@@ -275,9 +282,13 @@ def test_what_is_nearly_a_data_set_is_refused_in_one_line(tmp_path, commands, wo
     [
         lambda content: content[:-500],
         lambda content: content[:1000] + b"flipped bits" + content[1012:],
+        lambda content: content.replace(b"\x14\0\0\0\x08\0", b"\x14\0\x01\0\x08\0"),  # encrypted
+        lambda content: content.replace(b"\x14\0\0\0\x08\0", b"\x14\0\0\0\x09\0"),  # deflate64
+        lambda _: b"<html>not found</html>",
+        lambda _: b"PK\x05\x06" + bytes(18),  # a zip of no files
         lambda content: content.replace(b"Train", b"Trial"),
     ],
-    ids=["cut", "flipped", "of something else"],
+    ids=["cut", "flipped", "encrypted", "deflate64", "text", "empty", "of something else"],
 )
 def test_a_zip_that_cannot_be_extracted_is_named_and_leaves_nothing(tmp_path, damage):
     archive = make_recordings(tmp_path, 2, 1) / "NMNIST" / "train.zip"
@@ -333,8 +344,7 @@ def test_missing_recordings_are_downloaded_once(tmp_path, monkeypatch):
     parts = nmnist.open_recordings(data_dir)
     assert [nmnist.name_of(part) for part in parts] == ["NMNIST", "NMNIST"]
     assert listing(data_dir) == ["NMNIST"]
-    found = snapshot(data_dir / "NMNIST")
-    assert {name: found[name] for name in expected} == expected
+    assert snapshot(data_dir / "NMNIST") == expected
 
 
 # --- Simulation -----------------------------------------------------------------------------------
@@ -389,6 +399,11 @@ def test_simulated_recordings_are_stratified_and_read_by_tonic(simulated):
 def test_simulated_recordings_keep_their_name_in_another_folder(simulated, tmp_path):
     (tmp_path / "NMNIST").symlink_to(simulated[1] / "SimulatedNMNIST")
     assert nmnist.name_of(open_part(tmp_path)) == "SimulatedNMNIST"
+    path = make_recordings(tmp_path / "made", 1, 1) / "NMNIST" / nmnist.SIMULATOR_FILE
+    for content in (b"", b"{", b"[1]", b"\xff\xfe", b"{}"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path} is damaged"):
+            open_part(tmp_path / "made")
 
 
 def test_simulated_recordings_of_another_version_are_kept_and_made_again(
@@ -484,7 +499,7 @@ def test_labelled_images_are_recorded_and_the_seed_sets_the_noise(tmp_path, monk
     for name, batch_size, seed in (("a", 64, "0"), ("b", 7, "0"), ("c", 64, "1")):
         monkeypatch.setattr(nmnist, "SIM_BATCH_SIZE", batch_size)  # changes no recording
         simulate(archive, tmp_path / name, "--seed", seed)
-        assert "(images.npz), train: 130 recordings in" in capsys.readouterr().out
+        assert "195 recordings" in capsys.readouterr().out
         results.append(snapshot(tmp_path / name / "NMNIST"))
     assert results[0] == results[1]
     assert results[0].keys() == results[2].keys()
@@ -558,14 +573,14 @@ def test_bfloat16_batches_are_equal_and_channels_last(made_data_dir, device):
     assert x.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("number", [127, 128, 32_767, 32_768])
+@pytest.mark.parametrize("number", [127, 128, 255, 256, 32_767, 32_768, 40_000])
 def test_counts_of_a_bin_are_exact(tmp_path, number):
     events = make_events(0, np.random.default_rng(0), number + 1)
     events["x"], events["y"], events["p"] = 5, 6, 1
     events["t"][-1] += 1  # tonic leaves out the last time stamp
     nmnist.write_recording(make_recordings(tmp_path, 1, 1) / "NMNIST/Test/0/00001.bin", events)
     if number > 32_767:
-        with pytest.raises(UserError, match=r"00001\.bin: 32,768 events in one bin"):
+        with pytest.raises(UserError, match=rf"00001\.bin: {number:,} events in one bin"):
             all_frames(open_part(tmp_path), 1)
         return
     x = all_frames(open_part(tmp_path), 1)[:, 0]
@@ -591,6 +606,14 @@ def test_recordings_without_events_are_blank_counted_and_told(tmp_path, capsys):
 # --- The cache of frames --------------------------------------------------------------------------
 
 
+def test_the_cache_takes_at_most_10_kb_per_real_recording(real_data_dir):
+    frames = nmnist.load_frames(
+        open_part(real_data_dir, "train"), 25, cache=real_data_dir / "cache"
+    )
+    (path,) = (real_data_dir / "cache").glob("*_train_T25_*")
+    assert path.stat().st_size / len(frames) < 10_000
+
+
 @pytest.mark.parametrize(("time_steps", "of_frames", "of_recordings"), [CASES[1], CASES[-1]])
 def test_a_recording_of_ones_own_becomes_the_frames_of_the_training(
     made_data_dir, time_steps, of_frames, of_recordings
@@ -601,6 +624,16 @@ def test_a_recording_of_ones_own_becomes_the_frames_of_the_training(
         before = events.copy()
         assert torch.equal(nmnist.to_frames(events, settings)[:, 0], expected[:, i])
         np.testing.assert_array_equal(events, before)
+
+
+def test_a_recording_without_events_in_the_first_saccade_is_blank(tmp_path, capsys):
+    path = make_recordings(tmp_path, 1, 1) / "NMNIST" / "Test" / "3" / "00004.bin"
+    events = make_events(3, np.random.default_rng(0))
+    nmnist.write_recording(path, events[events["t"] >= 100_000])
+    nmnist.main(["--data_dir", str(tmp_path), "--first_saccade_only", "--denoise", "100000"])
+    output = capsys.readouterr()
+    assert "1 of 10 test recordings have no event in any frame" in output.err
+    assert re.search(r"^blank recordings +0 +1$", output.out, re.MULTILINE)
 
 
 def test_events_that_the_options_leave_blank_are_told(capsys):
@@ -639,14 +672,21 @@ def test_caches_of_other_options_and_parts_are_not_mixed(tmp_path):
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda content: content[: len(content) // 2], lambda _: b""],
-    ids=["cut", "empty"],
+    [
+        lambda content, _other: content[: len(content) // 2],
+        lambda content, _other: np.random.default_rng(0).bytes(len(content)),
+        lambda _content, _other: b"",
+        lambda _content, other: other,
+    ],
+    ids=["cut", "random bytes", "empty", "frames of another shape"],
 )
 def test_a_cache_that_cannot_be_read_is_named_and_binned_again(tmp_path, capsys, damage):
     recordings = open_part(make_recordings(tmp_path, 2, 1))
     expected = all_frames(recordings, 5)
     (path,) = (tmp_path / "cache").iterdir()
-    path.write_bytes(damage(path.read_bytes()))
+    all_frames(recordings, 6)
+    (other,) = set((tmp_path / "cache").iterdir()) - {path}
+    path.write_bytes(damage(path.read_bytes(), other.read_bytes()))
     capsys.readouterr()
     assert torch.equal(all_frames(recordings, 5), expected)
     assert f"WARNING: cache {path} can't be read" in capsys.readouterr().err
