@@ -839,6 +839,7 @@ def get_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Callable, Cal
     warning says so.
     """
     options = {"dynamic": True, "fullgraph": True, "recompile_limit": 256}
+    print("compile     kernels of neurons, 10 s at the first start, then 4 s", flush=True)
     forward = torch.compile(forward_kernel, **options)
     backward = torch.compile(backward_kernel, **options)
     # Triton chooses its blocks at the first call, by the size that it sees.
@@ -851,8 +852,8 @@ def get_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Callable, Cal
         reason, _, _ = str(error).partition("\n")
         warn(
             "neurons run uncompiled, with the same results but several times slower: compiling "
-            "needs a C++ compiler (g++) or Triton, and a folder for its cache "
-            f"({reason})"
+            "needs a C++ compiler (g++) or Triton, and a folder for its cache; no path of these or "
+            f"of Python may hold a space ({reason})"
         )
         return forward_kernel, backward_kernel
     return forward, backward

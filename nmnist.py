@@ -11,6 +11,7 @@ microseconds, p 0 (called OFF) or 1 (called ON). In N-MNIST, 1 means that the li
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import http.client
@@ -18,6 +19,7 @@ import io
 import itertools
 import os
 import socket
+import sys
 import tempfile
 import zipfile
 import zlib
@@ -34,7 +36,6 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tonic.download_utils import download_url
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import utils
 from utils import UserError, number
@@ -274,7 +275,8 @@ def unpack(archive: Path, folder: Path) -> None:
             utils.name_in_errors(folder),
             tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary,
         ):
-            for member in tqdm(zip_file.infolist(), desc=f"extract {archive.name}", unit="file"):
+            members = zip_file.infolist()
+            for member in utils.progress(f"extract {archive.name}", members, unit="file"):
                 zip_file.extract(member, temporary)
             new = Path(temporary) / folder.name
             if not new.is_dir():
@@ -314,8 +316,10 @@ def download(data_dir: Path) -> Path:
     try:
         with utils.name_in_errors(data_dir):
             zips.mkdir(parents=True, exist_ok=True)
-        download_url(source.train_url, str(zips), "train.zip", source.train_md5)
-        download_url(source.test_url, str(zips), "test.zip", source.test_md5)
+        bars = sys.stderr if sys.stderr.isatty() else io.StringIO()
+        with contextlib.redirect_stderr(bars):
+            download_url(source.train_url, str(zips), "train.zip", source.train_md5)
+            download_url(source.test_url, str(zips), "test.zip", source.test_md5)
     except (OSError, http.client.HTTPException, RuntimeError) as error:
         raise UserError(f"N-MNIST can't be downloaded ({utils.first_line(error)})") from None
     finally:
@@ -487,7 +491,7 @@ def write_cache(path: Path, frames: Frames) -> None:
 def bin_recordings(recordings: NMNIST, time_steps: int, denoise: int | None, bin_by: str) -> Frames:
     """Bin recordings as tonic's `ToFrame` does, after its `Denoise` if a time is given."""
     indices, counts, nnz, statistics, hashes = [], [], [], [], []
-    for i in tqdm(range(len(recordings)), desc=f"bin {recordings.split}", unit="recording"):
+    for i in utils.progress(f"bin {recordings.split}", range(len(recordings))):
         path = recordings.files[i]
         digest = hashlib.sha256(path.read_bytes()).digest()  # whatever the options
         hashes.append(int.from_bytes(digest[:8], "big", signed=True))
@@ -724,7 +728,8 @@ def add_frame_flags(parser) -> None:
 
 def add_data_flags(parser) -> None:
     """Add the flags that say where recordings are."""
-    utils.add_flag(parser, "--data_dir", DATA_DIR, "folder of the recordings")
+    text = "folder of the recordings"
+    utils.add_flag(parser, "--data_dir", DATA_DIR, text, type=utils.file_path)
     dataset = "nmnist: from data_dir, else downloaded; simulated: scikit-learn's digits, recorded "
     dataset += f"by a simulated camera; auto: nmnist, or in {DATA_DIR} simulated if that fails"
     utils.add_flag(parser, "--dataset", "auto", dataset, choices=DATASETS)
@@ -909,7 +914,7 @@ def record_data_set(root: Path, parts: dict[str, tuple], name: str, seed: int) -
         for i, (folder, (images, labels, numbers)) in enumerate(parts.items()):
             generators = [np.random.default_rng([seed, i, n]) for n in numbers]
             recordings = simulate_events(images, generators)
-            bar = tqdm(recordings, f"simulate {folder}", len(images), unit="recording")
+            bar = utils.progress(f"simulate {folder}", recordings, len(images))
             for events, label, n in zip(bar, labels, numbers, strict=True):
                 write_recording(new / folder / str(label) / f"{n:05d}.bin", events)
         simulator = {"version": SIMULATOR_VERSION, "images": name, "seed": seed}
@@ -1003,7 +1008,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = utils.make_parser(__doc__)
     simulate = "record these images into data_dir/NMNIST by the simulated camera: arrays "
     simulate += "train_images (uint8 [N, 28, 28]), train_labels, test_images and test_labels"
-    utils.add_flag(parser, "--simulate", None, simulate, metavar="IMAGES.npz")
+    utils.add_flag(parser, "--simulate", None, simulate, type=utils.file_path, metavar="IMAGES.npz")
     utils.add_flag(parser, "--seed", 0, "seed of --simulate", type=number(int, 0, 2**32 - 1))
     add_data_flags(parser)
     add_frame_flags(parser)

@@ -31,7 +31,6 @@ import torch
 from sklearn.metrics import confusion_matrix
 from snntorch import SpikingNeuron
 from torch.optim.swa_utils import update_bn
-from tqdm import tqdm
 
 import models
 import nmnist
@@ -132,8 +131,8 @@ def add_running_flags(group) -> None:
     """Add the flags that say where and how to run, and what to read and write."""
     flag = functools.partial(add_flag, group)
     nmnist.add_data_flags(group)
-    flag("--save_dir", "./checkpoints", "folder of the checkpoints")
-    flag("--log_dir", "./logs", "folder of history, metrics and figures")
+    flag("--save_dir", "./checkpoints", "folder of the checkpoints", type=utils.file_path)
+    flag("--log_dir", "./logs", "folder of history, metrics and figures", type=utils.file_path)
     utils.add_device_flags(group)
     flag("--resume", False, "go on with the run of this command in save_dir, if there is one")
     flag("--test_only", False, "test the best checkpoint, without training")
@@ -227,7 +226,7 @@ def evaluate(network, part: Frames, indices, loss_fn, batch_size: int, text: str
     """Evaluate the network on the recordings `indices` [N]; `text` labels the progress bar."""
     network.eval()
     total_loss, spks, mems = 0.0, [], []
-    with progress(text, len(indices)) as bar:
+    with utils.progress(text, total=len(indices)) as bar:
         for frames, labels in part.batches(indices, batch_size, network.dtype):
             spk, mem = network(frames)
             total_loss += float(loss_fn(spk, mem, labels).mean()) * len(labels)
@@ -260,7 +259,9 @@ def train(args, files: RunFiles, data: Data, device, last: dict) -> dict:
     optimizer = make_optimizer(network, args.optimizer, args.lr, args.weight_decay)
     loss_fn = LOSSES[args.loss]
     size = sum(parameter.numel() for parameter in network.parameters())
-    print(f"network     {network.title}, {size:,} parameters, {network.precision}")
+    how = models.how_it_runs(network)  # compiles the kernels
+    run_as = f"{how['precision']}, neurons {how['neuron_backend']}"
+    print(f"network     {network.title}, {size:,} parameters, {run_as}")
     print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}")
     if last:
         resume(last, files, data, network, ema, optimizer, args.epochs)
@@ -284,7 +285,7 @@ def train(args, files: RunFiles, data: Data, device, last: dict) -> dict:
         augment = not args.no_augment
         batches = training_batches(data.train, order, args.batch_size, network.dtype, augment)
         step = (epoch - 1) * math.ceil(len(order) / args.batch_size)
-        with progress(f"epoch {epoch}/{args.epochs}", len(order)) as bar:
+        with utils.progress(f"epoch {epoch}/{args.epochs}", total=len(order)) as bar:
             results = train_one_epoch(
                 network, parallel, ema, optimizer, loss_fn, batches, step, bar
             )
@@ -312,7 +313,8 @@ def measure_norms(ema: SpikingNetwork, part: Frames, indices, batch_size: int) -
     """Measure the statistics of BatchNorm, with the averaged weights, on recordings."""
     # In batches of about one size, since update_bn weighs them alike, of at least `batch_size`.
     chunks = indices.tensor_split(max(1, len(indices) // batch_size))
-    update_bn((part.batch(chunk, ema.dtype) for chunk in chunks), ema)
+    batches = (part.batch(chunk, ema.dtype) for chunk in chunks)
+    update_bn(utils.progress("norms", batches, len(chunks), unit="batch"), ema)
 
 
 def validate(ema, data: Data, val_indices, loss_fn, batch_size: int) -> dict:
@@ -354,11 +356,6 @@ def make_optimizer(network, name: str, lr: float, weight_decay: float) -> torch.
         return torch.optim.SGD(groups, lr, momentum=0.9, fused=True)
     adam = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
     return adam(groups, lr, fused=True)
-
-
-def progress(text: str, num_recordings: int) -> tqdm:
-    """Return a progress bar, which the first process shows."""
-    return tqdm(desc=text, total=num_recordings, unit="recording", leave=False, disable=rank() > 0)
 
 
 def print_epoch(entry: dict, epochs: int) -> None:
@@ -525,7 +522,7 @@ def test(args, files: RunFiles, data: Data, device: torch.device, checkpoint: di
     if args.visualize:
         name = f"{network.title}{network.note}"
         draw_training(files, network, checkpoint)
-        draw_test(files, data, metrics, f"{name}: {result.accuracy:.2%} of {tested}")
+        draw_test(files, data, metrics, f"{name}: {result.accuracy:.2%} correct of {tested}")
         draw_samples(files, data, by_readout[args.readout], confidences[-1], name)
     return metrics
 
@@ -633,16 +630,21 @@ def write_results(files, metrics: dict, data: Data, by_readout: dict, confidence
 
 
 def draw_training(files: RunFiles, network: SpikingNetwork, checkpoint: dict) -> None:
-    """Draw the history, and what a ResNet has learned first."""
+    """Draw the history, and the filters of a `conv1` that sees the two polarities."""
     history = checkpoint["history"]
     logged = utils.read_json(files.history) or []
     if logged[: len(history)] == history:  # the same run, which went on after the best epoch
         history = logged
     title = f"{network.title} on {checkpoint['data']['data_set']}"
-    utils.plot_history(history, title, files.log_dir / "training_results.png")
-    if network.config.model == "resnet":
-        weight = network.conv1.weight.detach().cpu()
-        title += f"\nthe {len(weight)} filters of conv1, 3 x 3 pixels each"
+    best_epoch = checkpoint["history"][-1]["epoch"]
+    augmented = not checkpoint["settings"]["no_augment"]
+    path = files.log_dir / "training_results.png"
+    utils.plot_history(history, best_epoch, augmented, title, path)
+    conv1 = getattr(network, "conv1", None)
+    if isinstance(conv1, torch.nn.Conv2d) and conv1.weight.shape[1] == 2:
+        weight = conv1.weight.detach().cpu()
+        num_filters, _, height, width = weight.shape
+        title += f"\nthe {num_filters} filters of conv1, {height} x {width} pixels each"
         utils.plot_filters(weight, title, files.figure("filters"))
 
 
@@ -650,10 +652,10 @@ def draw_test(files: RunFiles, data: Data, metrics: dict, title: str) -> None:
     """Draw the confusion matrix and the accuracy over time."""
     counts = np.array(metrics["confusion_matrix"])
     utils.plot_confusion_matrix(counts, title, files.figure("confusion_matrix"))
-    over_time = np.array(metrics["accuracy_over_time"])
-    ends = data.saccade_ends[:-1]  # the last is that of the recording
+    over_time, exits = np.array(metrics["accuracy_over_time"]), metrics["early_exit"]
+    time_axis = data.step_ms, data.saccade_ends
     path = files.figure("accuracy_over_time")
-    utils.plot_accuracy_over_time(over_time, metrics["early_exit"], ends, data.step_ms, title, path)
+    utils.plot_accuracy_over_time(over_time, exits, *time_axis, title, path)
 
 
 def draw_samples(files: RunFiles, data: Data, predictions, confidences, network: str) -> None:

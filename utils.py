@@ -1,5 +1,12 @@
 """What every script needs, then the plots of training and testing."""
 
+import os
+from importlib.util import find_spec
+
+# Jupyter's cells pass their MPLBACKEND on to commands; without its package, matplotlib would fail.
+if find_spec("matplotlib_inline") is None:
+    os.environ.pop("MPLBACKEND", None)
+
 import argparse
 import contextlib
 import csv
@@ -11,7 +18,6 @@ import io
 import itertools
 import json
 import math
-import os
 import platform
 import secrets
 import shutil
@@ -21,16 +27,18 @@ from importlib import metadata
 from pathlib import Path
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
 from filelock import FileLock, Timeout
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 # --- Errors and flags -----------------------------------------------------------------------------
 
@@ -40,17 +48,18 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`, with a backend and a style for figures.
+    """Run a script's `main`, with a style for figures.
 
     `UserError` and `OSError` become one line on stderr and status 1, Ctrl-C status 130.
     """
     script = Path(sys.argv[0]).name
-    matplotlib.use("Agg")  # no display needed
-    plt.rcParams.update(STYLE)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that a console can't encode
     # Trust the processor's own report: inductor's trial of instruction sets takes 7 s once.
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
     try:
-        main()
+        with matplotlib.rc_context(STYLE):
+            main()
     except (UserError, OSError) as error:
         sys.exit(f"{script}: error: {error}")
     except KeyboardInterrupt as stop:
@@ -62,6 +71,12 @@ def warn(text: str) -> None:
     """Print a warning to stderr, in the first process only."""
     if rank() == 0:
         print(f"WARNING: {text}", file=sys.stderr)
+
+
+def progress(text: str, iterable=None, total: int | None = None, unit="recording") -> tqdm:
+    """Return a progress bar, which the first process shows in a terminal, not in a log file."""
+    disable = True if rank() > 0 else None  # None: unless stderr is a terminal
+    return tqdm(iterable, text, total, leave=False, unit=unit, disable=disable)
 
 
 def first_line(error: Exception) -> str:
@@ -103,6 +118,9 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 
     parse.__name__ = kind.__name__  # which argparse names if the text is no number
     return parse
+
+
+file_path = os.path.expanduser  # an argparse type: shells leave the ~ in --save_dir=~/x
 
 
 def flag_names(*adders: Callable) -> list[str]:
@@ -198,7 +216,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         timeout = datetime.timedelta(hours=2)  # while the first process downloads, bins, tests
         distributed.init_process_group(backend, timeout=timeout)
         if rank() > 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     yield
     if launched:
         # Without it, a process that ends at once may abort: a thread of gloo still holds a tensor.
@@ -401,7 +419,8 @@ OFF_COLOUR, ON_COLOUR = BLUE, ORANGE
 STYLE = {
     "savefig.dpi": 150,
     "font.size": 11,
-    "axes.titlesize": 12,
+    "figure.titlesize": 12,
+    "axes.titlesize": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -409,40 +428,74 @@ STYLE = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
+SACCADE_END = {"color": GREY, "linestyle": ":", "lw": 1.2}
 
 
-def save_figure(figure: plt.Figure, path: str | Path) -> None:
-    """Write a figure to `path`, atomically, close it, and print where it is."""
+def subplots(size: tuple[float, float], *args, **options):
+    """Return a figure of `size` in inches, and its axes: `plt.subplots` without a backend."""
+    figure = Figure(size)
+    return figure, figure.subplots(*args, **options)
+
+
+def save_figure(figure: Figure, title: str, path: str | Path) -> None:
+    """Write a figure to `path`, atomically, below a title, and print where it is."""
+    set_title(figure, title)
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
-    plt.close(figure)
     print(f"figure      {path}")
 
 
-def whole_steps(axis: plt.Axes) -> None:
+def set_title(figure: Figure, title: str, **style) -> None:
+    """Set the title, wrapped to the figure's width; a $ in a name starts no formula."""
+    figure.suptitle(title.replace("$", r"\$"), wrap=True, **style)
+
+
+def whole_steps(axis: Axes) -> None:
     """Let the ticks of the x axis, epochs or time steps, be whole numbers."""
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def plot_history(history: list[dict], title: str, path: Path) -> None:
-    """Draw loss and accuracy over epochs for training, validation and test."""
-    figure, (losses, accuracies) = plt.subplots(1, 2, figsize=(10, 4))
+def show_time(axes: Iterable[Axes], num_steps: int, step_ms: float | None, saccade_ends) -> None:
+    """Let the x axis of `axes`, one below the other, be time steps, and mark the saccades' ends.
+
+    `step_ms` is the duration of a step: the time in ms stands above; None if it varies.
+    `saccade_ends` are in steps; the last is that of the recording.
+    """
+    for axis in axes:
+        for i, end in enumerate(saccade_ends[:-1]):
+            axis.axvline(end, label=None if i else "end of a saccade", **SACCADE_END)
+    axes[-1].set(xlabel="time step", xlim=(0.5, num_steps + 0.5))
+    whole_steps(axes[-1])
+    if step_ms:
+        to_ms, to_step = (lambda step: step * step_ms), (lambda ms: ms / step_ms)
+        axes[0].secondary_xaxis("top", functions=(to_ms, to_step)).set_xlabel("time (ms)")
+
+
+def plot_history(
+    history: list[dict], best_epoch: int, augmented: bool, title: str, path: Path
+) -> None:
+    """Draw loss and accuracy over epochs for training, validation and test; mark the best epoch.
+
+    The training curve is of other recordings, if these are `augmented`, and of other weights.
+    """
+    figure, (losses, accuracies) = subplots((10, 4.6), 1, 2)
     epochs = [entry["epoch"] for entry in history]
+    training = "training (augmented, " if augmented else "training ("
     for name, label, marker, colour in (
-        ("train", "training", "o-", BLUE),
+        ("train", f"{training}weights before averaging)", "o-", BLUE),
         ("val", "validation", "s-", ORANGE),
         ("test", "test", "^--", GREEN),
     ):
         style = {"color": colour, "ms": 4, "label": label}
         losses.plot(epochs, [e[f"{name}_loss"] for e in history], marker, **style)
         accuracies.plot(epochs, [100 * e[f"{name}_accuracy"] for e in history], marker, **style)
-    losses.set(xlabel="epoch", ylabel="loss")
-    losses.legend()
-    accuracies.set(xlabel="epoch", ylabel="accuracy (%)")
-    whole_steps(losses)
-    whole_steps(accuracies)
-    figure.suptitle(title)
-    save_figure(figure, path)
+    for axis, quantity in ((losses, "loss"), (accuracies, "accuracy (%)")):
+        label = f"best checkpoint (epoch {best_epoch})"
+        axis.axvline(best_epoch, color=GREY, linestyle=":", label=label)
+        axis.set(xlabel="epoch", ylabel=quantity)
+        whole_steps(axis)
+    figure.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    save_figure(figure, title, path)
 
 
 def plot_confusion_matrix(counts: np.ndarray, title: str, path: Path) -> None:
@@ -451,41 +504,33 @@ def plot_confusion_matrix(counts: np.ndarray, title: str, path: Path) -> None:
     texts = np.array(
         [f"{n}\n{s:.0f}%" if n else "" for n, s in zip(counts.flat, shares.flat, strict=True)]
     )
-    figure, axis = plt.subplots(figsize=(8, 6.8))
+    figure, axis = subplots((8, 6.8))
     style = {"cmap": "Blues", "vmin": 0, "vmax": 100, "square": True, "linewidths": 0.5}
     style["annot_kws"] = {"fontsize": 8}
     style["cbar_kws"] = {"label": "share of the true digit (%)"}
     sns.heatmap(shares, annot=texts.reshape(counts.shape), fmt="", ax=axis, **style)
-    axis.set(xlabel="predicted digit", ylabel="true digit", title=title)
+    axis.set(xlabel="predicted digit", ylabel="true digit")
     axis.grid(False)
-    save_figure(figure, path)
+    save_figure(figure, title, path)
 
 
-def plot_accuracy_over_time(accuracy, early_exits, saccade_ends, step_ms, title, path) -> None:
+def plot_accuracy_over_time(accuracy, early_exits, step_ms, saccade_ends, title, path) -> None:
     """Draw the accuracy [T] of predictions after each step, and of early exits at their mean step.
 
-    `saccade_ends` are in steps, `step_ms` is the duration of a step, None if it varies.
+    `step_ms` and `saccade_ends` are those of `show_time`.
     """
-    figure, axis = plt.subplots(figsize=(9, 5.2))
+    figure, axis = subplots((9, 5.2))
     steps = np.arange(1, len(accuracy) + 1)
     exits = np.array([(e["mean_steps"], 100 * e["accuracy"]) for e in early_exits])
     axis.plot(steps, 100 * accuracy, "o-", color=BLUE, ms=4, label="all decided at this step")
     low, high = (f"{100 * early_exits[i]['threshold']:g}%" for i in (0, -1))
     label = f"each decided at a confidence, from {low} to {high} (mean step)"
     axis.plot(*exits.T, "s-", color=ORANGE, ms=4, label=label)
-    for i, end in enumerate(saccade_ends):
-        label = None if i else "end of a saccade"
-        axis.axvline(end, color=GREY, linestyle="--", lw=1, label=label)
-    axis.axhline(10, color=GREY, linestyle=":", label="chance")
-    axis.set(xlabel="time step of the prediction, from 1", ylabel="test accuracy (%)", title=title)
-    axis.set(xlim=(0.5, len(steps) + 0.5), ylim=(0, 100))
-    whole_steps(axis)
-    if step_ms:
-        to_ms, to_step = (lambda step: step * step_ms), (lambda ms: ms / step_ms)
-        upper = axis.secondary_xaxis("top", functions=(to_ms, to_step))
-        upper.set_xlabel("time of the prediction (ms)")
+    axis.axhline(10, color=GREY, linestyle="--", lw=1, label="chance")
+    axis.set(ylabel="test accuracy (%)", ylim=(0, 100))
+    show_time([axis], len(steps), step_ms, saccade_ends)
     figure.legend(loc="outside lower center", ncols=2)
-    save_figure(figure, path)
+    save_figure(figure, title, path)
 
 
 def occurrences(labels: np.ndarray) -> np.ndarray:
@@ -507,43 +552,41 @@ def plot_predictions(images: np.ndarray, texts: list[str], mistakes, title: str,
     """Draw event images [N, 2, 34, 34], each below its text, coloured where `mistakes` [N]."""
     columns = min(5, len(images))
     rows = math.ceil(len(images) / columns)
-    size = (1.9 * columns, 2.2 * rows + 1.2)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    size = 1.9 * columns, 2.2 * rows + 1.2  # room for two lines above each
+    figure, axes = subplots(size, rows, columns, squeeze=False)
     full = np.quantile(images[images > 0], 0.9) if images.any() else 1
     for axis in axes.flat[len(images) :]:
         axis.set_axis_off()
     for axis, image, text, mistake in zip(axes.flat, images, texts, mistakes, strict=False):
-        axis.imshow(event_image(image, full), interpolation="nearest")
-        show_border(axis)
+        show_image(axis, event_image(image, full))
         axis.set_title(text, fontsize=9, color=ORANGE if mistake else "black")
-    figure.suptitle(title)
     polarity_legend(figure)
-    save_figure(figure, path)
+    save_figure(figure, title, path)
 
 
-def show_border(axis: plt.Axes) -> None:
-    """Draw a pale border around an image, without ticks and grid."""
+def show_image(axis: Axes, image: np.ndarray, **style):
+    """Draw an image in a pale border, without ticks and grid; return what `imshow` does."""
     axis.set(xticks=[], yticks=[])
     axis.grid(False)
     for spine in axis.spines.values():
         spine.set(visible=True, color="#cccccc")
+    return axis.imshow(image, interpolation="nearest", **style)
 
 
 def plot_filters(weight: torch.Tensor, title: str, path: Path) -> None:
     """Draw filters [N, 2, h, w] in columns, those of OFF above those of ON events, on one scale."""
     limit = float(weight.abs().max())
-    style = {"cmap": "PRGn", "vmin": -limit, "vmax": limit, "interpolation": "nearest"}
-    figure, axes = plt.subplots(2, len(weight), figsize=(0.6 * len(weight) + 2, 3))
-    for i, axis in enumerate(axes[0], start=1):
-        axis.set_title(i, fontsize=9)
+    style = {"cmap": "PRGn", "vmin": -limit, "vmax": limit}
+    size = 0.6 * len(weight) + 2, 3  # room for the colour bar
+    figure, axes = subplots(size, 2, len(weight), squeeze=False)
+    for channel, axis in enumerate(axes[0]):
+        axis.set_title(channel, fontsize=9)
     for row, filters, name in zip(axes, weight.unbind(1), ("OFF", "ON"), strict=True):
         for axis, values in zip(row, filters.numpy(), strict=True):
-            image = axis.imshow(values, **style)
-            show_border(axis)
+            image = show_image(axis, values, **style)
         row[0].set_ylabel(f"{name} events")
     figure.colorbar(image, ax=axes, label="weight")
-    figure.suptitle(title)
-    save_figure(figure, path)
+    save_figure(figure, title, path)
 
 
 def event_image(frame: np.ndarray, full: float) -> np.ndarray:
@@ -553,7 +596,7 @@ def event_image(frame: np.ndarray, full: float) -> np.ndarray:
     return np.clip(1 - strength[0] * off - strength[1] * on, 0, 1)
 
 
-def polarity_legend(figure: plt.Figure) -> None:
+def polarity_legend(figure: Figure) -> None:
     """Name the colours of the two polarities below a figure."""
     colours = {"ON events (1)": ON_COLOUR, "OFF events (0)": OFF_COLOUR}
     handles = [Patch(color=colour, label=label) for label, colour in colours.items()]

@@ -10,28 +10,33 @@ import os
 if __name__ == "__main__":  # before torch is imported: idle threads sleep, instead of spinning
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import utils  # isort: skip  # before matplotlib: it sets a notebook's backend aside
+
 import argparse
 import functools
-import sys
+import math
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import seaborn as sns
 import torch
 from sklearn.manifold import TSNE
 from snntorch import spikeplot
-from tqdm import tqdm
 
 import models
 import nmnist
-import utils
-from utils import UserError, number
+from models import ActivityMeter, SpikingNetwork
+from utils import BLUE, GREY, ORANGE, UserError, number
 
 BATCH_SIZE = 100
 NUM_TRACES = 5  # hidden neurons whose membrane potential is drawn
+MAX_ROWS = 300  # of an image of spikes; of more neurons, a row is a mean
 DIGIT_COLOURS = sns.color_palette("colorblind", 10)
 PALE = "#999999"
+THRESHOLD = {"color": GREY, "linestyle": "--", "lw": 1, "label": "threshold"}
+SPIKE = {"marker": "o", "ms": 5, "linestyle": "none"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -41,168 +46,14 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--model", "cnn", "network, without --no_spikes", choices=list(models.NETWORKS))
     flag("--visualize_all", False, "draw every layer, t-SNE and firing rates, not the output alone")
     flag("--sample", 0, "index of the test recording that is drawn", type=number(int, 0))
-    flag("--num_neurons", 100, "neurons that are drawn of a larger layer", type=number(int, 1))
     flag("--tsne_samples", 2000, "test recordings in the t-SNE, at most", type=number(int, 5))
     flag("--seed", 0, "seed of t-SNE", type=number(int, 0, 2**32 - 1))
-    flag("--save_dir", "./checkpoints", "folder of checkpoints")
-    flag("--output_dir", "./activations", "folder of figures")
+    flag("--save_dir", "./checkpoints", "folder of checkpoints", type=utils.file_path)
+    output = "folder of figures (default: ./activations, for others than cnn ./activations/<model>)"
+    flag("--output_dir", None, output, type=utils.file_path)
     utils.add_device_flags(parser)
     nmnist.add_data_flags(parser)
     return parser
-
-
-def spread(spk: torch.Tensor, count: int) -> torch.Tensor:
-    """Return `count` of the neurons that fire in spk [T, N], from the least to the most active."""
-    rates = spk.sum(0)
-    firing = rates.argsort(stable=True)[int((rates == 0).sum()) :]
-    if len(firing) <= count:
-        return firing
-    return firing[torch.linspace(0, len(firing) - 1, count).round().long()]
-
-
-def alif_thresholds(neuron: models.ALIF, spk: torch.Tensor) -> torch.Tensor:
-    """Return the threshold at each step, [T, ...], of neurons that fire spk [T, ...]."""
-    adapt = [torch.zeros_like(spk[0])]
-    for step_spk in spk[:-1]:
-        adapt.append(neuron.alpha * adapt[-1] + (1 - neuron.alpha) * step_spk)
-    return neuron.threshold_at(torch.stack(adapt))
-
-
-def plot_raster(
-    spk: torch.Tensor, label: int | None, layer: str, num_neurons: int, heading: str, path: Path
-) -> None:
-    """Draw the spikes [T, N] of one layer: time steps against neurons.
-
-    Of a hidden layer it is a spread of `num_neurons`, from the least active to the most active; of
-    the output layer, which has a `label`, it is all ten.
-    """
-    is_output = label is not None
-    shown = torch.arange(models.NUM_DIGITS) if is_output else spread(spk, num_neurons)
-    figure, axis = plt.subplots(figsize=(9, 4.8))
-    from_1 = torch.cat([torch.zeros(1, len(shown)), spk[:, shown]])  # steps count from 1
-    colours = utils.BLUE
-    if is_output:
-        digits = from_1.nonzero()[:, 1]
-        colours = np.where(digits == label, utils.ORANGE, utils.BLUE)
-    size = max(7, 600 / max(1, len(shown)))
-    spikeplot.raster(from_1, axis, s=size, c=colours, marker="s", linewidths=0)
-    firing = int((spk.sum(0) > 0).sum())
-    which = f"{len(shown)} of {firing:,} that fire, of {spk.shape[1]:,} neurons"
-    which = f"that of the true digit {label} in orange" if is_output else which
-    axis.set_title(f"{heading}\nspikes of {layer}, {which}; firing rate {spk.mean():.3f}")
-    axis.set(xlabel="time step", xlim=(0.5, len(spk) + 0.5), ylim=(-0.7, len(shown) - 0.3))
-    if is_output:
-        axis.set(ylabel="output neuron (digit)", yticks=range(models.NUM_DIGITS))
-    else:
-        axis.set(ylabel="neuron, from the least to the most active")
-    utils.whole_steps(axis)
-    axis.grid(False)
-    utils.save_figure(figure, path)
-
-
-def plot_membranes(spk, mem, thresholds, layer: str, heading: str, path: Path) -> None:
-    """Draw membrane potentials of hidden neurons of median activity, with their thresholds.
-
-    spk, mem and thresholds are [T, N] or [T, C, H, W], the last two in thresholds at rest.
-    """
-    shape = spk.shape[1:]
-    spk, mem, thresholds = (values.flatten(1) for values in (spk, mem, thresholds))
-    firing = spread(spk, spk.shape[1])
-    first = max(0, len(firing) // 2 - NUM_TRACES // 2)
-    shown = firing[first : first + NUM_TRACES] if len(firing) else torch.arange(NUM_TRACES)
-    steps = np.arange(1, len(spk) + 1)
-    size = (9, 1.5 * len(shown) + 1.2)
-    figure, axes = plt.subplots(len(shown), 1, figsize=size, sharex=True, squeeze=False)
-    for axis, neuron in zip(axes[:, 0], shown, strict=True):
-        axis.plot(steps, mem[:, neuron], color=utils.BLUE, label="membrane potential")
-        axis.plot(steps, thresholds[:, neuron], "--", color=utils.GREY, label="threshold")
-        fired = spk[:, neuron] > 0
-        axis.plot(steps[fired], mem[fired, neuron], "o", color=utils.ORANGE, ms=5, label="spike")
-        place = ", ".join(str(int(i)) for i in np.unravel_index(int(neuron), shape))
-        axis.set_ylabel(place)
-    axes[-1, 0].set(xlabel="time step", xlim=(0.5, len(spk) + 0.5))
-    utils.whole_steps(axes[-1, 0])
-    place = "channel, y, x of a neuron" if len(shape) == 3 else "neuron"
-    figure.supylabel(f"membrane potential (thresholds); {place}")
-    which = f"neurons of median activity among the {len(firing):,} that fire"
-    which = which if len(firing) else "neurons; none fires"
-    figure.suptitle(f"{heading}\n{layer}: {len(shown)} {which}")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    utils.save_figure(figure, path)
-
-
-def plot_output_membranes(spk, mem, label: int, layer: str, heading: str, path: Path) -> None:
-    """Draw the membrane potentials [T, 10] of the output neurons, in thresholds."""
-    steps = np.arange(1, len(mem) + 1)
-    others = [digit for digit in mem.mean(0).argsort(descending=True).tolist() if digit != label]
-    names = {label: f"{label}, the true digit", others[0]: f"{others[0]}, the strongest other"}
-    names[others[1]] = "the other digits"
-    figure, axis = plt.subplots(figsize=(9, 5))
-    for digit in (*others, label):
-        colour = {label: utils.ORANGE, others[0]: utils.BLUE}.get(digit, PALE)
-        style = {"color": colour, "zorder": 2 if colour == PALE else 3}
-        width = 2 if digit == label else 1
-        axis.plot(steps, mem[:, digit], lw=width, label=names.get(digit), **style)
-        fired = spk[:, digit] > 0
-        axis.plot(steps[fired], mem[fired, digit], "o", ms=5, **style)
-    axis.plot([], [], "o", color=utils.GREY, label="spike")
-    axis.axhline(1, color=utils.GREY, linestyle="--", lw=1, label="threshold")
-    axis.set(xlabel="time step", ylabel="membrane potential (thresholds)")
-    axis.set(xlim=(0.5, len(mem) + 0.5), title=f"{heading}\nmembrane potentials of {layer}")
-    utils.whole_steps(axis)
-    figure.legend(loc="outside lower center", ncols=5)
-    utils.save_figure(figure, path)
-
-
-def plot_tsne(
-    features, labels, predictions, seed: int, heading: str, layer: str, path: Path
-) -> None:
-    """Draw the spike counts [N, features] of the last hidden layer in two dimensions."""
-    if bool((features == features[0]).all()):  # on which scikit-learn crashes
-        print(f"t-SNE       not drawn: {layer} answers every recording alike", file=sys.stderr)
-        return
-    print(f"t-SNE       of {len(features):,} recordings", flush=True)  # it shows no progress
-    tsne = TSNE(perplexity=min(30, (len(features) - 1) / 3), init="pca", random_state=seed)
-    points = tsne.fit_transform(features.numpy())
-    figure, axis = plt.subplots(figsize=(8, 6.5))
-    for digit in range(models.NUM_DIGITS):
-        chosen = labels == digit
-        axis.scatter(*points[chosen].T, s=14, color=DIGIT_COLOURS[digit], label=str(digit), lw=0)
-        if chosen.any():
-            centre = np.median(points[chosen], axis=0)
-            style = {"size": 20, "weight": "bold", "alpha": 0.55, "ha": "center", "va": "center"}
-            axis.text(*centre, str(digit), **style)
-    mistakes = predictions != labels
-    style = {"s": 70, "facecolors": "none", "edgecolors": "black", "lw": 1}
-    axis.scatter(*points[mistakes].T, **style, label=f"mistake ({int(mistakes.sum())})")
-    axis.set(xlabel="t-SNE dimension 1", ylabel="t-SNE dimension 2")
-    what = f"t-SNE of the spike counts of {layer}, {len(labels):,} test recordings"
-    axis.set_title(f"{heading}\n{what}")
-    axis.grid(False)
-    figure.legend(loc="outside right center", title="digit")
-    utils.save_figure(figure, path)
-
-
-def plot_firing_rates(
-    rates: dict[str, torch.Tensor], num_recordings: int, heading: str, path: Path
-) -> None:
-    """Draw each layer's mean firing rate [T] over time, and over all steps."""
-    figure, (over_time, overall) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(2, 1))
-    for i, (layer, rate) in enumerate(rates.items()):
-        colour = plt.get_cmap("viridis")(i / len(rates))
-        over_time.plot(range(1, len(rate) + 1), rate, color=colour, label=layer, lw=2)
-        overall.barh(layer, float(rate.mean()), color=colour)
-        overall.text(float(rate.mean()), i, f" {rate.mean():.3f}", va="center")
-    over_time.set(xlabel="time step", ylabel="spikes per neuron and step", ylim=(0, None))
-    utils.whole_steps(over_time)
-    figure.legend(loc="outside lower center", ncols=len(rates), fontsize=9)
-    largest = max(0.01, *(float(rate.mean()) for rate in rates.values()))
-    overall.set(xlabel="mean over all steps", xlim=(0, 1.25 * largest))
-    overall.invert_yaxis()
-    overall.grid(False)
-    figure.suptitle(f"{heading}\nfiring rates, mean over {num_recordings:,} test recordings")
-    utils.save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -224,58 +75,245 @@ def main(argv: list[str] | None = None) -> None:
     name = f"{network.title}{network.note} on {tested}"
     if tested != data.name:
         utils.warn(name)
-    draw_recording(args, network, data.test, name)
+    default = "./activations" if args.model == "cnn" else f"./activations/{args.model}"
+    folder = Path(args.output_dir or default)
+    draw_recording(network, data, args.sample, args.visualize_all, name, folder)
     if args.visualize_all:
-        draw_test_set(args, network, data.test, name)
+        draw_test_set(network, data, args.tsne_samples, args.seed, name, folder)
+
+
+# --- One recording --------------------------------------------------------------------------------
+
+
+class Recording(NamedTuple):
+    """The recording that is drawn."""
+
+    events: np.ndarray  # [T, 2]: OFF and ON events at each step
+    label: int
+    step_ms: float | None  # and the ends of saccades in steps: those of `utils.show_time`
+    saccade_ends: list[float]
+    heading: str  # first line of a title
 
 
 @torch.no_grad()
-def draw_recording(args, network: models.SpikingNetwork, frames: nmnist.Frames, name: str) -> None:
-    """Draw the output layer, or every layer, during the recording `--sample`."""
-    x, label = frames.batch(torch.tensor([args.sample]))
-    with models.ActivityMeter(network) as meter:
-        prediction = int(models.predict(*network(x), network.config.readout))
-    heading = f"{name}, test recording {args.sample}: a {int(label)}, read as {prediction}"
-    *_, output_layer = meter.outputs  # they run in this order
-    for layer in meter.outputs if args.visualize_all else [output_layer]:
+def draw_recording(
+    network: SpikingNetwork, data: nmnist.Data, sample: int, all_layers: bool, name: str, folder
+) -> None:
+    """Draw the output layer, or all layers, during the test recording `sample`."""
+    frames, label = data.test.batch(torch.tensor([sample]))
+    with ActivityMeter(network) as meter:
+        prediction = int(models.predict(*network(frames), network.config.readout))
+    heading = f"{name}, test recording {sample}: a {int(label)}, read as {prediction}"
+    events = frames[:, 0].sum((2, 3)).cpu().numpy()
+    recording = Recording(events, int(label), data.step_ms, data.saccade_ends, heading)
+    *hidden_layers, output_layer = meter.outputs  # they run in this order
+    for layer in [*hidden_layers, output_layer] if all_layers else [output_layer]:
         spk, mem = (values[:, 0] for values in meter.outputs[layer])
         neuron = network.neuron_layers()[layer].neuron
         thresholds = neuron.threshold.expand_as(mem)
         if isinstance(neuron, models.ALIF):
             thresholds = alif_thresholds(neuron, spk)
-        mem, thresholds = mem / neuron.threshold, thresholds / neuron.threshold
-        spk, mem, thresholds = spk.cpu(), mem.cpu(), thresholds.cpu()
-        raster_path = Path(args.output_dir) / "spikes" / f"spike_pattern_{layer}.png"
-        membrane_path = Path(args.output_dir) / "membrane" / f"membrane_potential_{layer}.png"
+        spk = spk.cpu().numpy()
+        mem, thresholds = ((x / neuron.threshold).cpu().numpy() for x in (mem, thresholds))
+        spikes_path = folder / "spikes" / f"spike_pattern_{layer}.png"
+        membrane_path = folder / "membrane" / f"membrane_potential_{layer}.png"
         if layer == output_layer:
-            plot_raster(spk, int(label), layer, args.num_neurons, heading, raster_path)
-            plot_output_membranes(spk, mem, int(label), layer, heading, membrane_path)
+            plot_output_spikes(recording, layer, spk, spikes_path)
+            plot_output_membranes(recording, layer, spk, mem, membrane_path)
         else:
-            plot_raster(spk.flatten(1), None, layer, args.num_neurons, heading, raster_path)
-            plot_membranes(spk, mem, thresholds, layer, heading, membrane_path)
+            plot_spikes(recording, layer, spk, spikes_path)
+            plot_membranes(recording, layer, spk, mem, thresholds, membrane_path)
+
+
+def alif_thresholds(neuron: models.ALIF, spk: torch.Tensor) -> torch.Tensor:
+    """Return the threshold at each step, [T, ...], of neurons that fire spk [T, ...]."""
+    adapt = [torch.zeros_like(spk[0])]
+    for step_spk in spk[:-1]:
+        adapt.append(neuron.alpha * adapt[-1] + (1 - neuron.alpha) * step_spk)
+    return neuron.threshold_at(torch.stack(adapt))
+
+
+def axes_below_events(recording: Recording):
+    """Return a figure, and its axes for spikes over time, below which events cause them."""
+    figure, axes = utils.subplots((9, 6), 2, sharex=True, height_ratios=(1, 4))
+    event_axis, axis = axes
+    num_steps = len(recording.events)
+    steps = range(1, num_steps + 1)
+    event_axis.plot(steps, recording.events[:, 1], color=utils.ON_COLOUR, label="ON events")
+    event_axis.plot(steps, recording.events[:, 0], color=utils.OFF_COLOUR, label="OFF events")
+    event_axis.set(ylabel="events", ylim=(0, None))
+    utils.show_time(axes, num_steps, recording.step_ms, recording.saccade_ends)
+    figure.legend(*event_axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    axis.grid(False)
+    return figure, axis
+
+
+def plot_spikes(recording: Recording, layer: str, spk: np.ndarray, path: Path) -> None:
+    """Draw the spikes [T, ...] of a hidden layer's neurons, those that fire first on top."""
+    spk = spk.reshape(len(spk), -1)
+    fires = spk.any(0)
+    order = np.lexsort((spk.argmax(0), ~fires))[: max(1, fires.sum())]
+    figure, axis = axes_below_events(recording)
+    per_row = math.ceil(len(order) / MAX_ROWS)
+    rows = [order[i : i + per_row] for i in range(0, len(order), per_row)]
+    image = [spk[:, neurons].mean(1) for neurons in rows]
+    extent = (0.5, len(spk) + 0.5, per_row * len(rows) + 0.5, 0.5)  # both count from 1
+    style = {"cmap": "Blues", "vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": "nearest"}
+    axis.imshow(image, extent=extent, **style)
+    axis.set_ylabel("neuron, in order of first spike")
+    which = f"{fires.sum():,} of {len(fires):,} neurons fire; firing rate {spk.mean():.3f}"
+    utils.save_figure(figure, f"{recording.heading}\nspikes of {layer}: {which}", path)
+
+
+def plot_output_spikes(recording: Recording, layer: str, spk: np.ndarray, path: Path) -> None:
+    """Draw the spikes [T, 10] of the output neurons."""
+    figure, axis = axes_below_events(recording)
+    from_1 = torch.from_numpy(np.pad(spk, ((1, 0), (0, 0))))  # steps count from 1
+    is_true = from_1.nonzero()[:, 1] == recording.label
+    colours = np.where(is_true, ORANGE, BLUE)
+    spikeplot.raster(from_1, axis, s=60, c=colours, marker="s", linewidths=0)
+    digits = range(models.NUM_DIGITS)
+    axis.set(ylabel="output neuron (digit)", yticks=digits, ylim=(-0.7, models.NUM_DIGITS - 0.3))
+    which = f"that of the true digit {recording.label} in orange; firing rate {spk.mean():.3f}"
+    utils.save_figure(figure, f"{recording.heading}\nspikes of {layer}, {which}", path)
+
+
+def typical_neurons(spk: np.ndarray, count: int) -> list[tuple[int, ...]]:
+    """Return the places of `count` neurons of spk [T, C, ...], of different channels.
+
+    Each fires as often as the median of those that fire in its channel.
+    """
+    rates = spk.sum(0)
+    channels = np.flatnonzero(rates.reshape(len(rates), -1).any(1))
+    if len(channels) == 0:  # none fires
+        channels = np.arange(len(rates))
+    places = []
+    for c in np.unique(channels[np.linspace(0, len(channels) - 1, count).astype(int)]):
+        median = rates[c].argsort(axis=None)[-1 - np.count_nonzero(rates[c]) // 2]
+        places.append((c, *np.unravel_index(median, rates[c].shape)))
+    return places
+
+
+def draw_trace(axis, spk, mem, style: dict, spike_style: dict) -> None:
+    """Draw a membrane potential [T] over time, with a mark at each spike of spk [T]."""
+    steps = np.arange(1, len(mem) + 1)
+    fired = spk > 0
+    axis.plot(steps, mem, **style)
+    axis.plot(steps[fired], mem[fired], **SPIKE, **spike_style)
+
+
+def plot_membranes(recording: Recording, layer: str, spk, mem, thresholds, path: Path) -> None:
+    """Draw membrane potentials of some hidden neurons, with their thresholds.
+
+    spk, mem and thresholds are [T, N] or [T, C, H, W], the last two in thresholds at rest.
+    """
+    chosen = typical_neurons(spk, NUM_TRACES)
+    size = 9, 1.5 * len(chosen) + 1.5  # room for title and legend
+    figure, axes = utils.subplots(size, len(chosen), sharex=True, squeeze=False)
+    for axis, place in zip(axes[:, 0], chosen, strict=True):
+        trace = slice(None), *place
+        style = {"color": BLUE, "label": "membrane potential"}
+        draw_trace(axis, spk[trace], mem[trace], style, {"color": ORANGE, "label": "spike"})
+        axis.plot(range(1, len(spk) + 1), thresholds[trace], **THRESHOLD)
+        axis.set_ylabel(", ".join(str(i) for i in place))
+    utils.show_time(axes[:, 0], len(spk), recording.step_ms, recording.saccade_ends)
+    axes_of_place = "channel, y, x" if spk.ndim == 4 else "neuron"
+    figure.supylabel(f"membrane potential (thresholds) of {axes_of_place}", fontsize=11)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    fires = spk.any(0)
+    which = f"{len(chosen)} of {fires.size:,} neurons, of which {fires.sum():,} fire"
+    utils.save_figure(figure, f"{recording.heading}\nmembrane potentials of {layer}: {which}", path)
+
+
+def plot_output_membranes(recording: Recording, layer: str, spk, mem, path: Path) -> None:
+    """Draw the membrane potentials [T, 10] of the output neurons, in thresholds."""
+    label = recording.label
+    others = [digit for digit in mem.mean(0).argsort().tolist() if digit != label]
+    strongest = others[-1]
+    styles = {digit: {"color": PALE, "lw": 1} for digit in others}
+    styles[others[0]]["label"] = "the other digits"
+    styles[strongest] = {"color": BLUE, "lw": 1, "label": f"{strongest}, the strongest other"}
+    styles[label] = {"color": ORANGE, "lw": 2, "label": f"{label}, the true digit"}
+    figure, axis = utils.subplots((9, 5))
+    for digit, style in styles.items():  # the true digit last, above the others
+        draw_trace(axis, spk[:, digit], mem[:, digit], style, {"color": style["color"]})
+    axis.plot([], [], color=GREY, label="spike", **SPIKE)
+    axis.axhline(1, **THRESHOLD)
+    axis.set_ylabel("membrane potential (thresholds)")
+    utils.show_time([axis], len(mem), recording.step_ms, recording.saccade_ends)
+    figure.legend(loc="outside lower center", ncols=3)
+    utils.save_figure(figure, f"{recording.heading}\nmembrane potentials of {layer}", path)
+
+
+# --- The test set ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def draw_test_set(args, network: models.SpikingNetwork, frames: nmnist.Frames, name: str) -> None:
+def draw_test_set(
+    network: SpikingNetwork, data: nmnist.Data, tsne_samples: int, seed: int, name: str, folder
+) -> None:
     """Draw t-SNE and firing rates over the test recordings, in random order."""
-    order = torch.randperm(len(frames), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
     features, predictions = [], []
-    bar = tqdm(desc="test", total=len(order), unit="recording", leave=False)
-    with bar, models.ActivityMeter(network) as meter:
-        for x, labels in frames.batches(order, BATCH_SIZE):
-            predictions.append(models.predict(*network(x), network.config.readout).cpu())
+    with utils.progress("test", total=len(order)) as bar, ActivityMeter(network) as meter:
+        for frames, labels in data.test.batches(order, BATCH_SIZE):
+            predictions.append(models.predict(*network(frames), network.config.readout).cpu())
             last_hidden = list(meter.outputs)[-2:][0]  # the output layer runs last
             features.append(meter.outputs[last_hidden][0].sum(0).flatten(1).cpu())
             bar.update(len(labels))
-    features, predictions = torch.cat(features), torch.cat(predictions)
-    labels = frames.labels.cpu()[order]
+    predictions, labels = torch.cat(predictions), data.test.labels.cpu()[order]
     accuracy = (predictions == labels).double().mean()
-    heading = f"{name}: {accuracy:.2%} of {len(frames):,} test recordings"
-    shown = (values[: args.tsne_samples] for values in (features, labels, predictions))
-    path = Path(args.output_dir) / "tsne" / "tsne_features.png"
-    plot_tsne(*shown, args.seed, heading, last_hidden, path)
+    heading = f"{name}: {accuracy:.2%} correct of {len(order):,} test recordings"
+
     rates = {layer: meter.firing_rate(layer) for layer in meter.outputs}
-    plot_firing_rates(rates, len(frames), heading, Path(args.output_dir) / "firing_rates.png")
+    title = f"{heading}\nmean firing rates"
+    plot_firing_rates(rates, data.step_ms, data.saccade_ends, title, folder / "firing_rates.png")
+
+    features = torch.cat(features)[:tsne_samples].numpy()
+    if (features == features[0]).all():  # on which scikit-learn crashes
+        utils.warn(f"no t-SNE is drawn: {last_hidden} answers every recording alike")
+        return
+    print(f"t-SNE       of {len(features):,} recordings", flush=True)  # it shows no progress
+    tsne = TSNE(perplexity=min(30, (len(features) - 1) / 3), init="pca", random_state=seed)
+    points = tsne.fit_transform(features)
+    title = f"{heading}\nt-SNE of the spike counts of {last_hidden}, {len(points):,} recordings"
+    shown = labels[:tsne_samples].numpy(), predictions[:tsne_samples].numpy()
+    plot_tsne(points, *shown, title, folder / "tsne" / "tsne_features.png")
+
+
+def plot_tsne(points, labels, predictions, title: str, path: Path) -> None:
+    """Draw points [N, 2] in the colours of their labels [N], and mark mistakes."""
+    figure, axis = utils.subplots((8, 6.5))
+    for digit, colour in enumerate(DIGIT_COLOURS):
+        cloud = points[labels == digit]
+        axis.scatter(*cloud.T, s=14, color=colour, label=str(digit), lw=0)
+        if len(cloud):  # the digit stands above most of its cloud, and behind all points
+            place = np.median(cloud[:, 0]), np.quantile(cloud[:, 1], 0.8)
+            style = {"size": 16, "weight": "bold", "color": GREY, "ha": "center", "zorder": 0}
+            offset = {"xytext": (0, 8), "textcoords": "offset points"}
+            axis.annotate(str(digit), place, **offset, **style)
+    mistakes = predictions != labels
+    style = {"s": 70, "facecolors": "none", "edgecolors": "black", "lw": 1}
+    axis.scatter(*points[mistakes].T, **style, label=f"mistake ({mistakes.sum()})")
+    axis.set(xlabel="t-SNE dimension 1", ylabel="t-SNE dimension 2")
+    axis.grid(False)
+    figure.legend(loc="outside right center", title="digit")
+    utils.save_figure(figure, title, path)
+
+
+def plot_firing_rates(
+    rates: dict[str, torch.Tensor], step_ms: float | None, saccade_ends, title: str, path: Path
+) -> None:
+    """Draw each layer's firing rate [T] over time; its mean over all steps stands beside it."""
+    figure, axis = utils.subplots((9, 5))
+    for i, (layer, rate) in enumerate(rates.items()):
+        colour = matplotlib.colormaps["viridis"](i / len(rates))
+        label = f"{layer}, mean {rate.mean():.3f}"
+        axis.plot(range(1, len(rate) + 1), rate, color=colour, lw=2, label=label)
+    axis.set(ylabel="spikes per neuron and step", ylim=(0, None))
+    utils.show_time([axis], len(rate), step_ms, saccade_ends)
+    figure.legend(loc="outside right center")
+    utils.save_figure(figure, title, path)
 
 
 if __name__ == "__main__":

@@ -5,29 +5,40 @@ python visualize_nmnist.py --split test --digit 7      # only recordings of a 7
 python visualize_nmnist.py --animate                   # also one recording as an animation
 """
 
+import utils  # isort: skip  # before matplotlib: it sets a notebook's backend aside
+
 import argparse
 import functools
+import math
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import tonic
 from matplotlib.animation import PillowWriter
-from tqdm import tqdm
+from matplotlib.figure import Figure
 
 import nmnist
-import utils
 from nmnist import NMNIST, SENSOR_SIZE
 from utils import OFF_COLOUR, ON_COLOUR, UserError, number
 
 MAX_COLUMNS = 12  # frames shown of a recording; of more time steps, evenly spaced ones
 RATE_MS = 5  # bin of the event rate
+SNAPSHOT_MS = 20  # in the middle of a saccade: long enough for a digit, too short to blur it
 RECORDINGS_PER_DIGIT = 100  # averaged for a mean event image
 GIF_FRAME_MS = 5  # that a frame of an animation spans
 SLOW_DOWN = 10  # how many times longer it is shown
+PIXELS = (0, 10, 20, 30)  # ticks
+SACCADES = tuple(pairwise((0, *nmnist.SACCADE_ENDS)))  # start and end in ms
 
-Sample = tuple[int, np.ndarray, int]  # a recording's index in its split, its events, its digit
+
+class Sample(NamedTuple):
+    """A recording that is drawn."""
+
+    index: int  # in its part of the data set
+    events: np.ndarray
+    digit: int
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -38,11 +49,37 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--split", "train", "part of the data set", choices=nmnist.SPLITS)
     flag("--digit", None, "draw only this digit (default: all)", type=int, choices=range(10))
     flag("--seed", 0, "seed of the choice", type=number(int, 0, 2**32 - 1))
-    flag("--output_dir", "./visualizations", "folder of figures")
+    flag("--output_dir", "./visualizations", "folder of figures", type=utils.file_path)
     flag("--animate", False, "animate the first recording (GIF)")
     nmnist.add_data_flags(parser)
     nmnist.add_frame_flags(parser)
     return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    options = {"first_saccade_only": args.first_saccade_only, "stabilize": args.stabilize}
+    (recordings,) = nmnist.open_recordings(args.data_dir, args.dataset, [args.split], **options)
+    samples = choose_samples(recordings, args.num_samples, args.digit, args.seed, args.denoise)
+    digits = list(range(10)) if args.digit is None else [args.digit]
+    folder = Path(args.output_dir)
+    part = "training" if args.split == "train" else "test"
+    title = f"{nmnist.name_of(recordings)}, {part} recordings"
+    if args.denoise:
+        title += f", denoised at {args.denoise:,} microseconds"
+    first = samples[0]
+    of_first = (
+        f"{title}: digit {first.digit}, recording {first.index}, {len(first.events):,} events"
+    )
+    plot_samples(samples, args.time_steps, args.bin_by, title, folder / "samples.png")
+    plot_events_3d(first.events, of_first, folder / "events_3d.png")
+    plot_event_rate(event_rates(samples), title, folder / "event_rate.png")
+    plot_digits(mean_images(recordings, digits, args.denoise), title, folder / "digits.png")
+    if args.animate:
+        animate(first.events, of_first, folder / f"sample_{first.index}.gif")
+
+
+# --- Recordings -----------------------------------------------------------------------------------
 
 
 def choose_samples(
@@ -58,14 +95,41 @@ def choose_samples(
     turns = utils.occurrences(labels[order])  # so that ten samples show all digits
     chosen = order[np.argsort(turns, kind="stable")][:num_samples]
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]
-    samples = [
-        (int(i), nmnist.denoise_events(recordings[i][0], denoise), int(labels[i])) for i in chosen
-    ]
-    for index, events, _ in samples:
+    samples = []
+    for index in chosen.tolist():
+        events, label = recordings[index]
+        events = nmnist.denoise_events(events, denoise)
         if len(events) == 0:
             path = recordings.files[index]
             raise UserError(f"{path} has no events left: choose a longer --denoise, fewer options")
+        samples.append(Sample(index, events, label))
     return samples
+
+
+def event_rates(samples: list[Sample]) -> np.ndarray:
+    """Return OFF and ON events per ms of each sample, in bins of RATE_MS, [N, 2, bins]."""
+    num_bins = max(int(sample.events["t"][-1]) for sample in samples) // (1000 * RATE_MS) + 1
+    rates = np.zeros((len(samples), 2, num_bins))
+    for rate, (_, events, _) in zip(rates, samples, strict=True):
+        np.add.at(rate, (events["p"], events["t"] // (1000 * RATE_MS)), 1 / RATE_MS)
+    return rates
+
+
+def mean_images(recordings: NMNIST, digits: list[int], denoise: int | None) -> dict:
+    """Return the mean events per pixel [34, 34] of each digit's first recordings, by a text."""
+    labels = np.array(recordings.labels)
+    images = {}
+    for digit in utils.progress("mean digits", digits, unit="digit"):
+        indices = np.flatnonzero(labels == digit)[:RECORDINGS_PER_DIGIT]
+        total = np.zeros((34, 34))
+        for index in indices:
+            events = nmnist.denoise_events(recordings[index][0], denoise)
+            np.add.at(total, (events["y"], events["x"]), 1)
+        images[f"{digit}  ({len(indices)} recordings)"] = total / len(indices)
+    return images
+
+
+# --- Figures --------------------------------------------------------------------------------------
 
 
 def plot_samples(
@@ -74,151 +138,120 @@ def plot_samples(
     """Draw one row per recording, its frames over time as columns, all on the same scale."""
     bins = {"n_time_bins": time_steps} if bin_by == "time" else {"n_event_bins": time_steps}
     to_frame = tonic.transforms.ToFrame(sensor_size=SENSOR_SIZE, **bins)
-    frames = np.stack([to_frame(events) for _, events, _ in samples])  # [samples, T, 2, 34, 34]
+    frames = np.stack([to_frame(sample.events) for sample in samples])  # [samples, T, 2, 34, 34]
     steps = np.linspace(0, time_steps - 1, min(time_steps, MAX_COLUMNS)).round().astype(int)
+    # So that a few hot pixels do not pale the others.
     full = max(1.0, np.quantile(frames[frames > 0], 0.95)) if frames.any() else 1.0
-    size = (max(7, 0.95 * len(steps) + 0.8), 0.95 * len(samples) + 1.2)  # wide enough for titles
-    figure, axes = plt.subplots(len(samples), len(steps), figsize=size, squeeze=False)
+    # Squares, below a title of two lines, and no narrower than that title.
+    size = max(7, 0.95 * len(steps) + 0.8), 0.95 * len(samples) + 1.2
+    figure, axes = utils.subplots(size, len(samples), len(steps), squeeze=False)
     duration = np.mean([events["t"][-1] - events["t"][0] for _, events, _ in samples]) / 1000
-    for row, (_, _, digit) in enumerate(samples):
+    for row, sample in enumerate(samples):
         for column, step in enumerate(steps):
             axis = axes[row, column]
-            axis.imshow(utils.event_image(frames[row, step], full), interpolation="nearest")
-            utils.show_border(axis)
+            utils.show_image(axis, utils.event_image(frames[row, step], full))
             if row == 0:
                 time = f"{(step + 0.5) * duration / time_steps:.0f} ms"
                 axis.set_title(time if bin_by == "time" else f"frame {step + 1}", fontsize=9)
-        axes[row, 0].set_ylabel(digit, rotation=0, fontsize=16, labelpad=14, va="center")
+        axes[row, 0].set_ylabel(sample.digit, rotation=0, fontsize=16, labelpad=14, va="center")
     shown = "" if len(steps) == time_steps else f", {len(steps)} of them shown"
     span = f"{duration / time_steps:.0f} ms" if bin_by == "time" else "equal event count"
-    figure.suptitle(f"{title}\n{time_steps} frames of {span}{shown}")
     utils.polarity_legend(figure)
     figure.supylabel("digit")
-    utils.save_figure(figure, path)
+    utils.save_figure(figure, f"{title}\n{time_steps} frames of {span}{shown}", path)
 
 
-def plot_events_3d(sample: Sample, title: str, path: Path) -> None:
-    """Draw one recording's events as a cloud over x, y and time, coloured by polarity."""
-    index, events, digit = sample
-    figure = plt.figure(figsize=(10, 5))
-    axis = figure.add_subplot(projection="3d")
+def plot_events_3d(events: np.ndarray, title: str, path: Path) -> None:
+    """Draw events as a cloud over time, x and y, above an image of the middle of each saccade."""
+    figure = Figure((10, 8))
+    grid = figure.add_gridspec(2, 3, height_ratios=(2.2, 1))
+    axis = figure.add_subplot(grid[0, :], projection="3d")
+    ms = events["t"] / 1000
     for polarity, colour in ((1, ON_COLOUR), (0, OFF_COLOUR)):
-        chosen = events[events["p"] == polarity]
-        # y points down on the sensor: the axis is turned, so that the digit stands upright.
-        style = {"s": 5, "c": colour, "alpha": 0.8, "lw": 0, "depthshade": False}
+        chosen = events["p"] == polarity
+        x, y = events["x"][chosen], events["y"][chosen]
         # The box is wider than the axes that hold it, which would cut off its ends.
-        axis.scatter(chosen["t"] / 1000, chosen["x"], chosen["y"], clip_on=False, **style)
-    axis.set_box_aspect((2.6, 1, 1), zoom=1.5)
+        style = {"s": 7, "c": colour, "alpha": 0.8, "lw": 0, "depthshade": False, "clip_on": False}
+        axis.scatter(ms[chosen], x, y, **style)
     axis.set(xlabel="time (ms)", ylabel="x (pixels)", zlabel="y (pixels)")
-    axis.set(ylim=(0, 33), zlim=(33, 0))
-    axis.set(yticks=(0, 15, 30), zticks=(0, 15, 30))  # 33 of both would meet in a corner
-    axis.xaxis.labelpad = 14
-    axis.view_init(elev=18, azim=-62)
-    figure.suptitle(f"{title}: digit {digit}, recording {index}, {len(events):,} events")
+    # y points down on the sensor: the axis is turned, so that the digit stands upright.
+    axis.set(ylim=(0, 33), zlim=(33, 0), yticks=PIXELS, zticks=PIXELS)
+    axis.xaxis.labelpad = 14  # points: below the numbers
+    # Tried out: time runs along the page, which the box fills.
+    axis.set_box_aspect((2.8, 1, 1), zoom=1.55)
+    axis.view_init(elev=15, azim=-66)
+    for i, (start, stop) in enumerate(SACCADES):
+        low = (start + stop - SNAPSHOT_MS) / 2
+        inside = events[(ms >= low) & (ms < low + SNAPSHOT_MS)]
+        if len(inside):  # else it may be of the first saccade alone
+            image = tonic.transforms.ToImage(sensor_size=SENSOR_SIZE)(inside)
+            axis = figure.add_subplot(grid[1, i])
+            full = np.quantile(image[image > 0], 0.9)
+            utils.show_image(axis, utils.event_image(image, full))
+            axis.set_title(f"saccade {i + 1}: {low:.0f} to {low + SNAPSHOT_MS:.0f} ms")
     utils.polarity_legend(figure)
-    utils.save_figure(figure, path)
+    utils.save_figure(figure, title, path)
 
 
-def plot_event_rate(samples: list[Sample], title: str, path: Path) -> None:
-    """Draw events per ms over time by polarity: mean and standard deviation over the samples."""
-    end = max(events["t"].max() for _, events, _ in samples) / 1000
-    edges = np.arange(0, end + RATE_MS, RATE_MS)
-    figure, axis = plt.subplots(figsize=(9, 4.5))
+def plot_event_rate(rates: np.ndarray, title: str, path: Path) -> None:
+    """Draw rates [N, 2, bins] in events per ms over time: mean and standard deviation over N."""
+    figure, axis = utils.subplots((9, 4.5))
+    centres = RATE_MS * (np.arange(rates.shape[2]) + 0.5)
     for polarity, colour, label in ((1, ON_COLOUR, "ON"), (0, OFF_COLOUR, "OFF")):
-        times = [events["t"][events["p"] == polarity] / 1000 for _, events, _ in samples]
-        rates = np.stack([np.histogram(ms, edges)[0] / RATE_MS for ms in times])
-        mean, spread = rates.mean(0), rates.std(0)
-        centres = edges[:-1] + RATE_MS / 2
-        axis.plot(centres, mean, color=colour, label=f"{label}, mean of {len(samples)} recordings")
+        mean, spread = rates[:, polarity].mean(0), rates[:, polarity].std(0)
+        axis.plot(centres, mean, color=colour, label=f"{label}, mean of {len(rates)} recordings")
         low = np.maximum(mean - spread, 0)
         axis.fill_between(centres, low, mean + spread, color=colour, alpha=0.2, lw=0)
     axis.fill_between([], [], color=utils.GREY, alpha=0.2, label="± standard deviation")
-    axis.set(xlim=(0, edges[-1]), ylim=(0, None), title=title)
-    axis.set(xlabel="time (ms)", ylabel="events per ms")
+    end = RATE_MS * rates.shape[2]
     top = axis.get_ylim()[1]
-    axis.set_ylim(0, 1.12 * top)
-    for saccade, (start, stop) in enumerate(pairwise((0, *nmnist.SACCADE_ENDS)), start=1):
-        if start >= end:
-            break  # of first saccades alone
-        axis.axvline(stop, color=utils.GREY, linestyle="--", lw=1)
-        axis.text((start + stop) / 2, 1.1 * top, f"saccade {saccade}", ha="center", va="top")
+    axis.set(xlim=(0, end), ylim=(0, 1.12 * top))  # room for a line of text
+    axis.set(xlabel="time (ms)", ylabel="events per ms")
+    style = {"ha": "center", "va": "top", "clip_on": True}  # where recordings end earlier
+    for i, (start, stop) in enumerate(SACCADES, start=1):
+        axis.axvline(stop, **utils.SACCADE_END)
+        axis.text((start + stop) / 2, 1.1 * top, f"saccade {i}", **style)
     figure.legend(loc="outside lower center", ncols=3)
-    utils.save_figure(figure, path)
+    utils.save_figure(figure, title, path)
 
 
-def plot_digits(
-    recordings: NMNIST, digit: int | None, denoise: int | None, title: str, path: Path
-) -> None:
-    """Draw the mean event image of each digit, or of `digit` alone, over its first recordings."""
-    labels = np.array(recordings.labels)
-    digits = range(10) if digit is None else [digit]
-    to_image = tonic.transforms.ToImage(sensor_size=SENSOR_SIZE)
-    means, counts = {}, {}
-    for d in tqdm(digits, desc="mean digits", unit="digit", leave=False):
-        indices = np.flatnonzero(labels == d)[:RECORDINGS_PER_DIGIT]
-        total = np.zeros((34, 34))
-        for index in indices:
-            events = nmnist.denoise_events(recordings[index][0], denoise)
-            total += to_image(events).sum(0) if len(events) else 0
-        means[d], counts[d] = total / len(indices), len(indices)
-    full = np.quantile(np.stack(list(means.values())), 0.995)  # so that hot pixels pale no others
-    rows, columns, size = (2, 5, (12.5, 5.6)) if digit is None else (1, 1, (7, 5.6))
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    for axis, d in zip(axes.flat, digits, strict=True):
-        image = axis.imshow(means[d], cmap="magma_r", vmin=0, vmax=full, interpolation="nearest")
-        axis.set_title(f"{d}  ({counts[d]} recordings)", fontsize=10)
-        axis.set(xticks=[0, 16, 33], yticks=[0, 16, 33])
+def plot_digits(images: dict[str, np.ndarray], title: str, path: Path) -> None:
+    """Draw mean event images [34, 34], each below its text, on one scale."""
+    rows, columns = math.ceil(len(images) / 5), min(5, len(images))
+    size = 2.2 * columns + 2, 2.4 * rows + 1  # room for colour bar and title
+    figure, axes = utils.subplots(size, rows, columns, squeeze=False)
+    full = np.quantile(np.stack(list(images.values())), 0.995)  # so that hot pixels pale no others
+    for axis, (text, image) in zip(axes.flat, images.items(), strict=True):
+        drawn = axis.imshow(image, cmap="magma_r", vmin=0, vmax=full, interpolation="nearest")
+        axis.set_title(text, fontsize=10)
+        axis.set(xlabel="x (pixels)", ylabel="y (pixels)", xticks=PIXELS, yticks=PIXELS)
+        axis.label_outer()
         axis.grid(False)
-    figure.colorbar(image, ax=axes, label="mean events per pixel", extend="max", shrink=0.8)
-    figure.supxlabel("x (pixels)", fontsize=10)
-    figure.supylabel("y (pixels)", fontsize=10)
-    what = "each digit" if digit is None else f"digit {digit}"
-    figure.suptitle(f"{title}\nmean event image of {what}")
-    utils.save_figure(figure, path)
+    figure.colorbar(drawn, ax=axes, label="mean events per pixel", extend="max", shrink=0.8)
+    utils.save_figure(figure, f"{title}\nmean events of each pixel", path)
 
 
-def animate(sample: Sample, title: str, path: Path) -> None:
-    """Write one recording as a GIF, `SLOW_DOWN` times slower than it was."""
-    index, events, digit = sample
-    num_frames = max(1, int(np.ceil((events["t"][-1] + 1) / (1000 * GIF_FRAME_MS))))
-    frames, frame = np.zeros((num_frames, 2, 34, 34)), events["t"] // (1000 * GIF_FRAME_MS)
+def animate(events: np.ndarray, title: str, path: Path) -> None:
+    """Write a recording as a GIF, `SLOW_DOWN` times slower than it was."""
+    frame = events["t"] // (1000 * GIF_FRAME_MS)
+    frames = np.zeros((frame[-1] + 1, 2, 34, 34))
     np.add.at(frames, (frame, events["p"], events["y"], events["x"]), 1)
-    figure, axis = plt.subplots(figsize=(4.2, 4.8))
+    figure, axis = utils.subplots((4.2, 4.8))
     image = axis.imshow(utils.event_image(frames[0], 2), interpolation="nearest")
-    axis.set(xlabel="x (pixels)", ylabel="y (pixels)")
+    axis.set(xlabel="x (pixels)", ylabel="y (pixels)", xticks=PIXELS, yticks=PIXELS)
     axis.grid(False)
-    heading = f"{title}\ndigit {digit}, recording {index}, {SLOW_DOWN} times slower"
-    figure.suptitle(heading, fontsize=10)
+    utils.set_title(figure, f"{title}, {SLOW_DOWN} times slower", fontsize=10)
     utils.polarity_legend(figure)
     axis.set_title(f"0 to {GIF_FRAME_MS} ms", fontsize=10)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once: for each frame it takes most of the time
     writer = PillowWriter(fps=1000 / (GIF_FRAME_MS * SLOW_DOWN))
     with utils.atomic_path(path) as temporary, writer.saving(figure, temporary, dpi=80):
-        for i in tqdm(range(num_frames), "animation", unit="frame", leave=False):
-            image.set_data(utils.event_image(frames[i], 2))
+        for i, counts in enumerate(utils.progress("animation", frames, unit="frame")):
+            image.set_data(utils.event_image(counts, 2))  # two events saturate a pixel
             axis.set_title(f"{i * GIF_FRAME_MS} to {(i + 1) * GIF_FRAME_MS} ms", fontsize=10)
             writer.grab_frame()
-    plt.close(figure)
     print(f"animation   {path}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
-    options = {"first_saccade_only": args.first_saccade_only, "stabilize": args.stabilize}
-    (recordings,) = nmnist.open_recordings(args.data_dir, args.dataset, [args.split], **options)
-    samples = choose_samples(recordings, args.num_samples, args.digit, args.seed, args.denoise)
-    output_dir = Path(args.output_dir)
-    part = "training" if args.split == "train" else "test"
-    title = f"{nmnist.name_of(recordings)}, {part} recordings"
-    if args.denoise:
-        title += f", denoised at {args.denoise:,} microseconds"
-    plot_samples(samples, args.time_steps, args.bin_by, title, output_dir / "samples.png")
-    plot_events_3d(samples[0], title, output_dir / "events_3d.png")
-    plot_event_rate(samples, title, output_dir / "event_rate.png")
-    plot_digits(recordings, args.digit, args.denoise, title, output_dir / "digits.png")
-    if args.animate:
-        animate(samples[0], title, output_dir / f"sample_{samples[0][0]}.gif")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -19,8 +17,6 @@ sys.path.insert(0, str(ROOT))
 
 import nmnist  # noqa: E402
 import utils  # noqa: E402
-
-matplotlib.use("Agg")  # as scripts do: no window opens
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -107,17 +103,25 @@ def made_data_dir(tmp_path_factory):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """Keep figures open, by file name, instead of writing them, for a test to look at."""
+    """Keep figures, by file name, instead of writing them, for a test to look at."""
     kept = {}
-    monkeypatch.setattr(utils, "save_figure", lambda fig, path: kept.update({Path(path).name: fig}))
-    yield kept
-    plt.close("all")
+
+    def keep(figure, title, path):
+        utils.set_title(figure, title)
+        kept[Path(path).name] = figure
+
+    monkeypatch.setattr(utils, "save_figure", keep)
+    return kept
+
+
+# What a notebook's cell passes on to the commands that it runs.
+INLINE = "module://matplotlib_inline.backend_inline"
 
 
 def run(*command, cwd=ROOT, import_from=None, **options) -> subprocess.CompletedProcess:
     """Run a command as a user does, from the project's folder, and return it with its output."""
     # One thread: no result depends on their number, and tests may run at the same time.
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {"MPLBACKEND": INLINE, **os.environ, "OMP_NUM_THREADS": "1"}
     if import_from:
         env["PYTHONPATH"] = str(import_from)
     command = [str(part) for part in command]

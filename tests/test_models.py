@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -1045,7 +1046,14 @@ def test_other_shapes_compile_nothing_again(model):
     assert describe_backend(network) == "fused"
 
 
-def test_networks_run_without_a_compiler(tmp_path):
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "CXX=/nowhere/g++ TORCHINDUCTOR_CACHE_DIR={}/empty",
+        "TORCHINDUCTOR_CACHE_DIR={}/with\\ space",  # which torch's commands do not quote
+    ],
+)
+def test_networks_run_without_a_compiler(missing, tmp_path):
     """One warning says what is missing, and the results are those of the compiled network."""
     code = """
 import sys, torch
@@ -1061,11 +1069,13 @@ print(describe_backend(network))
 """
     network, frames, path = make_network("cnn"), make_frames(6, 3), tmp_path / "tensors.pt"
     torch.save([frames, network.state_dict()], path)
-    missing = "CXX=/nowhere/g++", f"TORCHINDUCTOR_CACHE_DIR={tmp_path / 'empty'}"
-    result = run("env", *missing, sys.executable, "-c", code, path)
-    assert result.stdout.strip() == "uncompiled", result.stderr
+    result = run("env", *shlex.split(missing.format(tmp_path)), sys.executable, "-c", code, path)
+    compiling, backend = result.stdout.splitlines()
+    assert compiling.startswith("compile     kernels of neurons")
+    assert backend == "uncompiled", result.stderr
     (warning,) = [line for line in result.stderr.splitlines() if "WARNING" in line]
     assert "compiling needs a C++ compiler (g++)" in warning
+    assert "no path of these or of Python may hold a space" in warning
     assert "same results" in warning
     _, mem = network(frames)
     mem.sum().backward()

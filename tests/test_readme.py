@@ -44,7 +44,7 @@ REFUSED = {
         f"--seed {2**32}",
     ],
     "visualize_nmnist.py": ["--num_samples 0", "--num_samples 101", "--digit 10"],
-    "visualize_activations.py": ["--num_neurons 0", "--tsne_samples 4"],
+    "visualize_activations.py": ["--sample -1", "--tsne_samples 4"],
 }
 
 
@@ -93,6 +93,8 @@ def test_tables_of_flags_match_the_parsers(script):
             assert (text, default) == ("`cuda` where there is one", None)
         elif flag == "--digit":
             assert (text, default) == ("all", None)
+        elif flag == "--output_dir" and script == "visualize_activations.py":
+            assert (text, default) == ("`./activations`", None)  # of a CNN
         else:
             expected = "off" if default is None or default is False else f"`{default}`"
             assert text == expected, flag
@@ -102,7 +104,8 @@ def test_tables_of_flags_match_the_parsers(script):
 def test_every_flag_refuses_a_wrong_value(script, capsys):
     parser = SCRIPTS[script].make_parser()
     for action in parser._actions:
-        if action.nargs == 0 or (action.type in (None, str) and not action.choices):
+        is_text = action.type in (None, str, utils.file_path)
+        if action.nargs == 0 or (is_text and not action.choices):
             continue  # a switch, or a path, which is checked where it is used
         for wrong in ("wrong", "-1", "nan"):
             with pytest.raises(SystemExit) as stop:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,7 @@ import pytest
 import snntorch as snn
 import tonic
 import torch
-from conftest import ROOT, files_in, run
+from conftest import INLINE, ROOT, files_in, run
 from torch import nn
 from torch.profiler import ProfilerActivity
 from tqdm import tqdm
@@ -80,6 +81,7 @@ def start(folder, data_dir, *flags):
     flags = flags_for(folder, data_dir, *SHORT, *flags)
     command = [sys.executable, "train_nmnist.py", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment["MPLBACKEND"] = INLINE
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
@@ -232,7 +234,23 @@ def test_training_learns_and_reports_every_epoch(trained):
     for entry, line in zip(entries, lines, strict=True):
         assert all(f"{x} {entry[f'{x}_loss']:.4f}" in line for x in ("train", "val", "test"))
         assert f"{entry['recordings_per_second']:,.0f} recordings/s" in line
-    assert "epoch 1/5" in stderr  # the progress bar
+    assert "WARNING" not in stderr
+    assert "|" not in stderr  # no bars, which would stand before the lines of a log
+
+
+class Terminal(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_bars_show_the_progress_in_a_terminal(tmp_path, made_data_dir):
+    with contextlib.redirect_stderr(Terminal()) as stderr:
+        train(tmp_path, made_data_dir, *STEP, "--epochs", 2)
+    bars = [bar.split(":")[0] for bar in stderr.getvalue().split("\r") if "|" in bar]
+    epochs = [bar for i, bar in enumerate(bars) if bar not in bars[:i]]
+    assert epochs == ["bin train", "bin test", "epoch 1/2", "norms", "val", "test", "epoch 2/2"]
 
 
 def test_the_same_command_twice_gives_the_same_numbers(trained, tmp_path, made_data_dir):
@@ -499,19 +517,19 @@ def test_ranks_of_a_cluster_change_nothing(tmp_path, made_data_dir, monkeypatch,
 # --- Resuming, faults and files -------------------------------------------------------------------
 
 
-class InterruptAt(io.StringIO):
-    """A stream that raises `KeyboardInterrupt` once all `texts` were written to it, in order."""
+@contextlib.contextmanager
+def interrupt_at(call, loss="ce"):
+    """Press Ctrl-C when a loss is computed for the n-th time."""
+    loss_fn, calls = train_nmnist.LOSSES[loss], itertools.count(1)
 
-    def __init__(self, *texts):
-        super().__init__()
-        self.texts = list(texts)
+    def interrupted(*batch):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return loss_fn(*batch)
 
-    def write(self, text):
-        if self.texts and self.texts[0] in text:
-            self.texts.pop(0)
-            if not self.texts:
-                raise KeyboardInterrupt
-        return len(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train_nmnist.LOSSES, loss, interrupted)
+        yield
 
 
 @pytest.mark.parametrize(
@@ -523,12 +541,15 @@ class InterruptAt(io.StringIO):
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, made_data_dir, model, flags):
-    """Interrupted when the third of four epochs is trained, and validated, but not saved."""
+    """Interrupted when the third of four epochs is trained, and validated, but not saved.
+
+    An epoch has three batches of training, one of validation and one of test recordings.
+    """
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     backend = STEP if flags else []
     flags = ["--model", model, "--epochs", 4, *flags.split(), *backend]
     train(whole, made_data_dir, *flags)
-    interrupt = contextlib.redirect_stderr(InterruptAt("epoch 3/4", "val:", "test:"))
+    interrupt = interrupt_at(3 * 5, "mse" if "mse" in flags else "ce")
     with interrupt, pytest.raises(KeyboardInterrupt, match="--resume"):
         train(stopped, made_data_dir, *flags)
     assert len(read_log(stopped, f"{model}_history.json")) == 2
@@ -675,8 +696,7 @@ def test_the_last_checkpoint_alone_is_the_run(tmp_path, mislabelled):
 def test_nothing_is_rewritten_before_something_was_trained(tmp_path, made_data_dir):
     train(tmp_path, made_data_dir, *STEP, "--epochs", 1)
     before = contents(tmp_path)
-    interrupt = contextlib.redirect_stderr(InterruptAt("epoch 2/30"))
-    with interrupt, pytest.raises(KeyboardInterrupt):
+    with interrupt_at(1), pytest.raises(KeyboardInterrupt):
         train(tmp_path, made_data_dir, *STEP, "--epochs", 30, "--resume")
     assert contents(tmp_path) == before
     train(tmp_path, made_data_dir, *STEP, "--epochs", 2, "--resume")
@@ -1000,8 +1020,8 @@ def test_what_was_trained_in_bf16_is_tested_in_fp32_where_that_is_faster(
     assert read_log(tmp_path, "cnn_test_metrics.json")["precision"] == "fp32"
     assert read_log(tmp_path, "cnn_test_metrics.1.json") == before
     for name, figure in figures.items():
-        title = figure.get_suptitle() or figure.axes[0].get_title()
-        in_training = name == "training_results.png"
+        title = figure.get_suptitle()
+        in_training = name in ("training_results.png", "cnn_filters.png")
         assert ("SpikingCNN (precision: fp32, was bf16)" in title) != in_training
     train(tmp_path, made_data_dir, *STEP, "--epochs", 2, "--resume")
     told = "resumed with other options, which give other numbers: precision: fp32, was bf16\n"
@@ -1159,12 +1179,22 @@ def test_figures_show_the_history_and_the_metrics(copied, made_data_dir, figures
     entries = read_log(folder, f"{model}_history.json")
     metrics = read_log(folder, f"{model}_test_metrics.json")
     loss, accuracy = figures["training_results.png"].axes
-    for name, label in (("train", "training"), ("val", "validation"), ("test", "test")):
+    labels = {"val": "validation", "test": "test"}
+    labels["train"] = "training (augmented, weights before averaging)"
+    for name, label in labels.items():
         for axis, quantity, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
             (line,) = [line for line in axis.lines if line.get_label() == label]
             expected = [scale * entry[f"{name}_{quantity}"] for entry in entries]
             np.testing.assert_allclose(line.get_ydata(), expected)
+    name = type(restore_network(checkpoint(folder, "best", model))).__name__
+    assert figures["training_results.png"].get_suptitle() == f"{name} on NMNIST"
+    for axis in (loss, accuracy):
+        (line,) = [line for line in axis.lines if "best checkpoint" in line.get_label()]
+        assert line.get_label() == f"best checkpoint (epoch {metrics['epoch']})"
+        assert line.get_xdata()[0] == metrics["epoch"]
     axis = figures[f"{model}_confusion_matrix.png"].axes[0]
+    title = figures[f"{model}_confusion_matrix.png"].get_suptitle()
+    assert f"{metrics['accuracy']:.2%} correct of 30 test recordings" in title
     texts = [int(text.get_text().split("\n")[0] or 0) for text in axis.texts]
     assert texts == np.array(metrics["confusion_matrix"]).ravel().tolist()
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted digit", "true digit")
@@ -1176,12 +1206,13 @@ def test_figures_show_the_history_and_the_metrics(copied, made_data_dir, figures
         assert any(len(x) == len(expected) and np.allclose(x, expected) for x in lines)
     for ms in (100, 220):  # the ends of saccades; what is predicted at 61.6 ms is drawn at 1
         assert any(len(x) and np.allclose(x[:, 0], ms / 61.6) for x in lines)
-    if model == "resnet":
-        weight = checkpoint(folder, "best", model)["network"]["conv1.weight"]
-        images = [axis.images[0] for axis in figures["resnet_filters.png"].axes[:32]]
-        drawn = np.stack([image.get_array() for image in images])  # OFF, then ON
-        np.testing.assert_array_equal(drawn, weight.transpose(0, 1).flatten(0, 1))
-        assert len({image.get_clim() for image in images}) == 1
+    weight = checkpoint(folder, "best", model)["network"]["conv1.weight"]
+    images = [axis.images[0] for axis in figures[f"{model}_filters.png"].axes[:32]]
+    drawn = np.stack([image.get_array() for image in images])  # OFF, then ON
+    np.testing.assert_array_equal(drawn, weight.transpose(0, 1).flatten(0, 1))
+    assert len({image.get_clim() for image in images}) == 1
+    title = figures[f"{model}_filters.png"].get_suptitle()
+    assert "the 16 filters of conv1, 3 x 3 pixels each" in title
     # Of a damaged history, what the checkpoint knows of it is drawn.
     (folder / "logs" / f"{model}_history.json").write_text("{")
     main(folder, made_data_dir, *flags)

@@ -3,6 +3,8 @@
 import argparse
 import os
 import pickle
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,9 +13,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, files_in, run
+from conftest import INLINE, ROOT, files_in, make_recordings, run
 
+import nmnist
+import train_nmnist
 import utils
+import visualize_activations
+import visualize_nmnist
 
 # --- Scripts and their flags ----------------------------------------------------------------------
 
@@ -58,6 +64,63 @@ import models, nmnist, train_nmnist, utils, visualize_activations, visualize_nmn
 for old, new in zip(before, state(), strict=True):
     assert old == new, (old, new)
 """
+
+
+def test_scripts_start_in_a_cell_of_a_notebook(tmp_path):
+    """Whose backend of matplotlib they inherit, and can't import in an environment of their own."""
+    environment = {**os.environ, "MPLBACKEND": INLINE}
+    names = "train_nmnist.py", "nmnist.py", "visualize_nmnist.py", "visualize_activations.py"
+    started = {}
+    for name in names:
+        command = [sys.executable, ROOT / name, "--help"]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        started[name] = subprocess.Popen(command, env=environment, cwd=tmp_path, **pipes)
+    for name, process in started.items():
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, (name, stderr)
+
+
+def test_a_script_that_a_notebook_runs_leaves_its_backend_and_style(
+    made_data_dir, monkeypatch, capsys
+):
+    """As by `%run visualize_nmnist.py`, in the notebook's own process."""
+    flags = ["--data_dir", str(made_data_dir), "--num_samples", "1", "--output_dir", "figures"]
+    monkeypatch.setattr(sys, "argv", ["visualize_nmnist.py", *flags])
+    monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
+    monkeypatch.chdir(made_data_dir.parent)
+    with matplotlib.rc_context():
+        matplotlib.use("svg")
+        matplotlib.rcParams["font.size"] = 7
+        before = dict(matplotlib.rcParams)
+        runpy.run_path(str(ROOT / "visualize_nmnist.py"), run_name="__main__")
+        assert dict(matplotlib.rcParams) == before
+        assert matplotlib.get_backend() == "svg"
+    matplotlib.use("Agg")
+    assert "figure      figures/digits.png\n" in capsys.readouterr().out
+
+
+def test_names_that_a_console_or_a_font_lacks_stop_neither_figure_nor_table(tmp_path):
+    """Nor does a $, which starts a formula in matplotlib."""
+    folder = make_recordings(tmp_path / "模型", train=1, test=1)
+    utils.write_json(folder / "NMNIST" / "simulator.json", {"images": "$\\frac模$.npz"})
+    for script in ("nmnist.py", "visualize_nmnist.py"):
+        command = ["env", "PYTHONIOENCODING=cp1252", sys.executable, ROOT / script]
+        result = run(*command, "--data_dir=模型", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert r"SimulatedNMNIST ($\frac\u6a21$.npz)" in result.stdout
+        assert r"recordings in \u6a21\u578b" in result.stdout
+    assert (tmp_path / "visualizations" / "digits.png").exists()
+
+
+def test_the_home_folder_is_found_in_every_path(monkeypatch):
+    """Which a shell replaces in `--save_dir ~/x`, but not in `--save_dir=~/x`."""
+    monkeypatch.setenv("HOME", "/home/me")
+    for script in (train_nmnist, nmnist, visualize_nmnist, visualize_activations):
+        parser = script.make_parser()
+        names = [name for name in vars(parser.parse_args([])) if name.endswith(("dir", "simulate"))]
+        assert names
+        args = parser.parse_args([f"--{name}=~/x" for name in names])
+        assert {getattr(args, name) for name in names} == {"/home/me/x"}
 
 
 def test_importing_the_modules_changes_nothing_outside_them(tmp_path):
@@ -237,13 +300,15 @@ def test_checkpoints_that_are_cut_short_are_refused_by_name(tmp_path):
 
 
 def test_save_figure_writes_prints_and_closes(tmp_path, capsys):
-    figure, axis = plt.subplots()
+    """Below a title; none is left open."""
+    figure, axis = utils.subplots((4, 3))
     axis.plot([1, 2])
     path = tmp_path / "new" / "figure.png"
-    utils.save_figure(figure, path)
+    utils.save_figure(figure, "A title", path)
     assert plt.imread(path).shape[2] == 4
+    assert figure.get_suptitle() == "A title"
     assert capsys.readouterr().out == f"figure      {path}\n"
-    assert not plt.fignum_exists(figure.number)
+    assert plt.get_fignums() == []
     assert list(path.parent.iterdir()) == [path]
 
 

@@ -1,10 +1,13 @@
 """The figures of a trained network: what is drawn is what its layers did."""
 
 import sys
+from pathlib import Path
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import tonic
 import torch
 from conftest import files_in
 from matplotlib.colors import to_hex
@@ -86,55 +89,102 @@ def test_without_visualize_all_only_the_output_is_drawn(network_dir, made_data_d
 
 
 def test_rasters_show_the_spikes_of_the_layers(network_dir, made_data_dir, figures):
-    """Of a larger layer, those of neurons from the least to the most active."""
-    draw(network_dir, made_data_dir, "--visualize_all", "--sample", 11, "--num_neurons", 64)
+    """Of a hidden layer, of all neurons that fire, in the order of their first spikes."""
+    draw(network_dir, made_data_dir, "--visualize_all", "--sample", 11)
     layers = activity(network_dir, made_data_dir, 11)
     assert list(layers) == LAYERS[network_dir[0]]
     for name, (spk, _) in layers.items():
-        axis = figures[f"spike_pattern_{name}.png"].axes[0]
-        dots = axis.collections[0].get_offsets()
-        steps, rows = np.asarray(dots).T.astype(int)
-        drawn = [tuple(sorted(steps[rows == row])) for row in range(max(rows) + 1)]
+        figure = figures[f"spike_pattern_{name}.png"]
+        axis = figure.axes[1]
         trains = [tuple(1 + np.flatnonzero(train)) for train in spk.flatten(1).T]
+        firing = [train for train in trains if train]
         if name == "lif_out":
+            dots = axis.collections[0].get_offsets()
+            steps, rows = np.asarray(dots).T.astype(int)
+            drawn = [tuple(sorted(steps[rows == row])) for row in range(max(rows) + 1)]
             assert drawn == trains[: len(drawn)]
             assert sum(map(len, drawn)) == spk.sum()
         else:
-            firing = sorted((train for train in trains if train), key=len)
-            assert len(drawn) == min(64, len(firing))
-            assert set(drawn) <= set(firing)
-            counts = [len(train) for train in drawn]
-            assert counts == sorted(counts)
-            assert (counts[0], counts[-1]) == (len(firing[0]), len(firing[-1]))
-            assert f"{len(drawn)} of {len(firing):,} that fire" in axis.get_title()
-        assert f"{spk.mean():.3f}" in axis.get_title()
+            image = axis.images[0].get_array().data
+            per_row = -(-len(firing) // 300)  # of which a row is the mean
+            assert len(image) == -(-len(firing) // per_row)
+            assert axis.images[0].get_extent() == [0.5, 8.5, per_row * len(image) + 0.5, 0.5]
+            sizes = np.full(len(image), per_row)
+            sizes[-1] = len(firing) - per_row * (len(image) - 1)
+            np.testing.assert_allclose(sizes @ image, spk.flatten(1).sum(1), rtol=1e-5)
+            firsts = np.array(sorted(train[0] for train in firing))
+            for step in range(1, 9):  # rows above fire by this step, rows below do not yet
+                fired = np.flatnonzero(image[:, :step].any(1))
+                assert list(fired) == list(range(-(-(firsts <= step).sum() // per_row)))
+            if per_row == 1:
+                drawn = [tuple(1 + np.flatnonzero(row)) for row in image]
+                assert sorted(drawn) == sorted(firing)
+            assert f"{len(firing):,} of {len(trains):,} neurons fire" in figure.get_suptitle()
+        assert f"{spk.mean():.3f}" in figure.get_suptitle()
         assert axis.get_xlabel() == "time step"
+
+
+def test_the_events_stand_above_the_spikes_that_they_cause(network_dir, made_data_dir, figures):
+    draw(network_dir, made_data_dir, "--sample", 11)
+    events, label = nmnist.NMNIST(made_data_dir / "NMNIST" / "Test")[11]
+    frames = tonic.transforms.ToFrame(sensor_size=(34, 34, 2), n_time_bins=8)(events)
+    axis = figures["spike_pattern_lif_out.png"].axes[0]
+    drawn = {line.get_label(): line.get_ydata() for line in axis.lines}
+    for name, polarity in (("OFF events", 0), ("ON events", 1)):
+        np.testing.assert_array_equal(drawn[name], frames[:, polarity].sum((1, 2)))
+    assert (
+        f"test recording 11: a {label}, read as"
+        in figures["spike_pattern_lif_out.png"].get_suptitle()
+    )
+
+
+@pytest.mark.parametrize("bin_by", ["time", "events"])
+def test_the_ends_of_saccades_and_ms_stand_over_time(bin_by):
+    """Frames of 38.5 ms: 100 ms are 2.6 steps. Of equal event count, neither is known."""
+    step_ms, ends = nmnist.time_axis(8, bin_by, first_saccade_only=False)
+    figure, axes = utils.subplots((9, 5), 2, sharex=True)
+    utils.show_time(axes, 8, step_ms, ends)
+    figure.draw_without_rendering()
+    for axis in axes:
+        marks = [line.get_xdata()[0] for line in axis.lines]
+        expected = [100 / 38.5, 220 / 38.5] if bin_by == "time" else []
+        np.testing.assert_allclose(marks, expected)
+    if bin_by == "time":
+        (upper,) = axes[0].child_axes
+        assert upper.get_xlabel() == "time (ms)"
+        np.testing.assert_allclose(upper.get_xlim(), (0.5 * 38.5, 8.5 * 38.5))
+    assert not axes[1].child_axes
+    assert bin_by == "time" or not axes[0].child_axes
 
 
 def test_the_output_raster_highlights_the_true_digit(network_dir, made_data_dir, figures):
     draw(network_dir, made_data_dir, "--sample", 29)  # the last test recording: a 9
-    dots = figures["spike_pattern_lif_out.png"].axes[0].collections[0]
+    dots = figures["spike_pattern_lif_out.png"].axes[1].collections[0]
     digits = np.asarray(dots.get_offsets())[:, 1]
     for digit, colour in zip(digits, dots.get_facecolors(), strict=True):
         assert to_hex(colour).upper() == (utils.ORANGE if digit == 9 else utils.BLUE)
 
 
 def test_spikes_are_marked_where_membranes_exceed_thresholds(network_dir, made_data_dir, figures):
-    """A trace is that of the neuron whose place stands beside it."""
+    """A trace is that of the neuron whose place stands beside it; the five are spread."""
     draw(network_dir, made_data_dir, "--visualize_all")
     layers = activity(network_dir, made_data_dir, 0)
     for name in LAYERS[network_dir[0]][:-1]:
         axes = figures[f"membrane_potential_{name}.png"].axes
         assert len(axes) == 5
+        places = [axis.get_ylabel().split(", ") for axis in axes]
+        assert len({channel for channel, *_ in places}) == 5
+        assert len({tuple(place) for _, *place in places}) > 1 or len(places[0]) == 1
         for axis in axes:
-            membrane, threshold, spikes = axis.lines
+            membrane, spikes, threshold, *ends = axis.lines
+            assert [line.get_xdata()[0] for line in ends] == [100 / 38.5, 220 / 38.5]
             above = membrane.get_ydata() > threshold.get_ydata()
             assert spikes.get_xdata().tolist() == (1 + np.flatnonzero(above)).tolist()
             assert above.any()
             place = tuple(int(i) for i in axis.get_ylabel().split(", "))
             _, mem = layers[name]
             np.testing.assert_allclose(membrane.get_ydata(), mem[:, *place], rtol=1e-4, atol=1e-4)
-    _, threshold, _ = figures["membrane_potential_lif1.png"].axes[0].lines
+    _, _, threshold, *_ = figures["membrane_potential_lif1.png"].axes[0].lines
     moves = np.ptp(threshold.get_ydata()) > 0
     assert moves == (network_dir[0] == "resnet")  # ALIF's threshold moves, LIF's does not
 
@@ -158,7 +208,7 @@ def test_the_output_figure_shows_every_digit_and_highlights_the_true_one(
         trace = named[f"{digit}, {name}"]
         np.testing.assert_allclose(trace.get_ydata(), mem[:, digit], rtol=1e-4, atol=1e-4)
     assert named["9, the true digit"].get_color() == utils.ORANGE
-    assert "a 9, read as" in axis.get_title()
+    assert "a 9, read as" in figures["membrane_potential_lif_out.png"].get_suptitle()
 
 
 def test_tsne_and_firing_rates_cover_the_test_recordings(network_dir, made_data_dir, figures):
@@ -166,14 +216,18 @@ def test_tsne_and_firing_rates_cover_the_test_recordings(network_dir, made_data_
     axis = figures["tsne_features.png"].axes[0]
     clouds = {cloud.get_label(): len(cloud.get_offsets()) for cloud in axis.collections}
     assert sum(clouds[str(digit)] for digit in range(10)) == 20
-    assert "20 test recordings" in axis.get_title()
-    over_time, means = figures["firing_rates.png"].axes
-    assert [line.get_label() for line in over_time.lines] == LAYERS[network_dir[0]]
+    title = figures["tsne_features.png"].get_suptitle()
+    assert "20 recordings" in title
+    assert "% correct of 30 test recordings" in title
+    (over_time,) = figures["firing_rates.png"].axes
+    labels = [line.get_label() for line in over_time.lines]
+    assert [label.split(",")[0] for label in labels[:-2]] == LAYERS[network_dir[0]]
+    assert labels[-2] == "end of a saccade"
     activities = (activity(network_dir, made_data_dir, sample) for sample in range(30))
     rates = torch.stack([layers["lif1"][0].flatten(1).mean(1) for layers in activities])
     np.testing.assert_allclose(over_time.lines[0].get_ydata(), rates.mean(0), rtol=1e-4)
     assert list(over_time.lines[0].get_xdata()) == list(range(1, 9))
-    assert f"{rates.mean():.3f}" in means.texts[0].get_text()
+    assert labels[0] == f"lif1, mean {rates.mean():.3f}"
 
 
 def test_figures_of_a_network_that_runs_otherwise_than_trained_say_so(
@@ -183,19 +237,30 @@ def test_figures_of_a_network_that_runs_otherwise_than_trained_say_so(
     changes = "precision: bf16, was fp32; neuron_backend: step, was fused"
     assert f"runs otherwise than when trained: {changes}\n" in capsys.readouterr().err
     for figure in figures.values():
-        assert f" ({changes}) on NMNIST, test recording 0" in figure.axes[0].get_title()
+        assert f" ({changes}) on NMNIST, test recording 0" in figure.get_suptitle()
     figures.clear()
     draw(network_dir, made_data_dir)
     assert "WARNING" not in capsys.readouterr().err
-    assert not any("was" in figure.axes[0].get_title() for figure in figures.values())
+    assert not any("was" in figure.get_suptitle() for figure in figures.values())
 
 
-def test_a_silent_layer_gets_a_message_instead_of_a_tsne(figures, capsys, tmp_path):
-    labels, path = torch.arange(10), tmp_path / "tsne.png"
-    spikes = torch.zeros(10, 4)
-    visualize_activations.plot_tsne(spikes, labels, labels, 0, "heading", "lif4", path)
-    assert not figures
-    assert "lif4 answers every recording alike" in capsys.readouterr().err
+def test_a_silent_layer_gets_a_message_instead_of_a_tsne(
+    network_dir, made_data_dir, tmp_path, figures, capsys
+):
+    """Its other figures say that no neuron fires."""
+    model, folder = network_dir
+    checkpoint = utils.load_checkpoint(folder / f"{model}_best.pt")
+    silent = LAYERS[model][-2]
+    checkpoint["network"][f"{silent}.neuron.threshold"] = torch.tensor(1e9)
+    utils.save_tensors(tmp_path / f"{model}_best.pt", checkpoint)
+    draw((model, tmp_path), made_data_dir, "--visualize_all")
+    assert f"{silent} answers every recording alike" in capsys.readouterr().err
+    assert "tsne_features.png" not in figures
+    title = figures[f"spike_pattern_{silent}.png"].get_suptitle()
+    assert "0 of 128 neurons fire; firing rate 0.000" in title
+    assert not figures[f"spike_pattern_{silent}.png"].axes[1].images[0].get_array().any()
+    title = figures[f"membrane_potential_{silent}.png"].get_suptitle()
+    assert "5 of 128 neurons, of which 0 fire" in title
 
 
 def test_missing_checkpoints_recordings_and_folders_are_refused(
@@ -224,5 +289,32 @@ def test_figures_on_other_recordings_than_trained_on_say_so(
     draw(network_dir, tmp_path)
     name = "SimulatedNMNIST (letters.npz)"
     assert f"{name} (TRAINED on NMNIST)" in capsys.readouterr().err
-    title = figures["spike_pattern_lif_out.png"].axes[0].get_title()
-    assert f"{name} (TRAINED on NMNIST)" in title
+    assert f"{name} (TRAINED on NMNIST)" in figures["spike_pattern_lif_out.png"].get_suptitle()
+
+
+def test_the_titles_of_figures_fit(network_dir, made_data_dir, tmp_path, figures):
+    """Also the longest, of a network that is drawn on recordings of a long name."""
+    (tmp_path / "NMNIST").mkdir()
+    for part in ("Train", "Test"):
+        (tmp_path / "NMNIST" / part).symlink_to(made_data_dir / "NMNIST" / part)
+    name = "a long name of recordings.npz"
+    utils.write_json(tmp_path / "NMNIST" / "simulator.json", {"images": name})
+    with matplotlib.rc_context(utils.STYLE):
+        draw(network_dir, tmp_path, "--visualize_all", "--precision", "bf16")
+        for figure in figures.values():
+            figure.draw_without_rendering()
+            (title,) = (x for x in figure.texts if x.get_text() == figure.get_suptitle())
+            assert name in title.get_text()
+            extent = title.get_window_extent()
+            assert extent.x0 > 0
+            assert extent.x1 < figure.bbox.width
+            assert not any(axis.get_tightbbox().y1 > extent.y0 for axis in figure.axes)
+
+
+def test_a_cnn_is_drawn_in_activations_and_others_in_a_folder_of_their_own(
+    network_dir, made_data_dir
+):
+    draw(network_dir, made_data_dir)
+    folder = Path("activations") if network_dir[0] == "cnn" else Path("activations/resnet")
+    names = "spikes/spike_pattern_lif_out.png", "membrane/membrane_potential_lif_out.png"
+    assert files_in(Path()) == {folder / name for name in names}
