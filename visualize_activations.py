@@ -217,8 +217,8 @@ def plot_membranes(recording: Recording, layer: str, spk, mem, thresholds, path:
         axis.plot(range(1, len(spk) + 1), thresholds[trace], **THRESHOLD)
         axis.set_ylabel(", ".join(str(i) for i in place))
     utils.show_time(axes[:, 0], len(spk), recording.step_ms, recording.saccade_ends)
-    axes_of_place = "channel, y, x" if spk.ndim == 4 else "neuron"
-    figure.supylabel(f"membrane potential (thresholds) of {axes_of_place}", fontsize=11)
+    place = "neuron at channel, y, x" if spk.ndim == 4 else "neuron"
+    figure.supylabel(f"membrane potential (thresholds); {place}", fontsize=11)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     fires = spk.any(0)
     which = f"{len(chosen)} of {fires.size:,} neurons, of which {fires.sum():,} fire"
