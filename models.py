@@ -839,7 +839,7 @@ def get_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Callable, Cal
     warning says so.
     """
     options = {"dynamic": True, "fullgraph": True, "recompile_limit": 256}
-    print("compile     kernels of neurons, 10 s at the first start, then 4 s", flush=True)
+    print("compile     neurons, about 10 s at the first start, later 4 s", flush=True)
     forward = torch.compile(forward_kernel, **options)
     backward = torch.compile(backward_kernel, **options)
     # Triton chooses its blocks at the first call, by the size that it sees.

@@ -661,14 +661,14 @@ def draw_test(files: RunFiles, data: Data, metrics: dict, title: str) -> None:
 def draw_samples(files: RunFiles, data: Data, predictions, confidences, network: str) -> None:
     """Draw 20 test recordings with true and predicted digit: mistakes first, the digits in turn.
 
-    The events are from the middle of the first saccade (about a third of the events): over a whole
-    recording ON and OFF cover one another.
+    The events are from the middle of the first saccade: over a whole recording ON and OFF cover one
+    another.
     """
     labels, predictions = data.test.labels.cpu().numpy(), predictions.numpy()
     indices = utils.mistakes_first(labels, predictions, 20)
     sequences, _ = data.test.batch(torch.from_numpy(indices))
     end = data.saccade_ends[0] if data.saccade_ends else len(sequences) / 3
-    start, stop = int(0.37 * end), math.ceil(0.615 * end)  # whole steps, at least one
+    start, stop = int(0.4 * end), math.ceil(0.6 * end)  # whole steps, at least one
     images = sequences[start:stop].sum(0).cpu().numpy()
     texts = []
     for i in indices:

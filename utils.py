@@ -22,7 +22,7 @@ import platform
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -412,7 +412,7 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
 
 # --- Plots ----------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# Of Okabe and Ito's palette, which the colour-blind can tell apart, and grey.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 OFF_COLOUR, ON_COLOUR = BLUE, ORANGE
 
@@ -426,14 +426,13 @@ STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "legend.frameon": False,
-    "figure.constrained_layout.use": True,
 }
 SACCADE_END = {"color": GREY, "linestyle": ":", "lw": 1.2}
 
 
 def subplots(size: tuple[float, float], *args, **options):
     """Return a figure of `size` in inches, and its axes: `plt.subplots` without a backend."""
-    figure = Figure(size)
+    figure = Figure(size, layout="constrained")
     return figure, figure.subplots(*args, **options)
 
 
@@ -455,20 +454,23 @@ def whole_steps(axis: Axes) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def show_time(axes: Iterable[Axes], num_steps: int, step_ms: float | None, saccade_ends) -> None:
-    """Let the x axis of `axes`, one below the other, be time steps, and mark the saccades' ends.
+def show_time(
+    axes: Sequence[Axes], num_steps: int, step_ms: float | None, saccade_ends, after=False
+) -> None:
+    """Let the x axis that `axes` share be time steps, with ms above; mark the ends of saccades.
 
-    `step_ms` is the duration of a step: the time in ms stands above; None if it varies.
-    `saccade_ends` are in steps; the last is that of the recording.
+    x = k is the middle of step k, from 1; with `after`, it is the end. `step_ms` is the duration of
+    a step, None if it varies. `saccade_ends` are in steps; the last is that of the recording.
     """
+    shift = 0 if after else 0.5
     for axis in axes:
         for i, end in enumerate(saccade_ends[:-1]):
-            axis.axvline(end, label=None if i else "end of a saccade", **SACCADE_END)
+            axis.axvline(end + shift, label=None if i else "end of a saccade", **SACCADE_END)
     axes[-1].set(xlabel="time step", xlim=(0.5, num_steps + 0.5))
     whole_steps(axes[-1])
     if step_ms:
-        to_ms, to_step = (lambda step: step * step_ms), (lambda ms: ms / step_ms)
-        axes[0].secondary_xaxis("top", functions=(to_ms, to_step)).set_xlabel("time (ms)")
+        functions = lambda x: (x - shift) * step_ms, lambda ms: ms / step_ms + shift
+        axes[0].secondary_xaxis("top", functions=functions).set_xlabel("time (ms)")
 
 
 def plot_history(
@@ -476,22 +478,25 @@ def plot_history(
 ) -> None:
     """Draw loss and accuracy over epochs for training, validation and test; mark the best epoch.
 
-    The training curve is of other recordings, if these are `augmented`, and of other weights.
+    The training curve is of `augmented` recordings, if they are, and of the weights as they train;
+    the others are of averaged weights.
     """
     figure, (losses, accuracies) = subplots((10, 4.6), 1, 2)
     epochs = [entry["epoch"] for entry in history]
-    training = "training (augmented, " if augmented else "training ("
+    training = "training (weights before averaging)"
+    if augmented:
+        training = "training (augmented, weights before averaging)"
     for name, label, marker, colour in (
-        ("train", f"{training}weights before averaging)", "o-", BLUE),
+        ("train", training, "o-", BLUE),
         ("val", "validation", "s-", ORANGE),
         ("test", "test", "^--", GREEN),
     ):
         style = {"color": colour, "ms": 4, "label": label}
         losses.plot(epochs, [e[f"{name}_loss"] for e in history], marker, **style)
         accuracies.plot(epochs, [100 * e[f"{name}_accuracy"] for e in history], marker, **style)
+    best = f"best checkpoint (epoch {best_epoch})"
     for axis, quantity in ((losses, "loss"), (accuracies, "accuracy (%)")):
-        label = f"best checkpoint (epoch {best_epoch})"
-        axis.axvline(best_epoch, color=GREY, linestyle=":", label=label)
+        axis.axvline(best_epoch, color=GREY, linestyle=":", label=best)
         axis.set(xlabel="epoch", ylabel=quantity)
         whole_steps(axis)
     figure.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -510,6 +515,7 @@ def plot_confusion_matrix(counts: np.ndarray, title: str, path: Path) -> None:
     style["cbar_kws"] = {"label": "share of the true digit (%)"}
     sns.heatmap(shares, annot=texts.reshape(counts.shape), fmt="", ax=axis, **style)
     axis.set(xlabel="predicted digit", ylabel="true digit")
+    axis.tick_params(axis="y", rotation=0)
     axis.grid(False)
     save_figure(figure, title, path)
 
@@ -528,7 +534,7 @@ def plot_accuracy_over_time(accuracy, early_exits, step_ms, saccade_ends, title,
     axis.plot(*exits.T, "s-", color=ORANGE, ms=4, label=label)
     axis.axhline(10, color=GREY, linestyle="--", lw=1, label="chance")
     axis.set(ylabel="test accuracy (%)", ylim=(0, 100))
-    show_time([axis], len(steps), step_ms, saccade_ends)
+    show_time([axis], len(steps), step_ms, saccade_ends, after=True)
     figure.legend(loc="outside lower center", ncols=2)
     save_figure(figure, title, path)
 
@@ -549,12 +555,12 @@ def mistakes_first(labels: np.ndarray, predictions: np.ndarray, num_shown: int) 
 
 
 def plot_predictions(images: np.ndarray, texts: list[str], mistakes, title: str, path) -> None:
-    """Draw event images [N, 2, 34, 34], each below its text, coloured where `mistakes` [N]."""
+    """Draw event images [N, 2, 34, 34], each below its text, in orange if `mistakes` [N]."""
     columns = min(5, len(images))
     rows = math.ceil(len(images) / columns)
     size = 1.9 * columns, 2.2 * rows + 1.2  # room for two lines above each
     figure, axes = subplots(size, rows, columns, squeeze=False)
-    full = np.quantile(images[images > 0], 0.9) if images.any() else 1
+    full = saturation(images)
     for axis in axes.flat[len(images) :]:
         axis.set_axis_off()
     for axis, image, text, mistake in zip(axes.flat, images, texts, mistakes, strict=False):
@@ -577,7 +583,7 @@ def plot_filters(weight: torch.Tensor, title: str, path: Path) -> None:
     """Draw filters [N, 2, h, w] in columns, those of OFF above those of ON events, on one scale."""
     limit = float(weight.abs().max())
     style = {"cmap": "PRGn", "vmin": -limit, "vmax": limit}
-    size = 0.6 * len(weight) + 2, 3  # room for the colour bar
+    size = 0.7 * len(weight) + 2, 2.8  # room for the title and the colour bar
     figure, axes = subplots(size, 2, len(weight), squeeze=False)
     for channel, axis in enumerate(axes[0]):
         axis.set_title(channel, fontsize=9)
@@ -587,6 +593,11 @@ def plot_filters(weight: torch.Tensor, title: str, path: Path) -> None:
         row[0].set_ylabel(f"{name} events")
     figure.colorbar(image, ax=axes, label="weight")
     save_figure(figure, title, path)
+
+
+def saturation(counts: np.ndarray) -> float:
+    """Return the event count that is drawn in full colour, so that hot pixels pale no others."""
+    return np.quantile(counts[counts > 0], 0.9) if counts.any() else 1
 
 
 def event_image(frame: np.ndarray, full: float) -> np.ndarray:

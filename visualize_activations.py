@@ -34,6 +34,7 @@ BATCH_SIZE = 100
 NUM_TRACES = 5  # hidden neurons whose membrane potential is drawn
 MAX_ROWS = 300  # of an image of spikes; of more neurons, a row is a mean
 DIGIT_COLOURS = sns.color_palette("colorblind", 10)
+TRUE_DIGIT = utils.GREEN  # not a colour of ON or OFF events
 PALE = "#999999"
 THRESHOLD = {"color": GREY, "linestyle": "--", "lw": 1, "label": "threshold"}
 SPIKE = {"marker": "o", "ms": 5, "linestyle": "none"}
@@ -43,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the script's flags."""
     parser = utils.make_parser(__doc__)
     flag = functools.partial(utils.add_flag, parser)
-    flag("--model", "cnn", "network, without --no_spikes", choices=list(models.NETWORKS))
+    flag("--model", "cnn", "network, one with spikes", choices=list(models.NETWORKS))
     flag("--visualize_all", False, "draw every layer, t-SNE and firing rates, not the output alone")
     flag("--sample", 0, "index of the test recording that is drawn", type=number(int, 0))
     flag("--tsne_samples", 2000, "test recordings in the t-SNE, at most", type=number(int, 5))
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     needed = [*vars(models.NetworkConfig()), *utils.flag_names(nmnist.add_frame_flags)]
     checkpoint = utils.load_checkpoint(path, needed, model=args.model, no_spikes=False)
     device = utils.prepare_device(args.device)
+    # Frames as in training, of the recordings that these flags name.
     flags = argparse.Namespace(**{**checkpoint["settings"], **vars(args)})
     data = nmnist.load_data(flags, device, ["test"], checkpoint["data"])
     if args.sample >= len(data.test):
@@ -90,7 +92,7 @@ class Recording(NamedTuple):
 
     events: np.ndarray  # [T, 2]: OFF and ON events at each step
     label: int
-    step_ms: float | None  # and the ends of saccades in steps: those of `utils.show_time`
+    step_ms: float | None  # as is the next, that of `utils.show_time`
     saccade_ends: list[float]
     heading: str  # first line of a title
 
@@ -106,20 +108,21 @@ def draw_recording(
     heading = f"{name}, test recording {sample}: a {int(label)}, read as {prediction}"
     events = frames[:, 0].sum((2, 3)).cpu().numpy()
     recording = Recording(events, int(label), data.step_ms, data.saccade_ends, heading)
-    *hidden_layers, output_layer = meter.outputs  # they run in this order
-    for layer in [*hidden_layers, output_layer] if all_layers else [output_layer]:
+    layers = list(meter.outputs)  # in the order in which they run
+    for layer in layers if all_layers else layers[-1:]:
         spk, mem = (values[:, 0] for values in meter.outputs[layer])
         neuron = network.neuron_layers()[layer].neuron
         thresholds = neuron.threshold.expand_as(mem)
         if isinstance(neuron, models.ALIF):
             thresholds = alif_thresholds(neuron, spk)
         spk = spk.cpu().numpy()
-        mem, thresholds = ((x / neuron.threshold).cpu().numpy() for x in (mem, thresholds))
+        mem = (mem / neuron.threshold).cpu().numpy()
+        thresholds = (thresholds / neuron.threshold).cpu().numpy()
         spikes_path = folder / "spikes" / f"spike_pattern_{layer}.png"
         membrane_path = folder / "membrane" / f"membrane_potential_{layer}.png"
-        if layer == output_layer:
+        if layer == layers[-1]:
             plot_output_spikes(recording, layer, spk, spikes_path)
-            plot_output_membranes(recording, layer, spk, mem, membrane_path)
+            plot_output_membranes(recording, layer, spk, mem, thresholds, membrane_path)
         else:
             plot_spikes(recording, layer, spk, spikes_path)
             plot_membranes(recording, layer, spk, mem, thresholds, membrane_path)
@@ -133,19 +136,18 @@ def alif_thresholds(neuron: models.ALIF, spk: torch.Tensor) -> torch.Tensor:
     return neuron.threshold_at(torch.stack(adapt))
 
 
-def axes_below_events(recording: Recording):
-    """Return a figure, and its axes for spikes over time, below which events cause them."""
+def subplots_below_events(recording: Recording):
+    """Draw the events of the recording; return a figure and its axes, of which the last is free."""
     figure, axes = utils.subplots((9, 6), 2, sharex=True, height_ratios=(1, 4))
-    event_axis, axis = axes
     num_steps = len(recording.events)
     steps = range(1, num_steps + 1)
-    event_axis.plot(steps, recording.events[:, 1], color=utils.ON_COLOUR, label="ON events")
-    event_axis.plot(steps, recording.events[:, 0], color=utils.OFF_COLOUR, label="OFF events")
-    event_axis.set(ylabel="events", ylim=(0, None))
+    axes[0].plot(steps, recording.events[:, 1], color=utils.ON_COLOUR, label="ON events")
+    axes[0].plot(steps, recording.events[:, 0], color=utils.OFF_COLOUR, label="OFF events")
+    axes[0].set(ylabel="events", ylim=(0, None))
+    axes[1].grid(False)
     utils.show_time(axes, num_steps, recording.step_ms, recording.saccade_ends)
-    figure.legend(*event_axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    axis.grid(False)
-    return figure, axis
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure, axes
 
 
 def plot_spikes(recording: Recording, layer: str, spk: np.ndarray, path: Path) -> None:
@@ -153,45 +155,49 @@ def plot_spikes(recording: Recording, layer: str, spk: np.ndarray, path: Path) -
     spk = spk.reshape(len(spk), -1)
     fires = spk.any(0)
     order = np.lexsort((spk.argmax(0), ~fires))[: max(1, fires.sum())]
-    figure, axis = axes_below_events(recording)
+    figure, axes = subplots_below_events(recording)
     per_row = math.ceil(len(order) / MAX_ROWS)
     rows = [order[i : i + per_row] for i in range(0, len(order), per_row)]
     image = [spk[:, neurons].mean(1) for neurons in rows]
     extent = (0.5, len(spk) + 0.5, per_row * len(rows) + 0.5, 0.5)  # both count from 1
     style = {"cmap": "Blues", "vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": "nearest"}
-    axis.imshow(image, extent=extent, **style)
-    axis.set_ylabel("neuron, in order of first spike")
+    drawn = axes[1].imshow(image, extent=extent, **style)
+    axes[1].set_ylabel("neuron, in order of first spike")
+    figure.colorbar(drawn, ax=axes, label=f"spikes per neuron (rows of {per_row})")
     which = f"{fires.sum():,} of {len(fires):,} neurons fire; firing rate {spk.mean():.3f}"
     utils.save_figure(figure, f"{recording.heading}\nspikes of {layer}: {which}", path)
 
 
 def plot_output_spikes(recording: Recording, layer: str, spk: np.ndarray, path: Path) -> None:
     """Draw the spikes [T, 10] of the output neurons."""
-    figure, axis = axes_below_events(recording)
-    from_1 = torch.from_numpy(np.pad(spk, ((1, 0), (0, 0))))  # steps count from 1
-    is_true = from_1.nonzero()[:, 1] == recording.label
-    colours = np.where(is_true, ORANGE, BLUE)
-    spikeplot.raster(from_1, axis, s=60, c=colours, marker="s", linewidths=0)
-    digits = range(models.NUM_DIGITS)
-    axis.set(ylabel="output neuron (digit)", yticks=digits, ylim=(-0.7, models.NUM_DIGITS - 0.3))
-    which = f"that of the true digit {recording.label} in orange; firing rate {spk.mean():.3f}"
+    figure, axes = subplots_below_events(recording)
+    from_1 = np.pad(spk, ((1, 0), (0, 0)))  # steps count from 1, raster from 0
+    _, digits = from_1.nonzero()
+    colours = np.where(digits == recording.label, TRUE_DIGIT, GREY)
+    style = {"s": 60, "c": colours, "marker": "s", "linewidths": 0}
+    spikeplot.raster(torch.from_numpy(from_1), axes[1], **style)
+    axes[1].set(ylabel="output neuron (digit)", yticks=range(10), ylim=(-0.7, 9.7))
+    which = f"those of the true digit {recording.label} in green; firing rate {spk.mean():.3f}"
     utils.save_figure(figure, f"{recording.heading}\nspikes of {layer}, {which}", path)
 
 
 def typical_neurons(spk: np.ndarray, count: int) -> list[tuple[int, ...]]:
-    """Return the places of `count` neurons of spk [T, C, ...], of different channels.
+    """Return the indices of `count` neurons of spk [T, C, ...], of different channels.
 
     Each fires as often as the median of those that fire in its channel.
     """
-    rates = spk.sum(0)
-    channels = np.flatnonzero(rates.reshape(len(rates), -1).any(1))
+    counts = spk.sum(0)
+    channels = np.flatnonzero(counts.reshape(len(counts), -1).any(1))
     if len(channels) == 0:  # none fires
-        channels = np.arange(len(rates))
-    places = []
-    for c in np.unique(channels[np.linspace(0, len(channels) - 1, count).astype(int)]):
-        median = rates[c].argsort(axis=None)[-1 - np.count_nonzero(rates[c]) // 2]
-        places.append((c, *np.unravel_index(median, rates[c].shape)))
-    return places
+        channels = np.arange(len(counts))
+    spaced = np.linspace(0, len(channels) - 1, count).astype(int)
+    indices = []
+    for channel in np.unique(channels[spaced]):
+        of_channel = counts[channel]
+        order = of_channel.argsort(axis=None)  # silent neurons first
+        median = order[-1 - np.count_nonzero(of_channel) // 2]
+        indices.append((channel, *np.unravel_index(median, of_channel.shape)))
+    return indices
 
 
 def draw_trace(axis, spk, mem, style: dict, spike_style: dict) -> None:
@@ -210,35 +216,41 @@ def plot_membranes(recording: Recording, layer: str, spk, mem, thresholds, path:
     chosen = typical_neurons(spk, NUM_TRACES)
     size = 9, 1.5 * len(chosen) + 1.5  # room for title and legend
     figure, axes = utils.subplots(size, len(chosen), sharex=True, squeeze=False)
-    for axis, place in zip(axes[:, 0], chosen, strict=True):
-        trace = slice(None), *place
+    for axis, index in zip(axes[:, 0], chosen, strict=True):
+        trace = slice(None), *index
         style = {"color": BLUE, "label": "membrane potential"}
         draw_trace(axis, spk[trace], mem[trace], style, {"color": ORANGE, "label": "spike"})
         axis.plot(range(1, len(spk) + 1), thresholds[trace], **THRESHOLD)
-        axis.set_ylabel(", ".join(str(i) for i in place))
+        names = ("channel", "y", "x") if len(index) == 3 else ("neuron",)
+        place = [f"{name} {i}" for name, i in zip(names, index, strict=True)]
+        axis.set_title(", ".join(place), loc="left", fontsize=10)
     utils.show_time(axes[:, 0], len(spk), recording.step_ms, recording.saccade_ends)
-    place = "neuron at channel, y, x" if spk.ndim == 4 else "neuron"
-    figure.supylabel(f"membrane potential (thresholds); {place}", fontsize=11)
+    figure.supylabel("membrane potential (thresholds)", fontsize=11)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     fires = spk.any(0)
     which = f"{len(chosen)} of {fires.size:,} neurons, of which {fires.sum():,} fire"
     utils.save_figure(figure, f"{recording.heading}\nmembrane potentials of {layer}: {which}", path)
 
 
-def plot_output_membranes(recording: Recording, layer: str, spk, mem, path: Path) -> None:
-    """Draw the membrane potentials [T, 10] of the output neurons, in thresholds."""
+def plot_output_membranes(
+    recording: Recording, layer: str, spk, mem, thresholds, path: Path
+) -> None:
+    """Draw the membrane potentials [T, 10] of the output neurons, and the true digit's threshold.
+
+    mem and thresholds are in thresholds at rest.
+    """
     label = recording.label
     others = [digit for digit in mem.mean(0).argsort().tolist() if digit != label]
     strongest = others[-1]
     styles = {digit: {"color": PALE, "lw": 1} for digit in others}
     styles[others[0]]["label"] = "the other digits"
     styles[strongest] = {"color": BLUE, "lw": 1, "label": f"{strongest}, the strongest other"}
-    styles[label] = {"color": ORANGE, "lw": 2, "label": f"{label}, the true digit"}
+    styles[label] = {"color": TRUE_DIGIT, "lw": 2, "label": f"{label}, the true digit"}
     figure, axis = utils.subplots((9, 5))
     for digit, style in styles.items():  # the true digit last, above the others
         draw_trace(axis, spk[:, digit], mem[:, digit], style, {"color": style["color"]})
     axis.plot([], [], color=GREY, label="spike", **SPIKE)
-    axis.axhline(1, **THRESHOLD)
+    axis.plot(range(1, len(mem) + 1), thresholds[:, label], **THRESHOLD)
     axis.set_ylabel("membrane potential (thresholds)")
     utils.show_time([axis], len(mem), recording.step_ms, recording.saccade_ends)
     figure.legend(loc="outside lower center", ncols=3)
@@ -252,7 +264,8 @@ def plot_output_membranes(recording: Recording, layer: str, spk, mem, path: Path
 def draw_test_set(
     network: SpikingNetwork, data: nmnist.Data, tsne_samples: int, seed: int, name: str, folder
 ) -> None:
-    """Draw t-SNE and firing rates over the test recordings, in random order."""
+    """Draw firing rates of the test recordings, and a t-SNE of `tsne_samples` random ones."""
+    # The same ones for each `seed`, which is that of t-SNE.
     order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
     features, predictions = [], []
     with utils.progress("test", total=len(order)) as bar, ActivityMeter(network) as meter:

@@ -28,7 +28,8 @@ RATE_MS = 5  # bin of the event rate
 SNAPSHOT_MS = 20  # in the middle of a saccade: long enough for a digit, too short to blur it
 RECORDINGS_PER_DIGIT = 100  # averaged for a mean event image
 GIF_FRAME_MS = 5  # that a frame of an animation spans
-SLOW_DOWN = 10  # how many times longer it is shown
+GIF_FULL = 2  # events that are drawn in full colour
+SLOW_DOWN = 10  # how many times longer a frame is shown
 PIXELS = (0, 10, 20, 30)  # ticks
 SACCADES = tuple(pairwise((0, *nmnist.SACCADE_ENDS)))  # start and end in ms
 
@@ -68,15 +69,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.denoise:
         title += f", denoised at {args.denoise:,} microseconds"
     first = samples[0]
-    of_first = (
-        f"{title}: digit {first.digit}, recording {first.index}, {len(first.events):,} events"
-    )
+    first_title = f"{title}\ndigit {first.digit}, recording {first.index}, "
+    first_title += f"{len(first.events):,} events"
+    if args.digit is not None:
+        title += f", digit {args.digit}"
     plot_samples(samples, args.time_steps, args.bin_by, title, folder / "samples.png")
-    plot_events_3d(first.events, of_first, folder / "events_3d.png")
+    plot_events_3d(first.events, first_title, folder / "events_3d.png")
     plot_event_rate(event_rates(samples), title, folder / "event_rate.png")
     plot_digits(mean_images(recordings, digits, args.denoise), title, folder / "digits.png")
     if args.animate:
-        animate(first.events, of_first, folder / f"sample_{first.index}.gif")
+        animate(first.events, first_title, folder / f"sample_{first.index}.gif")
 
 
 # --- Recordings -----------------------------------------------------------------------------------
@@ -92,8 +94,8 @@ def choose_samples(
         what = "" if digit is None else f" of digit {digit}"
         print(f"samples     only {len(indices)} {recordings.split} recordings{what}: all are drawn")
     order = np.random.default_rng(seed).permutation(indices)
-    turns = utils.occurrences(labels[order])  # so that ten samples show all digits
-    chosen = order[np.argsort(turns, kind="stable")][:num_samples]
+    turns = utils.occurrences(labels[order])  # 0 for the first of each digit, 1 for the second
+    chosen = order[np.argsort(turns, kind="stable")][:num_samples]  # ten show all digits
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]
     samples = []
     for index in chosen.tolist():
@@ -110,22 +112,25 @@ def event_rates(samples: list[Sample]) -> np.ndarray:
     """Return OFF and ON events per ms of each sample, in bins of RATE_MS, [N, 2, bins]."""
     num_bins = max(int(sample.events["t"][-1]) for sample in samples) // (1000 * RATE_MS) + 1
     rates = np.zeros((len(samples), 2, num_bins))
-    for rate, (_, events, _) in zip(rates, samples, strict=True):
-        np.add.at(rate, (events["p"], events["t"] // (1000 * RATE_MS)), 1 / RATE_MS)
+    for rate, sample in zip(rates, samples, strict=True):
+        time_bin = sample.events["t"] // (1000 * RATE_MS)
+        np.add.at(rate, (sample.events["p"], time_bin), 1 / RATE_MS)
     return rates
 
 
-def mean_images(recordings: NMNIST, digits: list[int], denoise: int | None) -> dict:
-    """Return the mean events per pixel [34, 34] of each digit's first recordings, by a text."""
+def mean_images(
+    recordings: NMNIST, digits: list[int], denoise: int | None
+) -> list[tuple[int, int, np.ndarray]]:
+    """Return for each digit: the digit, the number of recordings, their mean image [34, 34]."""
     labels = np.array(recordings.labels)
-    images = {}
+    images = []
     for digit in utils.progress("mean digits", digits, unit="digit"):
         indices = np.flatnonzero(labels == digit)[:RECORDINGS_PER_DIGIT]
-        total = np.zeros((34, 34))
+        total = np.zeros((nmnist.SIDE, nmnist.SIDE))
         for index in indices:
             events = nmnist.denoise_events(recordings[index][0], denoise)
             np.add.at(total, (events["y"], events["x"]), 1)
-        images[f"{digit}  ({len(indices)} recordings)"] = total / len(indices)
+        images.append((digit, len(indices), total / len(indices)))
     return images
 
 
@@ -140,12 +145,11 @@ def plot_samples(
     to_frame = tonic.transforms.ToFrame(sensor_size=SENSOR_SIZE, **bins)
     frames = np.stack([to_frame(sample.events) for sample in samples])  # [samples, T, 2, 34, 34]
     steps = np.linspace(0, time_steps - 1, min(time_steps, MAX_COLUMNS)).round().astype(int)
-    # So that a few hot pixels do not pale the others.
-    full = max(1.0, np.quantile(frames[frames > 0], 0.95)) if frames.any() else 1.0
+    full = utils.saturation(frames)
     # Squares, below a title of two lines, and no narrower than that title.
     size = max(7, 0.95 * len(steps) + 0.8), 0.95 * len(samples) + 1.2
     figure, axes = utils.subplots(size, len(samples), len(steps), squeeze=False)
-    duration = np.mean([events["t"][-1] - events["t"][0] for _, events, _ in samples]) / 1000
+    duration = np.mean([np.ptp(sample.events["t"]) for sample in samples]) / 1000
     for row, sample in enumerate(samples):
         for column, step in enumerate(steps):
             axis = axes[row, column]
@@ -163,31 +167,30 @@ def plot_samples(
 
 def plot_events_3d(events: np.ndarray, title: str, path: Path) -> None:
     """Draw events as a cloud over time, x and y, above an image of the middle of each saccade."""
-    figure = Figure((10, 8))
+    figure = Figure((10, 8), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=(2.2, 1))
-    axis = figure.add_subplot(grid[0, :], projection="3d")
+    cloud_axis = figure.add_subplot(grid[0, :], projection="3d")
     ms = events["t"] / 1000
     for polarity, colour in ((1, ON_COLOUR), (0, OFF_COLOUR)):
         chosen = events["p"] == polarity
         x, y = events["x"][chosen], events["y"][chosen]
         # The box is wider than the axes that hold it, which would cut off its ends.
         style = {"s": 7, "c": colour, "alpha": 0.8, "lw": 0, "depthshade": False, "clip_on": False}
-        axis.scatter(ms[chosen], x, y, **style)
-    axis.set(xlabel="time (ms)", ylabel="x (pixels)", zlabel="y (pixels)")
+        cloud_axis.scatter(ms[chosen], x, y, **style)
+    cloud_axis.set(xlabel="time (ms)", ylabel="x (pixels)", zlabel="y (pixels)")
     # y points down on the sensor: the axis is turned, so that the digit stands upright.
-    axis.set(ylim=(0, 33), zlim=(33, 0), yticks=PIXELS, zticks=PIXELS)
-    axis.xaxis.labelpad = 14  # points: below the numbers
-    # Tried out: time runs along the page, which the box fills.
-    axis.set_box_aspect((2.8, 1, 1), zoom=1.55)
-    axis.view_init(elev=15, azim=-66)
+    cloud_axis.set(ylim=(0, 33), zlim=(33, 0), yticks=PIXELS, zticks=PIXELS)
+    cloud_axis.xaxis.labelpad = 14  # points: below the numbers
+    # Chosen by eye: time runs along the page, and the box fills it.
+    cloud_axis.set_box_aspect((2.8, 1, 1), zoom=1.55)
+    cloud_axis.view_init(elev=15, azim=-66)
     for i, (start, stop) in enumerate(SACCADES):
         low = (start + stop - SNAPSHOT_MS) / 2
         inside = events[(ms >= low) & (ms < low + SNAPSHOT_MS)]
         if len(inside):  # else it may be of the first saccade alone
             image = tonic.transforms.ToImage(sensor_size=SENSOR_SIZE)(inside)
             axis = figure.add_subplot(grid[1, i])
-            full = np.quantile(image[image > 0], 0.9)
-            utils.show_image(axis, utils.event_image(image, full))
+            utils.show_image(axis, utils.event_image(image, utils.saturation(image)))
             axis.set_title(f"saccade {i + 1}: {low:.0f} to {low + SNAPSHOT_MS:.0f} ms")
     utils.polarity_legend(figure)
     utils.save_figure(figure, title, path)
@@ -201,29 +204,31 @@ def plot_event_rate(rates: np.ndarray, title: str, path: Path) -> None:
         mean, spread = rates[:, polarity].mean(0), rates[:, polarity].std(0)
         axis.plot(centres, mean, color=colour, label=f"{label}, mean of {len(rates)} recordings")
         low = np.maximum(mean - spread, 0)
-        axis.fill_between(centres, low, mean + spread, color=colour, alpha=0.2, lw=0)
-    axis.fill_between([], [], color=utils.GREY, alpha=0.2, label="± standard deviation")
+        band = {"color": colour, "alpha": 0.2, "lw": 0, "label": "± standard deviation"}
+        axis.fill_between(centres, low, mean + spread, **band)
     end = RATE_MS * rates.shape[2]
     top = axis.get_ylim()[1]
     axis.set(xlim=(0, end), ylim=(0, 1.12 * top))  # room for a line of text
     axis.set(xlabel="time (ms)", ylabel="events per ms")
-    style = {"ha": "center", "va": "top", "clip_on": True}  # where recordings end earlier
+    style = {"ha": "center", "va": "top", "clip_on": True}  # beyond the last event
     for i, (start, stop) in enumerate(SACCADES, start=1):
         axis.axvline(stop, **utils.SACCADE_END)
         axis.text((start + stop) / 2, 1.1 * top, f"saccade {i}", **style)
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=2)
     utils.save_figure(figure, title, path)
 
 
-def plot_digits(images: dict[str, np.ndarray], title: str, path: Path) -> None:
-    """Draw mean event images [34, 34], each below its text, on one scale."""
+def plot_digits(images: list[tuple[int, int, np.ndarray]], title: str, path: Path) -> None:
+    """Draw mean event images on one scale: a digit, the number of recordings, [34, 34]."""
     rows, columns = math.ceil(len(images) / 5), min(5, len(images))
     size = 2.2 * columns + 2, 2.4 * rows + 1  # room for colour bar and title
     figure, axes = utils.subplots(size, rows, columns, squeeze=False)
-    full = np.quantile(np.stack(list(images.values())), 0.995)  # so that hot pixels pale no others
-    for axis, (text, image) in zip(axes.flat, images.items(), strict=True):
+    full = np.quantile(
+        [image for _, _, image in images], 0.995
+    )  # so that hot pixels pale no others
+    for axis, (digit, count, image) in zip(axes.flat, images, strict=True):
         drawn = axis.imshow(image, cmap="magma_r", vmin=0, vmax=full, interpolation="nearest")
-        axis.set_title(text, fontsize=10)
+        axis.set_title(f"{digit}  ({count} recordings)", fontsize=10)
         axis.set(xlabel="x (pixels)", ylabel="y (pixels)", xticks=PIXELS, yticks=PIXELS)
         axis.label_outer()
         axis.grid(False)
@@ -233,11 +238,11 @@ def plot_digits(images: dict[str, np.ndarray], title: str, path: Path) -> None:
 
 def animate(events: np.ndarray, title: str, path: Path) -> None:
     """Write a recording as a GIF, `SLOW_DOWN` times slower than it was."""
-    frame = events["t"] // (1000 * GIF_FRAME_MS)
-    frames = np.zeros((frame[-1] + 1, 2, 34, 34))
-    np.add.at(frames, (frame, events["p"], events["y"], events["x"]), 1)
+    frame_index = events["t"] // (1000 * GIF_FRAME_MS)
+    frames = np.zeros((frame_index[-1] + 1, 2, nmnist.SIDE, nmnist.SIDE))
+    np.add.at(frames, (frame_index, events["p"], events["y"], events["x"]), 1)
     figure, axis = utils.subplots((4.2, 4.8))
-    image = axis.imshow(utils.event_image(frames[0], 2), interpolation="nearest")
+    image = axis.imshow(utils.event_image(frames[0], GIF_FULL), interpolation="nearest")
     axis.set(xlabel="x (pixels)", ylabel="y (pixels)", xticks=PIXELS, yticks=PIXELS)
     axis.grid(False)
     utils.set_title(figure, f"{title}, {SLOW_DOWN} times slower", fontsize=10)
@@ -248,7 +253,7 @@ def animate(events: np.ndarray, title: str, path: Path) -> None:
     writer = PillowWriter(fps=1000 / (GIF_FRAME_MS * SLOW_DOWN))
     with utils.atomic_path(path) as temporary, writer.saving(figure, temporary, dpi=80):
         for i, counts in enumerate(utils.progress("animation", frames, unit="frame")):
-            image.set_data(utils.event_image(counts, 2))  # two events saturate a pixel
+            image.set_data(utils.event_image(counts, GIF_FULL))
             axis.set_title(f"{i * GIF_FRAME_MS} to {(i + 1) * GIF_FRAME_MS} ms", fontsize=10)
             writer.grab_frame()
     print(f"animation   {path}")

@@ -1071,7 +1071,7 @@ print(describe_backend(network))
     torch.save([frames, network.state_dict()], path)
     result = run("env", *shlex.split(missing.format(tmp_path)), sys.executable, "-c", code, path)
     compiling, backend = result.stdout.splitlines()
-    assert compiling.startswith("compile     kernels of neurons")
+    assert compiling.startswith("compile     neurons, about 10 s")
     assert backend == "uncompiled", result.stderr
     (warning,) = [line for line in result.stderr.splitlines() if "WARNING" in line]
     assert "compiling needs a C++ compiler (g++)" in warning

@@ -1,5 +1,6 @@
 """The figures of a trained network: what is drawn is what its layers did."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -147,12 +148,13 @@ def test_the_ends_of_saccades_and_ms_stand_over_time(bin_by):
     figure.draw_without_rendering()
     for axis in axes:
         marks = [line.get_xdata()[0] for line in axis.lines]
-        expected = [100 / 38.5, 220 / 38.5] if bin_by == "time" else []
+        # Step 1 is drawn from 0.5 to 1.5.
+        expected = [0.5 + 100 / 38.5, 0.5 + 220 / 38.5] if bin_by == "time" else []
         np.testing.assert_allclose(marks, expected)
     if bin_by == "time":
         (upper,) = axes[0].child_axes
         assert upper.get_xlabel() == "time (ms)"
-        np.testing.assert_allclose(upper.get_xlim(), (0.5 * 38.5, 8.5 * 38.5))
+        np.testing.assert_allclose(upper.get_xlim(), (0, 308))
     assert not axes[1].child_axes
     assert bin_by == "time" or not axes[0].child_axes
 
@@ -162,7 +164,7 @@ def test_the_output_raster_highlights_the_true_digit(network_dir, made_data_dir,
     dots = figures["spike_pattern_lif_out.png"].axes[1].collections[0]
     digits = np.asarray(dots.get_offsets())[:, 1]
     for digit, colour in zip(digits, dots.get_facecolors(), strict=True):
-        assert to_hex(colour).upper() == (utils.ORANGE if digit == 9 else utils.BLUE)
+        assert to_hex(colour).upper() == (utils.GREEN if digit == 9 else utils.GREY)
 
 
 def test_spikes_are_marked_where_membranes_exceed_thresholds(network_dir, made_data_dir, figures):
@@ -172,16 +174,17 @@ def test_spikes_are_marked_where_membranes_exceed_thresholds(network_dir, made_d
     for name in LAYERS[network_dir[0]][:-1]:
         axes = figures[f"membrane_potential_{name}.png"].axes
         assert len(axes) == 5
-        places = [axis.get_ylabel().split(", ") for axis in axes]
+        places = [re.findall(r"\d+", axis.get_title("left")) for axis in axes]
         assert len({channel for channel, *_ in places}) == 5
         assert len({tuple(place) for _, *place in places}) > 1 or len(places[0]) == 1
         for axis in axes:
             membrane, spikes, threshold, *ends = axis.lines
-            assert [line.get_xdata()[0] for line in ends] == [100 / 38.5, 220 / 38.5]
+            expected = [0.5 + 100 / 38.5, 0.5 + 220 / 38.5]
+            np.testing.assert_allclose([line.get_xdata()[0] for line in ends], expected)
             above = membrane.get_ydata() > threshold.get_ydata()
             assert spikes.get_xdata().tolist() == (1 + np.flatnonzero(above)).tolist()
             assert above.any()
-            place = tuple(int(i) for i in axis.get_ylabel().split(", "))
+            place = tuple(int(i) for i in re.findall(r"\d+", axis.get_title("left")))
             _, mem = layers[name]
             np.testing.assert_allclose(membrane.get_ydata(), mem[:, *place], rtol=1e-4, atol=1e-4)
     _, _, threshold, *_ = figures["membrane_potential_lif1.png"].axes[0].lines
@@ -207,7 +210,7 @@ def test_the_output_figure_shows_every_digit_and_highlights_the_true_one(
     for digit, name in ((9, "the true digit"), (strongest, "the strongest other")):
         trace = named[f"{digit}, {name}"]
         np.testing.assert_allclose(trace.get_ydata(), mem[:, digit], rtol=1e-4, atol=1e-4)
-    assert named["9, the true digit"].get_color() == utils.ORANGE
+    assert named["9, the true digit"].get_color() == utils.GREEN
     assert "a 9, read as" in figures["membrane_potential_lif_out.png"].get_suptitle()
 
 
