@@ -92,8 +92,8 @@ class Recording(NamedTuple):
 
     events: np.ndarray  # [T, 2]: OFF and ON events at each step
     label: int
-    step_ms: float | None  # as is the next, that of `utils.show_time`
-    saccade_ends: list[float]
+    step_ms: float | None  # as in `utils.show_time`
+    saccade_ends: list[float]  # in steps
     heading: str  # first line of a title
 
 
@@ -181,25 +181,6 @@ def plot_output_spikes(recording: Recording, layer: str, spk: np.ndarray, path: 
     utils.save_figure(figure, f"{recording.heading}\nspikes of {layer}, {which}", path)
 
 
-def typical_neurons(spk: np.ndarray, count: int) -> list[tuple[int, ...]]:
-    """Return the indices of `count` neurons of spk [T, C, ...], of different channels.
-
-    Each fires as often as the median of those that fire in its channel.
-    """
-    counts = spk.sum(0)
-    channels = np.flatnonzero(counts.reshape(len(counts), -1).any(1))
-    if len(channels) == 0:  # none fires
-        channels = np.arange(len(counts))
-    spaced = np.linspace(0, len(channels) - 1, count).astype(int)
-    indices = []
-    for channel in np.unique(channels[spaced]):
-        of_channel = counts[channel]
-        order = of_channel.argsort(axis=None)  # silent neurons first
-        median = order[-1 - np.count_nonzero(of_channel) // 2]
-        indices.append((channel, *np.unravel_index(median, of_channel.shape)))
-    return indices
-
-
 def draw_trace(axis, spk, mem, style: dict, spike_style: dict) -> None:
     """Draw a membrane potential [T] over time, with a mark at each spike of spk [T]."""
     steps = np.arange(1, len(mem) + 1)
@@ -213,7 +194,12 @@ def plot_membranes(recording: Recording, layer: str, spk, mem, thresholds, path:
 
     spk, mem and thresholds are [T, N] or [T, C, H, W], the last two in thresholds at rest.
     """
-    chosen = typical_neurons(spk, NUM_TRACES)
+    indices = np.argwhere(spk.any(0))  # by channel: spaced ones are of different channels
+    num_firing = len(indices)
+    if num_firing == 0:
+        indices = np.argwhere(~spk.any(0))
+    spaced = np.linspace(0, len(indices), 2 * NUM_TRACES + 1)[1::2].astype(int)
+    chosen = indices[np.unique(spaced)]
     size = 9, 1.5 * len(chosen) + 1.5  # room for title and legend
     figure, axes = utils.subplots(size, len(chosen), sharex=True, squeeze=False)
     for axis, index in zip(axes[:, 0], chosen, strict=True):
@@ -227,8 +213,7 @@ def plot_membranes(recording: Recording, layer: str, spk, mem, thresholds, path:
     utils.show_time(axes[:, 0], len(spk), recording.step_ms, recording.saccade_ends)
     figure.supylabel("membrane potential (thresholds)", fontsize=11)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    fires = spk.any(0)
-    which = f"{len(chosen)} of {fires.size:,} neurons, of which {fires.sum():,} fire"
+    which = f"{len(chosen)} of {spk[0].size:,} neurons, of which {num_firing:,} fire"
     utils.save_figure(figure, f"{recording.heading}\nmembrane potentials of {layer}: {which}", path)
 
 
