@@ -174,8 +174,7 @@ def plot_output_spikes(recording: Recording, layer: str, spk: np.ndarray, path: 
     from_1 = np.pad(spk, ((1, 0), (0, 0)))  # steps count from 1, raster from 0
     _, digits = from_1.nonzero()
     colours = np.where(digits == recording.label, TRUE_DIGIT, GREY)
-    style = {"s": 60, "c": colours, "marker": "s", "linewidths": 0}
-    spikeplot.raster(torch.from_numpy(from_1), axes[1], **style)
+    spikeplot.raster(torch.from_numpy(from_1), axes[1], s=60, c=colours, marker="s", linewidths=0)
     axes[1].set(ylabel="output neuron (digit)", yticks=range(10), ylim=(-0.7, 9.7))
     which = f"those of the true digit {recording.label} in green; firing rate {spk.mean():.3f}"
     utils.save_figure(figure, f"{recording.heading}\nspikes of {layer}, {which}", path)
@@ -286,10 +285,9 @@ def plot_tsne(points, labels, predictions, title: str, path: Path) -> None:
         cloud = points[labels == digit]
         axis.scatter(*cloud.T, s=14, color=colour, label=str(digit), lw=0)
         if len(cloud):  # the digit stands above most of its cloud, and behind all points
-            place = np.median(cloud[:, 0]), np.quantile(cloud[:, 1], 0.8)
-            style = {"size": 16, "weight": "bold", "color": GREY, "ha": "center", "zorder": 0}
-            offset = {"xytext": (0, 8), "textcoords": "offset points"}
-            axis.annotate(str(digit), place, **offset, **style)
+            x, y = np.median(cloud[:, 0]), np.quantile(cloud[:, 1], 0.9)
+            style = {"size": 16, "weight": "bold", "color": GREY, "zorder": 0}
+            axis.text(x, y, digit, ha="center", va="bottom", **style)
     mistakes = predictions != labels
     style = {"s": 70, "facecolors": "none", "edgecolors": "black", "lw": 1}
     axis.scatter(*points[mistakes].T, **style, label=f"mistake ({mistakes.sum()})")
