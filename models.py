@@ -455,6 +455,13 @@ class ALIF(snn.LIF):
         """Return the threshold of neurons with this adaptation."""
         return self.threshold + self.adapt_scale * adapt
 
+    def thresholds(self, spk: torch.Tensor) -> torch.Tensor:
+        """Return the threshold at each step, [T, ...], of neurons that fire spk [T, ...]."""
+        adapt = [torch.zeros_like(spk[0])]
+        for step_spk in spk[:-1]:
+            adapt.append(self.alpha * adapt[-1] + (1 - self.alpha) * step_spk)
+        return self.threshold_at(torch.stack(adapt))
+
 
 # --- Building and restoring -----------------------------------------------------------------------
 

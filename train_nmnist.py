@@ -94,12 +94,8 @@ def add_network_flags(group) -> None:
     flag("--alpha", default.alpha, "decay of adaptation and synaptic current (resnet)", type=decay)
     flag("--dropout", default.dropout, "probability of dropping a last hidden neuron", type=rate)
     flag("--width", default.width, "factor on channels and hidden layer", type=number(int, 1, 64))
-    flag(
-        "--readout",
-        default.readout,
-        "what decides: the mean membrane potential, the most spikes, or the first spike",
-        choices=models.READOUTS,
-    )
+    readout = "what decides: the mean membrane potential, the most spikes, or the first spike"
+    flag("--readout", default.readout, readout, choices=models.READOUTS)
     flag("--learn_beta", False, "learn one beta per layer")
     flag("--no_spikes", False, "ReLU in place of neurons; its files are named <model>_relu_...")
 
@@ -115,12 +111,8 @@ def add_training_flags(group) -> None:
     flag("--lr", None, f"learning rate (default: {rates})", type=number(float, 1e-9))
     flag("--weight_decay", 0.0, "weight decay of connections alone", type=number(float, 0))
     flag("--optimizer", "adam", "optimizer", choices=DEFAULT_LR)
-    flag(
-        "--loss",
-        "ce",
-        "cross entropy of potentials (ce) or spike counts (count); squared error of counts (mse)",
-        choices=LOSSES,
-    )
+    loss = "cross entropy of potentials (ce) or spike counts (count); squared error of counts (mse)"
+    flag("--loss", "ce", loss, choices=LOSSES)
     flag("--scheduler", False, "lower the learning rate along a half cosine")
     flag("--no_augment", False, "train on the recordings as they are, without augmentation")
     flag("--val_split", 0.1, "share of training recordings for validation", type=share)

@@ -414,7 +414,7 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
 
 # Of Okabe and Ito's palette, which the colour-blind can tell apart, and grey.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
-OFF_COLOUR, ON_COLOUR = BLUE, ORANGE
+POLARITIES = ((1, "ON", ORANGE), (0, "OFF", BLUE))
 
 STYLE = {
     "savefig.dpi": 150,
@@ -469,8 +469,8 @@ def show_time(
     axes[-1].set(xlabel="time step", xlim=(0.5, num_steps + 0.5))
     whole_steps(axes[-1])
     if step_ms:
-        functions = lambda x: (x - shift) * step_ms, lambda ms: ms / step_ms + shift
-        axes[0].secondary_xaxis("top", functions=functions).set_xlabel("time (ms)")
+        to_ms, to_step = (lambda x: (x - shift) * step_ms), (lambda ms: ms / step_ms + shift)
+        axes[0].secondary_xaxis("top", functions=(to_ms, to_step)).set_xlabel("time (ms)")
 
 
 def plot_history(
@@ -560,7 +560,7 @@ def plot_predictions(images: np.ndarray, texts: list[str], mistakes, title: str,
     rows = math.ceil(len(images) / columns)
     size = 1.9 * columns, 2.2 * rows + 1.2  # room for two lines above each
     figure, axes = subplots(size, rows, columns, squeeze=False)
-    full = saturation(images)
+    full = full_count(images)
     for axis in axes.flat[len(images) :]:
         axis.set_axis_off()
     for axis, image, text, mistake in zip(axes.flat, images, texts, mistakes, strict=False):
@@ -595,20 +595,21 @@ def plot_filters(weight: torch.Tensor, title: str, path: Path) -> None:
     save_figure(figure, title, path)
 
 
-def saturation(counts: np.ndarray) -> float:
-    """Return the event count that is drawn in full colour, so that hot pixels pale no others."""
+def full_count(counts: np.ndarray) -> float:
+    """Return the event count to draw in full colour, below that of hot pixels."""
     return np.quantile(counts[counts > 0], 0.9) if counts.any() else 1
 
 
 def event_image(frame: np.ndarray, full: float) -> np.ndarray:
     """Return an RGB image [H, W, 3] of event counts [2, H, W] on white, saturated at `full`."""
     strength = np.clip(frame / full, 0, 1)[..., None]
-    off, on = (1 - np.array(to_rgb(colour)) for colour in (OFF_COLOUR, ON_COLOUR))
-    return np.clip(1 - strength[0] * off - strength[1] * on, 0, 1)
+    image = np.ones((*frame.shape[1:], 3))
+    for polarity, _, colour in POLARITIES:
+        image -= strength[polarity] * (1 - np.array(to_rgb(colour)))
+    return np.clip(image, 0, 1)
 
 
 def polarity_legend(figure: Figure) -> None:
     """Name the colours of the two polarities below a figure."""
-    colours = {"ON events (1)": ON_COLOUR, "OFF events (0)": OFF_COLOUR}
-    handles = [Patch(color=colour, label=label) for label, colour in colours.items()]
+    handles = [Patch(color=colour, label=f"{name} events ({p})") for p, name, colour in POLARITIES]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)

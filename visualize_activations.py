@@ -48,7 +48,12 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--visualize_all", False, "draw every layer, t-SNE and firing rates, not the output alone")
     flag("--sample", 0, "index of the test recording that is drawn", type=number(int, 0))
     flag("--tsne_samples", 2000, "test recordings in the t-SNE, at most", type=number(int, 5))
-    flag("--seed", 0, "seed of t-SNE", type=number(int, 0, 2**32 - 1))
+    flag(
+        "--seed",
+        0,
+        "seed of t-SNE and the choice of its recordings",
+        type=number(int, 0, 2**32 - 1),
+    )
     flag("--save_dir", "./checkpoints", "folder of checkpoints", type=utils.file_path)
     output = "folder of figures (default: ./activations, for others than cnn ./activations/<model>)"
     flag("--output_dir", None, output, type=utils.file_path)
@@ -63,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     needed = [*vars(models.NetworkConfig()), *utils.flag_names(nmnist.add_frame_flags)]
     checkpoint = utils.load_checkpoint(path, needed, model=args.model, no_spikes=False)
     device = utils.prepare_device(args.device)
-    # Frames as in training, of the recordings that these flags name.
+    # Frames are binned as in training; all other flags are those of this command.
     flags = argparse.Namespace(**{**checkpoint["settings"], **vars(args)})
     data = nmnist.load_data(flags, device, ["test"], checkpoint["data"])
     if args.sample >= len(data.test):
@@ -114,7 +119,7 @@ def draw_recording(
         neuron = network.neuron_layers()[layer].neuron
         thresholds = neuron.threshold.expand_as(mem)
         if isinstance(neuron, models.ALIF):
-            thresholds = alif_thresholds(neuron, spk)
+            thresholds = neuron.thresholds(spk)
         spk = spk.cpu().numpy()
         mem = (mem / neuron.threshold).cpu().numpy()
         thresholds = (thresholds / neuron.threshold).cpu().numpy()
@@ -128,21 +133,13 @@ def draw_recording(
             plot_membranes(recording, layer, spk, mem, thresholds, membrane_path)
 
 
-def alif_thresholds(neuron: models.ALIF, spk: torch.Tensor) -> torch.Tensor:
-    """Return the threshold at each step, [T, ...], of neurons that fire spk [T, ...]."""
-    adapt = [torch.zeros_like(spk[0])]
-    for step_spk in spk[:-1]:
-        adapt.append(neuron.alpha * adapt[-1] + (1 - neuron.alpha) * step_spk)
-    return neuron.threshold_at(torch.stack(adapt))
-
-
-def subplots_below_events(recording: Recording):
-    """Draw the events of the recording; return a figure and its axes, of which the last is free."""
+def figure_with_events(recording: Recording):
+    """Return a figure and its axes: events are drawn in the first; the second, below, is free."""
     figure, axes = utils.subplots((9, 6), 2, sharex=True, height_ratios=(1, 4))
     num_steps = len(recording.events)
     steps = range(1, num_steps + 1)
-    axes[0].plot(steps, recording.events[:, 1], color=utils.ON_COLOUR, label="ON events")
-    axes[0].plot(steps, recording.events[:, 0], color=utils.OFF_COLOUR, label="OFF events")
+    for polarity, name, colour in utils.POLARITIES:
+        axes[0].plot(steps, recording.events[:, polarity], color=colour, label=f"{name} events")
     axes[0].set(ylabel="events", ylim=(0, None))
     axes[1].grid(False)
     utils.show_time(axes, num_steps, recording.step_ms, recording.saccade_ends)
@@ -155,7 +152,7 @@ def plot_spikes(recording: Recording, layer: str, spk: np.ndarray, path: Path) -
     spk = spk.reshape(len(spk), -1)
     fires = spk.any(0)
     order = np.lexsort((spk.argmax(0), ~fires))[: max(1, fires.sum())]
-    figure, axes = subplots_below_events(recording)
+    figure, axes = figure_with_events(recording)
     per_row = math.ceil(len(order) / MAX_ROWS)
     rows = [order[i : i + per_row] for i in range(0, len(order), per_row)]
     image = [spk[:, neurons].mean(1) for neurons in rows]
@@ -163,14 +160,15 @@ def plot_spikes(recording: Recording, layer: str, spk: np.ndarray, path: Path) -
     style = {"cmap": "Blues", "vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": "nearest"}
     drawn = axes[1].imshow(image, extent=extent, **style)
     axes[1].set_ylabel("neuron, in order of first spike")
-    figure.colorbar(drawn, ax=axes, label=f"spikes per neuron (rows of {per_row})")
+    which = "spikes" if per_row == 1 else f"spikes, mean of {per_row} neurons in each row"
+    figure.colorbar(drawn, ax=axes, label=which)
     which = f"{fires.sum():,} of {len(fires):,} neurons fire; firing rate {spk.mean():.3f}"
     utils.save_figure(figure, f"{recording.heading}\nspikes of {layer}: {which}", path)
 
 
 def plot_output_spikes(recording: Recording, layer: str, spk: np.ndarray, path: Path) -> None:
     """Draw the spikes [T, 10] of the output neurons."""
-    figure, axes = subplots_below_events(recording)
+    figure, axes = figure_with_events(recording)
     from_1 = np.pad(spk, ((1, 0), (0, 0)))  # steps count from 1, raster from 0
     _, digits = from_1.nonzero()
     colours = np.where(digits == recording.label, TRUE_DIGIT, GREY)
@@ -193,10 +191,11 @@ def plot_membranes(recording: Recording, layer: str, spk, mem, thresholds, path:
 
     spk, mem and thresholds are [T, N] or [T, C, H, W], the last two in thresholds at rest.
     """
-    indices = np.argwhere(spk.any(0))  # by channel: spaced ones are of different channels
-    num_firing = len(indices)
-    if num_firing == 0:
+    indices = np.argwhere(spk.any(0))  # channel by channel: evenly spaced ones differ in it
+    which = f"of the {len(indices):,} that fire, of {spk[0].size:,} neurons"
+    if len(indices) == 0:
         indices = np.argwhere(~spk.any(0))
+        which = f"of {spk[0].size:,} neurons, none of which fires"
     spaced = np.linspace(0, len(indices), 2 * NUM_TRACES + 1)[1::2].astype(int)
     chosen = indices[np.unique(spaced)]
     size = 9, 1.5 * len(chosen) + 1.5  # room for title and legend
@@ -212,8 +211,8 @@ def plot_membranes(recording: Recording, layer: str, spk, mem, thresholds, path:
     utils.show_time(axes[:, 0], len(spk), recording.step_ms, recording.saccade_ends)
     figure.supylabel("membrane potential (thresholds)", fontsize=11)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    which = f"{len(chosen)} of {spk[0].size:,} neurons, of which {num_firing:,} fire"
-    utils.save_figure(figure, f"{recording.heading}\nmembrane potentials of {layer}: {which}", path)
+    title = f"{recording.heading}\nmembrane potentials of {layer}: {len(chosen)} {which}"
+    utils.save_figure(figure, title, path)
 
 
 def plot_output_membranes(
@@ -249,15 +248,14 @@ def draw_test_set(
     network: SpikingNetwork, data: nmnist.Data, tsne_samples: int, seed: int, name: str, folder
 ) -> None:
     """Draw firing rates of the test recordings, and a t-SNE of `tsne_samples` random ones."""
-    # The same ones for each `seed`, which is that of t-SNE.
-    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(seed))
     features, predictions = [], []
     with utils.progress("test", total=len(order)) as bar, ActivityMeter(network) as meter:
-        for frames, labels in data.test.batches(order, BATCH_SIZE):
+        for frames, batch_labels in data.test.batches(order, BATCH_SIZE):
             predictions.append(models.predict(*network(frames), network.config.readout).cpu())
-            last_hidden = list(meter.outputs)[-2:][0]  # the output layer runs last
+            last_hidden = list(meter.outputs)[-2:][0]  # before the output layer, if there are two
             features.append(meter.outputs[last_hidden][0].sum(0).flatten(1).cpu())
-            bar.update(len(labels))
+            bar.update(len(batch_labels))
     predictions, labels = torch.cat(predictions), data.test.labels.cpu()[order]
     accuracy = (predictions == labels).double().mean()
     heading = f"{name}: {accuracy:.2%} correct of {len(order):,} test recordings"
@@ -267,6 +265,7 @@ def draw_test_set(
     plot_firing_rates(rates, data.step_ms, data.saccade_ends, title, folder / "firing_rates.png")
 
     features = torch.cat(features)[:tsne_samples].numpy()
+    labels, predictions = labels[:tsne_samples].numpy(), predictions[:tsne_samples].numpy()
     if (features == features[0]).all():  # on which scikit-learn crashes
         utils.warn(f"no t-SNE is drawn: {last_hidden} answers every recording alike")
         return
@@ -274,8 +273,7 @@ def draw_test_set(
     tsne = TSNE(perplexity=min(30, (len(features) - 1) / 3), init="pca", random_state=seed)
     points = tsne.fit_transform(features)
     title = f"{heading}\nt-SNE of the spike counts of {last_hidden}, {len(points):,} recordings"
-    shown = labels[:tsne_samples].numpy(), predictions[:tsne_samples].numpy()
-    plot_tsne(points, *shown, title, folder / "tsne" / "tsne_features.png")
+    plot_tsne(points, labels, predictions, title, folder / "tsne" / "tsne_features.png")
 
 
 def plot_tsne(points, labels, predictions, title: str, path: Path) -> None:

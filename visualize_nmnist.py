@@ -21,15 +21,15 @@ from matplotlib.figure import Figure
 
 import nmnist
 from nmnist import NMNIST, SENSOR_SIZE
-from utils import OFF_COLOUR, ON_COLOUR, UserError, number
+from utils import UserError, number
 
 MAX_COLUMNS = 12  # frames shown of a recording; of more time steps, evenly spaced ones
 RATE_MS = 5  # bin of the event rate
 SNAPSHOT_MS = 20  # in the middle of a saccade: long enough for a digit, too short to blur it
 RECORDINGS_PER_DIGIT = 100  # averaged for a mean event image
-GIF_FRAME_MS = 5  # that a frame of an animation spans
-GIF_FULL = 2  # events that are drawn in full colour
-SLOW_DOWN = 10  # how many times longer a frame is shown
+GIF_FRAME_MS = 5  # of the recording, in a frame of an animation
+GIF_FULL = 2  # events of a pixel that are drawn in full colour
+SLOW_DOWN = 10  # an animation is this many times slower than the recording
 PIXELS = (0, 10, 20, 30)  # ticks
 SACCADES = tuple(pairwise((0, *nmnist.SACCADE_ENDS)))  # start and end in ms
 
@@ -65,14 +65,13 @@ def main(argv: list[str] | None = None) -> None:
     digits = list(range(10)) if args.digit is None else [args.digit]
     folder = Path(args.output_dir)
     part = "training" if args.split == "train" else "test"
-    title = f"{nmnist.name_of(recordings)}, {part} recordings"
+    name = f"{nmnist.name_of(recordings)}, {part} recordings"
     if args.denoise:
-        title += f", denoised at {args.denoise:,} microseconds"
+        name += f", denoised at {args.denoise:,} microseconds"
+    title = name if args.digit is None else f"{name}, digit {args.digit}"
     first = samples[0]
-    first_title = f"{title}\ndigit {first.digit}, recording {first.index}, "
-    first_title += f"{len(first.events):,} events"
-    if args.digit is not None:
-        title += f", digit {args.digit}"
+    what = f"digit {first.digit}, recording {first.index}, {len(first.events):,} events"
+    first_title = f"{name}\n{what}"
     plot_samples(samples, args.time_steps, args.bin_by, title, folder / "samples.png")
     plot_events_3d(first.events, first_title, folder / "events_3d.png")
     plot_event_rate(event_rates(samples), title, folder / "event_rate.png")
@@ -94,8 +93,8 @@ def choose_samples(
         what = "" if digit is None else f" of digit {digit}"
         print(f"samples     only {len(indices)} {recordings.split} recordings{what}: all are drawn")
     order = np.random.default_rng(seed).permutation(indices)
-    turns = utils.occurrences(labels[order])  # 0 for the first of each digit, 1 for the second
-    chosen = order[np.argsort(turns, kind="stable")][:num_samples]  # ten show all digits
+    turns = utils.occurrences(labels[order])  # the digits take turns: ten samples show all
+    chosen = order[np.argsort(turns, kind="stable")][:num_samples]
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]
     samples = []
     for index in chosen.tolist():
@@ -121,7 +120,10 @@ def event_rates(samples: list[Sample]) -> np.ndarray:
 def mean_images(
     recordings: NMNIST, digits: list[int], denoise: int | None
 ) -> list[tuple[int, int, np.ndarray]]:
-    """Return for each digit: the digit, the number of recordings, their mean image [34, 34]."""
+    """Return for each digit: the digit, the number of recordings, their mean image [34, 34].
+
+    They are its first recordings, `RECORDINGS_PER_DIGIT` at most.
+    """
     labels = np.array(recordings.labels)
     images = []
     for digit in utils.progress("mean digits", digits, unit="digit"):
@@ -145,9 +147,9 @@ def plot_samples(
     to_frame = tonic.transforms.ToFrame(sensor_size=SENSOR_SIZE, **bins)
     frames = np.stack([to_frame(sample.events) for sample in samples])  # [samples, T, 2, 34, 34]
     steps = np.linspace(0, time_steps - 1, min(time_steps, MAX_COLUMNS)).round().astype(int)
-    full = utils.saturation(frames)
+    full = utils.full_count(frames)
     # Squares, below a title of two lines, and no narrower than that title.
-    size = max(7, 0.95 * len(steps) + 0.8), 0.95 * len(samples) + 1.2
+    size = (max(7, 0.95 * len(steps) + 0.8), 0.95 * len(samples) + 1.2)
     figure, axes = utils.subplots(size, len(samples), len(steps), squeeze=False)
     duration = np.mean([np.ptp(sample.events["t"]) for sample in samples]) / 1000
     for row, sample in enumerate(samples):
@@ -171,7 +173,7 @@ def plot_events_3d(events: np.ndarray, title: str, path: Path) -> None:
     grid = figure.add_gridspec(2, 3, height_ratios=(2.2, 1))
     cloud_axis = figure.add_subplot(grid[0, :], projection="3d")
     ms = events["t"] / 1000
-    for polarity, colour in ((1, ON_COLOUR), (0, OFF_COLOUR)):
+    for polarity, _, colour in utils.POLARITIES:
         chosen = events["p"] == polarity
         x, y = events["x"][chosen], events["y"][chosen]
         # The box is wider than the axes that hold it, which would cut off its ends.
@@ -179,7 +181,9 @@ def plot_events_3d(events: np.ndarray, title: str, path: Path) -> None:
         cloud_axis.scatter(ms[chosen], x, y, **style)
     cloud_axis.set(xlabel="time (ms)", ylabel="x (pixels)", zlabel="y (pixels)")
     # y points down on the sensor: the axis is turned, so that the digit stands upright.
-    cloud_axis.set(ylim=(0, 33), zlim=(33, 0), yticks=PIXELS, zticks=PIXELS)
+    cloud_axis.set(
+        ylim=(0, nmnist.SIDE - 1), zlim=(nmnist.SIDE - 1, 0), yticks=PIXELS, zticks=PIXELS
+    )
     cloud_axis.xaxis.labelpad = 14  # points: below the numbers
     # Chosen by eye: time runs along the page, and the box fills it.
     cloud_axis.set_box_aspect((2.8, 1, 1), zoom=1.55)
@@ -190,7 +194,7 @@ def plot_events_3d(events: np.ndarray, title: str, path: Path) -> None:
         if len(inside):  # else it may be of the first saccade alone
             image = tonic.transforms.ToImage(sensor_size=SENSOR_SIZE)(inside)
             axis = figure.add_subplot(grid[1, i])
-            utils.show_image(axis, utils.event_image(image, utils.saturation(image)))
+            utils.show_image(axis, utils.event_image(image, utils.full_count(image)))
             axis.set_title(f"saccade {i + 1}: {low:.0f} to {low + SNAPSHOT_MS:.0f} ms")
     utils.polarity_legend(figure)
     utils.save_figure(figure, title, path)
@@ -200,7 +204,7 @@ def plot_event_rate(rates: np.ndarray, title: str, path: Path) -> None:
     """Draw rates [N, 2, bins] in events per ms over time: mean and standard deviation over N."""
     figure, axis = utils.subplots((9, 4.5))
     centres = RATE_MS * (np.arange(rates.shape[2]) + 0.5)
-    for polarity, colour, label in ((1, ON_COLOUR, "ON"), (0, OFF_COLOUR, "OFF")):
+    for polarity, label, colour in utils.POLARITIES:
         mean, spread = rates[:, polarity].mean(0), rates[:, polarity].std(0)
         axis.plot(centres, mean, color=colour, label=f"{label}, mean of {len(rates)} recordings")
         low = np.maximum(mean - spread, 0)
@@ -210,7 +214,7 @@ def plot_event_rate(rates: np.ndarray, title: str, path: Path) -> None:
     top = axis.get_ylim()[1]
     axis.set(xlim=(0, end), ylim=(0, 1.12 * top))  # room for a line of text
     axis.set(xlabel="time (ms)", ylabel="events per ms")
-    style = {"ha": "center", "va": "top", "clip_on": True}  # beyond the last event
+    style = {"ha": "center", "va": "top", "clip_on": True}  # no label beyond the last event
     for i, (start, stop) in enumerate(SACCADES, start=1):
         axis.axvline(stop, **utils.SACCADE_END)
         axis.text((start + stop) / 2, 1.1 * top, f"saccade {i}", **style)
@@ -223,9 +227,8 @@ def plot_digits(images: list[tuple[int, int, np.ndarray]], title: str, path: Pat
     rows, columns = math.ceil(len(images) / 5), min(5, len(images))
     size = 2.2 * columns + 2, 2.4 * rows + 1  # room for colour bar and title
     figure, axes = utils.subplots(size, rows, columns, squeeze=False)
-    full = np.quantile(
-        [image for _, _, image in images], 0.995
-    )  # so that hot pixels pale no others
+    stack = [image for _, _, image in images]
+    full = np.quantile(stack, 0.995)  # hot pixels would pale the others
     for axis, (digit, count, image) in zip(axes.flat, images, strict=True):
         drawn = axis.imshow(image, cmap="magma_r", vmin=0, vmax=full, interpolation="nearest")
         axis.set_title(f"{digit}  ({count} recordings)", fontsize=10)

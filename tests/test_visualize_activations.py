@@ -263,7 +263,7 @@ def test_a_silent_layer_gets_a_message_instead_of_a_tsne(
     assert "0 of 128 neurons fire; firing rate 0.000" in title
     assert not figures[f"spike_pattern_{silent}.png"].axes[1].images[0].get_array().any()
     title = figures[f"membrane_potential_{silent}.png"].get_suptitle()
-    assert "5 of 128 neurons, of which 0 fire" in title
+    assert "5 of 128 neurons, none of which fires" in title
 
 
 def test_missing_checkpoints_recordings_and_folders_are_refused(

@@ -58,9 +58,9 @@ def test_event_images_show_each_polarity_in_its_colour_on_white():
     frame = np.zeros((2, 3, 3))
     frame[0, 0, 0], frame[1, 2, 2], frame[1, 1, 1] = 4, 4, 2
     image = utils.event_image(frame, full=4)
-    np.testing.assert_allclose(image[0, 0], to_rgb(utils.OFF_COLOUR))
-    np.testing.assert_allclose(image[2, 2], to_rgb(utils.ON_COLOUR))
-    np.testing.assert_allclose(image[1, 1], (1 + np.array(to_rgb(utils.ON_COLOUR))) / 2)
+    np.testing.assert_allclose(image[0, 0], to_rgb(utils.BLUE))
+    np.testing.assert_allclose(image[2, 2], to_rgb(utils.ORANGE))
+    np.testing.assert_allclose(image[1, 1], (1 + np.array(to_rgb(utils.ORANGE))) / 2)
     np.testing.assert_allclose(image[0, 1], 1)
 
 
