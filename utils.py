@@ -414,7 +414,7 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
 
 # Of Okabe and Ito's palette, which the colour-blind can tell apart, and grey.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
-POLARITIES = ((1, "ON", ORANGE), (0, "OFF", BLUE))
+POLARITIES = ((1, "ON", ORANGE), (0, "OFF", BLUE))  # in N-MNIST, 1 means that the light fell
 
 STYLE = {
     "savefig.dpi": 150,
@@ -465,7 +465,8 @@ def show_time(
     shift = 0 if after else 0.5
     for axis in axes:
         for i, end in enumerate(saccade_ends[:-1]):
-            axis.axvline(end + shift, label=None if i else "end of a saccade", **SACCADE_END)
+            label = "end of a saccade" if i == 0 else None
+            axis.axvline(end + shift, label=label, **SACCADE_END)
     axes[-1].set(xlabel="time step", xlim=(0.5, num_steps + 0.5))
     whole_steps(axes[-1])
     if step_ms:
@@ -483,11 +484,9 @@ def plot_history(
     """
     figure, (losses, accuracies) = subplots((10, 4.6), 1, 2)
     epochs = [entry["epoch"] for entry in history]
-    training = "training (weights before averaging)"
-    if augmented:
-        training = "training (augmented, weights before averaging)"
+    what = "augmented, " if augmented else ""
     for name, label, marker, colour in (
-        ("train", training, "o-", BLUE),
+        ("train", f"training ({what}weights before averaging)", "o-", BLUE),
         ("val", "validation", "s-", ORANGE),
         ("test", "test", "^--", GREEN),
     ):
@@ -579,18 +578,15 @@ def show_image(axis: Axes, image: np.ndarray, **style):
     return axis.imshow(image, interpolation="nearest", **style)
 
 
-def plot_filters(weight: torch.Tensor, title: str, path: Path) -> None:
-    """Draw filters [N, 2, h, w] in columns, those of OFF above those of ON events, on one scale."""
-    limit = float(weight.abs().max())
-    style = {"cmap": "PRGn", "vmin": -limit, "vmax": limit}
-    size = 0.7 * len(weight) + 2, 2.8  # room for the title and the colour bar
-    figure, axes = subplots(size, 2, len(weight), squeeze=False)
-    for channel, axis in enumerate(axes[0]):
-        axis.set_title(channel, fontsize=9)
-    for row, filters, name in zip(axes, weight.unbind(1), ("OFF", "ON"), strict=True):
-        for axis, values in zip(row, filters.numpy(), strict=True):
-            image = show_image(axis, values, **style)
-        row[0].set_ylabel(f"{name} events")
+def plot_filters(weight: np.ndarray, title: str, path: Path) -> None:
+    """Draw filters [N, 2, h, w] side by side, those of OFF above those of ON events."""
+    limit = np.abs(weight).max()
+    figure, axes = subplots((12, 3), 2)
+    for axis, filters, name in zip(axes, weight.swapaxes(0, 1), ("OFF", "ON"), strict=True):
+        gaps = np.full_like(filters[:, :, :1], np.nan)
+        tiles = np.hstack(np.concatenate([filters, gaps], 2))
+        image = show_image(axis, tiles, cmap="PRGn", vmin=-limit, vmax=limit)
+        axis.set_ylabel(f"{name} events")
     figure.colorbar(image, ax=axes, label="weight")
     save_figure(figure, title, path)
 

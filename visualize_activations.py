@@ -10,7 +10,7 @@ import os
 if __name__ == "__main__":  # before torch is imported: idle threads sleep, instead of spinning
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import utils  # isort: skip  # before matplotlib: it sets a notebook's backend aside
+import utils  # isort: skip  # before matplotlib: it removes a notebook's MPLBACKEND
 
 import argparse
 import functools
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
 class Recording(NamedTuple):
     """The recording that is drawn."""
 
-    events: np.ndarray  # [T, 2]: OFF and ON events at each step
+    event_counts: np.ndarray  # [T, 2]: OFF and ON events at each step
     label: int
     step_ms: float | None  # as in `utils.show_time`
     saccade_ends: list[float]  # in steps
@@ -111,8 +111,8 @@ def draw_recording(
     with ActivityMeter(network) as meter:
         prediction = int(models.predict(*network(frames), network.config.readout))
     heading = f"{name}, test recording {sample}: a {int(label)}, read as {prediction}"
-    events = frames[:, 0].sum((2, 3)).cpu().numpy()
-    recording = Recording(events, int(label), data.step_ms, data.saccade_ends, heading)
+    event_counts = frames[:, 0].sum((2, 3)).cpu().numpy()
+    recording = Recording(event_counts, int(label), data.step_ms, data.saccade_ends, heading)
     layers = list(meter.outputs)  # in the order in which they run
     for layer in layers if all_layers else layers[-1:]:
         spk, mem = (values[:, 0] for values in meter.outputs[layer])
@@ -136,10 +136,11 @@ def draw_recording(
 def figure_with_events(recording: Recording):
     """Return a figure and its axes: events are drawn in the first; the second, below, is free."""
     figure, axes = utils.subplots((9, 6), 2, sharex=True, height_ratios=(1, 4))
-    num_steps = len(recording.events)
+    num_steps = len(recording.event_counts)
     steps = range(1, num_steps + 1)
     for polarity, name, colour in utils.POLARITIES:
-        axes[0].plot(steps, recording.events[:, polarity], color=colour, label=f"{name} events")
+        counts = recording.event_counts[:, polarity]
+        axes[0].plot(steps, counts, color=colour, label=f"{name} events")
     axes[0].set(ylabel="events", ylim=(0, None))
     axes[1].grid(False)
     utils.show_time(axes, num_steps, recording.step_ms, recording.saccade_ends)
@@ -151,7 +152,8 @@ def plot_spikes(recording: Recording, layer: str, spk: np.ndarray, path: Path) -
     """Draw the spikes [T, ...] of a hidden layer's neurons, those that fire first on top."""
     spk = spk.reshape(len(spk), -1)
     fires = spk.any(0)
-    order = np.lexsort((spk.argmax(0), ~fires))[: max(1, fires.sum())]
+    order = np.lexsort((spk.argmax(0), ~fires))  # silent neurons last
+    order = order[: max(1, fires.sum())]  # if all are silent, one stands for them
     figure, axes = figure_with_events(recording)
     per_row = math.ceil(len(order) / MAX_ROWS)
     rows = [order[i : i + per_row] for i in range(0, len(order), per_row)]
@@ -160,8 +162,8 @@ def plot_spikes(recording: Recording, layer: str, spk: np.ndarray, path: Path) -
     style = {"cmap": "Blues", "vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": "nearest"}
     drawn = axes[1].imshow(image, extent=extent, **style)
     axes[1].set_ylabel("neuron, in order of first spike")
-    which = "spikes" if per_row == 1 else f"spikes, mean of {per_row} neurons in each row"
-    figure.colorbar(drawn, ax=axes, label=which)
+    label = "spikes" if per_row == 1 else f"spikes, mean of {per_row} neurons in each row"
+    figure.colorbar(drawn, ax=axes, label=label)
     which = f"{fires.sum():,} of {len(fires):,} neurons fire; firing rate {spk.mean():.3f}"
     utils.save_figure(figure, f"{recording.heading}\nspikes of {layer}: {which}", path)
 
@@ -189,19 +191,21 @@ def draw_trace(axis, spk, mem, style: dict, spike_style: dict) -> None:
 def plot_membranes(recording: Recording, layer: str, spk, mem, thresholds, path: Path) -> None:
     """Draw membrane potentials of some hidden neurons, with their thresholds.
 
-    spk, mem and thresholds are [T, N] or [T, C, H, W], the last two in thresholds at rest.
+    spk, mem and thresholds are [T, N] or [T, C, H, W], the last two in units of the threshold at
+    rest.
     """
-    indices = np.argwhere(spk.any(0))  # channel by channel: evenly spaced ones differ in it
+    indices = np.argwhere(spk.any(0))  # in the order of channels
     which = f"of the {len(indices):,} that fire, of {spk[0].size:,} neurons"
     if len(indices) == 0:
         indices = np.argwhere(~spk.any(0))
         which = f"of {spk[0].size:,} neurons, none of which fires"
+    # The middles of equal parts of them, which are of different channels.
     spaced = np.linspace(0, len(indices), 2 * NUM_TRACES + 1)[1::2].astype(int)
     chosen = indices[np.unique(spaced)]
     size = 9, 1.5 * len(chosen) + 1.5  # room for title and legend
     figure, axes = utils.subplots(size, len(chosen), sharex=True, squeeze=False)
     for axis, index in zip(axes[:, 0], chosen, strict=True):
-        trace = slice(None), *index
+        trace = (slice(None), *index)
         style = {"color": BLUE, "label": "membrane potential"}
         draw_trace(axis, spk[trace], mem[trace], style, {"color": ORANGE, "label": "spike"})
         axis.plot(range(1, len(spk) + 1), thresholds[trace], **THRESHOLD)
@@ -220,7 +224,7 @@ def plot_output_membranes(
 ) -> None:
     """Draw the membrane potentials [T, 10] of the output neurons, and the true digit's threshold.
 
-    mem and thresholds are in thresholds at rest.
+    mem and thresholds are in units of the threshold at rest.
     """
     label = recording.label
     others = [digit for digit in mem.mean(0).argsort().tolist() if digit != label]

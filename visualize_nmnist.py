@@ -5,7 +5,7 @@ python visualize_nmnist.py --split test --digit 7      # only recordings of a 7
 python visualize_nmnist.py --animate                   # also one recording as an animation
 """
 
-import utils  # isort: skip  # before matplotlib: it sets a notebook's backend aside
+import utils  # isort: skip  # before matplotlib: it removes a notebook's MPLBACKEND
 
 import argparse
 import functools
@@ -145,8 +145,8 @@ def plot_samples(
     """Draw one row per recording, its frames over time as columns, all on the same scale."""
     bins = {"n_time_bins": time_steps} if bin_by == "time" else {"n_event_bins": time_steps}
     to_frame = tonic.transforms.ToFrame(sensor_size=SENSOR_SIZE, **bins)
-    frames = np.stack([to_frame(sample.events) for sample in samples])  # [samples, T, 2, 34, 34]
     steps = np.linspace(0, time_steps - 1, min(time_steps, MAX_COLUMNS)).round().astype(int)
+    frames = np.stack([to_frame(sample.events)[steps] for sample in samples])
     full = utils.full_count(frames)
     # Squares, below a title of two lines, and no narrower than that title.
     size = (max(7, 0.95 * len(steps) + 0.8), 0.95 * len(samples) + 1.2)
@@ -155,7 +155,7 @@ def plot_samples(
     for row, sample in enumerate(samples):
         for column, step in enumerate(steps):
             axis = axes[row, column]
-            utils.show_image(axis, utils.event_image(frames[row, step], full))
+            utils.show_image(axis, utils.event_image(frames[row, column], full))
             if row == 0:
                 time = f"{(step + 0.5) * duration / time_steps:.0f} ms"
                 axis.set_title(time if bin_by == "time" else f"frame {step + 1}", fontsize=9)
@@ -210,14 +210,14 @@ def plot_event_rate(rates: np.ndarray, title: str, path: Path) -> None:
         low = np.maximum(mean - spread, 0)
         band = {"color": colour, "alpha": 0.2, "lw": 0, "label": "± standard deviation"}
         axis.fill_between(centres, low, mean + spread, **band)
-    end = RATE_MS * rates.shape[2]
-    top = axis.get_ylim()[1]
-    axis.set(xlim=(0, end), ylim=(0, 1.12 * top))  # room for a line of text
+    axis.margins(y=0.1)  # room for a line of text
+    axis.set(xlim=(0, RATE_MS * rates.shape[2]), ylim=(0, None))
     axis.set(xlabel="time (ms)", ylabel="events per ms")
-    style = {"ha": "center", "va": "top", "clip_on": True}  # no label beyond the last event
+    style = {"ha": "center", "va": "top", "transform": axis.get_xaxis_transform()}
+    style["clip_on"] = True  # no label beyond the last event
     for i, (start, stop) in enumerate(SACCADES, start=1):
         axis.axvline(stop, **utils.SACCADE_END)
-        axis.text((start + stop) / 2, 1.1 * top, f"saccade {i}", **style)
+        axis.text((start + stop) / 2, 0.98, f"saccade {i}", **style)
     figure.legend(loc="outside lower center", ncols=2)
     utils.save_figure(figure, title, path)
 
