@@ -847,13 +847,13 @@ def get_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Callable, Cal
     """
     options = {"dynamic": True, "fullgraph": True, "recompile_limit": 256}
     print("compile     neurons, about 10 s at the first start, later 4 s", flush=True)
-    forward = torch.compile(forward_kernel, **options)
-    backward = torch.compile(backward_kernel, **options)
     # Triton chooses its blocks at the first call, by the size that it sees.
     num_neurons = 16 if device.type == "cpu" else 2**18
     cur = torch.zeros(STEPS_PER_CALL, num_neurons, device=device, dtype=dtype)
     half, one = torch.tensor(0.5, device=device), torch.tensor(1.0, device=device)
     try:
+        forward = torch.compile(forward_kernel, **options)
+        backward = torch.compile(backward_kernel, **options)
         run_forward(forward, cur, Parameters(beta=half, threshold=one, slope=one))
     except Exception as error:  # compilers fail in many ways
         reason, _, _ = str(error).partition("\n")

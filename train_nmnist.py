@@ -633,7 +633,7 @@ def draw_training(files: RunFiles, network: SpikingNetwork, checkpoint: dict) ->
     path = files.log_dir / "training_results.png"
     utils.plot_history(history, best_epoch, augmented, title, path)
     conv1 = getattr(network, "conv1", None)
-    if isinstance(conv1, torch.nn.Conv2d) and conv1.weight.shape[1] == 2:
+    if isinstance(conv1, torch.nn.Conv2d) and conv1.in_channels == conv1.weight.shape[1] == 2:
         weight = conv1.weight.detach().cpu().numpy()
         num_filters, _, height, width = weight.shape
         title += f"\nthe {num_filters} filters of conv1, {height} x {width} pixels each"

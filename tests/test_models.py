@@ -1051,6 +1051,7 @@ def test_other_shapes_compile_nothing_again(model):
     [
         "CXX=/nowhere/g++ TORCHINDUCTOR_CACHE_DIR={}/empty",
         "TORCHINDUCTOR_CACHE_DIR={}/with\\ space",  # which torch's commands do not quote
+        "TORCHINDUCTOR_CACHE_DIR=/dev/null/folder",  # which can't be made
     ],
 )
 def test_networks_run_without_a_compiler(missing, tmp_path):

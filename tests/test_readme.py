@@ -215,6 +215,7 @@ def test_the_network_of_ones_own_runs_by_the_commands_below_it(
         exec(code, {})
     names = {path.name for path in files_in(tmp_path)}
     assert {"mlp_best.pt", "mlp_samples.png", "spike_pattern_lif_out.png"} <= names
+    assert "mlp_filters.png" not in names  # it has no conv1
 
 
 def test_the_benchmark_runs(capsys):

@@ -1322,6 +1322,7 @@ def test_a_network_of_ones_own_is_trained_resumed_tested_and_drawn(
     captured = capsys.readouterr()
     assert captured.err.count(warning) == 1  # once in a process
     assert "operations, MACs and energy leave out the connections of lif1\n" in captured.err
+    assert (tmp_path / "logs" / "my_net_filters.png").exists()  # of its conv1
     metrics = read_log(tmp_path, "my_net_test_metrics.json")
     assert metrics["not_counted"] == ["lif1"]
     assert list(metrics["layers"]) == ["lif1", "lif2", "lif3"]
