@@ -626,8 +626,7 @@ class Data:
     test: Frames
     test_files: list[str]  # relative to the folder of the test part
     source: str  # the value of --dataset that loads it: 'nmnist' or 'simulated'
-    step_ms: float | None  # nominal duration of a time step; None if it varies
-    saccade_ends: list[float]  # in time steps; [] if these vary
+    time_axis: utils.TimeAxis
 
     def describe(self, splits: Sequence[str] = SPLITS) -> dict:
         """Return what identifies the recordings, by their content."""
@@ -666,27 +665,23 @@ def load_data(args, device, splits=SPLITS, trained_on: dict | None = None) -> Da
     if args.bin_by == "events":
         name += ", frames of equal event count"
     is_built_in = test.folder.parent == data_dir / SIMULATED
-    step_ms, saccade_ends = time_axis(args.time_steps, args.bin_by, args.first_saccade_only)
     return Data(
         name=name,
         train=frames.get("train"),
         test=frames["test"],
         test_files=[str(path.relative_to(test.folder)) for path in test.files],
         source="simulated" if is_built_in else "nmnist",
-        step_ms=step_ms,
-        saccade_ends=saccade_ends,
+        time_axis=time_axis(args.time_steps, args.bin_by, args.first_saccade_only),
     )
 
 
-def time_axis(time_steps: int, bin_by: str, first_saccade_only: bool):
-    """Return the duration of a time step in ms, and the ends of the saccades in time steps.
-
-    They are None and [] for frames of equal event count.
-    """
+def time_axis(time_steps: int, bin_by: str, first_saccade_only: bool) -> utils.TimeAxis:
+    """Return what is known of the time of each step; nothing for frames of equal event count."""
     if bin_by == "events":
-        return None, []
+        return utils.TimeAxis(None, [])
     ends_ms = SACCADE_ENDS[:1] if first_saccade_only else SACCADE_ENDS
-    return ends_ms[-1] / time_steps, [end * time_steps / ends_ms[-1] for end in ends_ms]
+    ends = [end * time_steps / ends_ms[-1] for end in ends_ms]
+    return utils.TimeAxis(ends_ms[-1] / time_steps, ends)
 
 
 def describe_tested(tested: dict, trained: dict) -> str:

@@ -291,7 +291,7 @@ def train(args, files: RunFiles, data: Data, device, last: dict) -> dict:
                 **results,
                 **validate(ema, data, val_indices, loss_fn, args.batch_size),
                 "lr": lr,
-                **models.how_it_runs(network),
+                **how,
                 "processes": world_size(),
                 "seconds": time.perf_counter() - start,
                 "recordings_per_second": speed,
@@ -532,8 +532,9 @@ def measure_accuracy(result: Evaluation, by_readout: dict, data: Data) -> dict:
             scores = models.digit_scores(result.spk, result.mem, readout)[-1]
             ties[readout] = mean_of(models.leaders(scores).sum(-1) > 1)
     over_time = (predictions == labels).double().mean(1).tolist()
-    steps = [int(end) for end in data.saccade_ends if end >= 1]
-    after = [f"{over_time[step - 1]:.2%} at {step * data.step_ms:.0f} ms" for step in steps]
+    step_ms, saccade_ends = data.time_axis
+    steps = [int(end) for end in saccade_ends if end >= 1]
+    after = [f"{over_time[step - 1]:.2%} at {step * step_ms:.0f} ms" for step in steps]
     print("by readout  " + "   ".join(f"{name} {x:.2%}" for name, x in accuracies.items()))
     print("over time   " + ("   ".join(after) or "steps of no fixed duration"))
     return {
@@ -645,9 +646,8 @@ def draw_test(files: RunFiles, data: Data, metrics: dict, title: str) -> None:
     counts = np.array(metrics["confusion_matrix"])
     utils.plot_confusion_matrix(counts, title, files.figure("confusion_matrix"))
     over_time, exits = np.array(metrics["accuracy_over_time"]), metrics["early_exit"]
-    time_axis = data.step_ms, data.saccade_ends
     path = files.figure("accuracy_over_time")
-    utils.plot_accuracy_over_time(over_time, exits, *time_axis, title, path)
+    utils.plot_accuracy_over_time(over_time, exits, data.time_axis, title, path)
 
 
 def draw_samples(files: RunFiles, data: Data, predictions, confidences, network: str) -> None:
@@ -659,7 +659,8 @@ def draw_samples(files: RunFiles, data: Data, predictions, confidences, network:
     labels, predictions = data.test.labels.cpu().numpy(), predictions.numpy()
     indices = utils.mistakes_first(labels, predictions, 20)
     sequences, _ = data.test.batch(torch.from_numpy(indices))
-    end = data.saccade_ends[0] if data.saccade_ends else len(sequences) / 3
+    saccade_ends = data.time_axis.saccade_ends
+    end = saccade_ends[0] if saccade_ends else len(sequences) / 3
     start, stop = int(0.4 * end), math.ceil(0.6 * end)  # whole steps, at least one
     images = sequences[start:stop].sum(0).cpu().numpy()
     texts = []

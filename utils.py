@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -454,14 +455,19 @@ def whole_steps(axis: Axes) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def show_time(
-    axes: Sequence[Axes], num_steps: int, step_ms: float | None, saccade_ends, after=False
-) -> None:
+class TimeAxis(NamedTuple):
+    """What is known of the time of the steps of a recording."""
+
+    step_ms: float | None  # nominal duration of a step; None if it varies
+    saccade_ends: list[float]  # in steps; the last is that of the recording; [] if they vary
+
+
+def show_time(axes: Sequence[Axes], num_steps: int, time_axis: TimeAxis, after=False) -> None:
     """Let the x axis that `axes` share be time steps, with ms above; mark the ends of saccades.
 
-    x = k is the middle of step k, from 1; with `after`, it is the end. `step_ms` is the duration of
-    a step, None if it varies. `saccade_ends` are in steps; the last is that of the recording.
+    x = k is the middle of step k, from 1; with `after`, it is the end.
     """
+    step_ms, saccade_ends = time_axis
     shift = 0 if after else 0.5
     for axis in axes:
         for i, end in enumerate(saccade_ends[:-1]):
@@ -519,11 +525,10 @@ def plot_confusion_matrix(counts: np.ndarray, title: str, path: Path) -> None:
     save_figure(figure, title, path)
 
 
-def plot_accuracy_over_time(accuracy, early_exits, step_ms, saccade_ends, title, path) -> None:
-    """Draw the accuracy [T] of predictions after each step, and of early exits at their mean step.
-
-    `step_ms` and `saccade_ends` are those of `show_time`.
-    """
+def plot_accuracy_over_time(
+    accuracy: np.ndarray, early_exits: list[dict], time_axis: TimeAxis, title: str, path: Path
+) -> None:
+    """Draw the accuracy [T] after each step, and that of early exits at their mean step."""
     figure, axis = subplots((9, 5.2))
     steps = np.arange(1, len(accuracy) + 1)
     exits = np.array([(e["mean_steps"], 100 * e["accuracy"]) for e in early_exits])
@@ -533,7 +538,7 @@ def plot_accuracy_over_time(accuracy, early_exits, step_ms, saccade_ends, title,
     axis.plot(*exits.T, "s-", color=ORANGE, ms=4, label=label)
     axis.axhline(10, color=GREY, linestyle="--", lw=1, label="chance")
     axis.set(ylabel="test accuracy (%)", ylim=(0, 100))
-    show_time([axis], len(steps), step_ms, saccade_ends, after=True)
+    show_time([axis], len(steps), time_axis, after=True)
     figure.legend(loc="outside lower center", ncols=2)
     save_figure(figure, title, path)
 
@@ -582,7 +587,8 @@ def plot_filters(weight: np.ndarray, title: str, path: Path) -> None:
     """Draw filters [N, 2, h, w] side by side, those of OFF above those of ON events."""
     limit = np.abs(weight).max()
     figure, axes = subplots((12, 3), 2)
-    for axis, filters, name in zip(axes, weight.swapaxes(0, 1), ("OFF", "ON"), strict=True):
+    for axis, (polarity, name, _) in zip(axes, reversed(POLARITIES), strict=True):
+        filters = weight[:, polarity]
         gaps = np.full_like(filters[:, :, :1], np.nan)
         tiles = np.hstack(np.concatenate([filters, gaps], 2))
         image = show_image(axis, tiles, cmap="PRGn", vmin=-limit, vmax=limit)

@@ -48,12 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--visualize_all", False, "draw every layer, t-SNE and firing rates, not the output alone")
     flag("--sample", 0, "index of the test recording that is drawn", type=number(int, 0))
     flag("--tsne_samples", 2000, "test recordings in the t-SNE, at most", type=number(int, 5))
-    flag(
-        "--seed",
-        0,
-        "seed of t-SNE and the choice of its recordings",
-        type=number(int, 0, 2**32 - 1),
-    )
+    flag("--seed", 0, "seed of t-SNE and its recordings", type=number(int, 0, 2**32 - 1))
     flag("--save_dir", "./checkpoints", "folder of checkpoints", type=utils.file_path)
     output = "folder of figures (default: ./activations, for others than cnn ./activations/<model>)"
     flag("--output_dir", None, output, type=utils.file_path)
@@ -97,8 +92,7 @@ class Recording(NamedTuple):
 
     event_counts: np.ndarray  # [T, 2]: OFF and ON events at each step
     label: int
-    step_ms: float | None  # as in `utils.show_time`
-    saccade_ends: list[float]  # in steps
+    time_axis: utils.TimeAxis
     heading: str  # first line of a title
 
 
@@ -112,7 +106,7 @@ def draw_recording(
         prediction = int(models.predict(*network(frames), network.config.readout))
     heading = f"{name}, test recording {sample}: a {int(label)}, read as {prediction}"
     event_counts = frames[:, 0].sum((2, 3)).cpu().numpy()
-    recording = Recording(event_counts, int(label), data.step_ms, data.saccade_ends, heading)
+    recording = Recording(event_counts, int(label), data.time_axis, heading)
     layers = list(meter.outputs)  # in the order in which they run
     for layer in layers if all_layers else layers[-1:]:
         spk, mem = (values[:, 0] for values in meter.outputs[layer])
@@ -143,7 +137,7 @@ def figure_with_events(recording: Recording):
         axes[0].plot(steps, counts, color=colour, label=f"{name} events")
     axes[0].set(ylabel="events", ylim=(0, None))
     axes[1].grid(False)
-    utils.show_time(axes, num_steps, recording.step_ms, recording.saccade_ends)
+    utils.show_time(axes, num_steps, recording.time_axis)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure, axes
 
@@ -212,7 +206,7 @@ def plot_membranes(recording: Recording, layer: str, spk, mem, thresholds, path:
         names = ("channel", "y", "x") if len(index) == 3 else ("neuron",)
         place = [f"{name} {i}" for name, i in zip(names, index, strict=True)]
         axis.set_title(", ".join(place), loc="left", fontsize=10)
-    utils.show_time(axes[:, 0], len(spk), recording.step_ms, recording.saccade_ends)
+    utils.show_time(axes[:, 0], len(spk), recording.time_axis)
     figure.supylabel("membrane potential (thresholds)", fontsize=11)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     title = f"{recording.heading}\nmembrane potentials of {layer}: {len(chosen)} {which}"
@@ -239,7 +233,7 @@ def plot_output_membranes(
     axis.plot([], [], color=GREY, label="spike", **SPIKE)
     axis.plot(range(1, len(mem) + 1), thresholds[:, label], **THRESHOLD)
     axis.set_ylabel("membrane potential (thresholds)")
-    utils.show_time([axis], len(mem), recording.step_ms, recording.saccade_ends)
+    utils.show_time([axis], len(mem), recording.time_axis)
     figure.legend(loc="outside lower center", ncols=3)
     utils.save_figure(figure, f"{recording.heading}\nmembrane potentials of {layer}", path)
 
@@ -266,7 +260,7 @@ def draw_test_set(
 
     rates = {layer: meter.firing_rate(layer) for layer in meter.outputs}
     title = f"{heading}\nmean firing rates"
-    plot_firing_rates(rates, data.step_ms, data.saccade_ends, title, folder / "firing_rates.png")
+    plot_firing_rates(rates, data.time_axis, title, folder / "firing_rates.png")
 
     features = torch.cat(features)[:tsne_samples].numpy()
     labels, predictions = labels[:tsne_samples].numpy(), predictions[:tsne_samples].numpy()
@@ -300,7 +294,7 @@ def plot_tsne(points, labels, predictions, title: str, path: Path) -> None:
 
 
 def plot_firing_rates(
-    rates: dict[str, torch.Tensor], step_ms: float | None, saccade_ends, title: str, path: Path
+    rates: dict[str, torch.Tensor], time_axis: utils.TimeAxis, title: str, path: Path
 ) -> None:
     """Draw each layer's firing rate [T] over time; its mean over all steps stands beside it."""
     figure, axis = utils.subplots((9, 5))
@@ -309,7 +303,7 @@ def plot_firing_rates(
         label = f"{layer}, mean {rate.mean():.3f}"
         axis.plot(range(1, len(rate) + 1), rate, color=colour, lw=2, label=label)
     axis.set(ylabel="spikes per neuron and step", ylim=(0, None))
-    utils.show_time([axis], len(rate), step_ms, saccade_ends)
+    utils.show_time([axis], len(rate), time_axis)
     figure.legend(loc="outside right center")
     utils.save_figure(figure, title, path)
 

@@ -142,9 +142,9 @@ def test_the_events_stand_above_the_spikes_that_they_cause(network_dir, made_dat
 @pytest.mark.parametrize("bin_by", ["time", "events"])
 def test_the_ends_of_saccades_and_ms_stand_over_time(bin_by):
     """Frames of 38.5 ms: 100 ms are 2.6 steps. Of equal event count, neither is known."""
-    step_ms, ends = nmnist.time_axis(8, bin_by, first_saccade_only=False)
+    time_axis = nmnist.time_axis(8, bin_by, first_saccade_only=False)
     figure, axes = utils.subplots((9, 5), 2, sharex=True)
-    utils.show_time(axes, 8, step_ms, ends)
+    utils.show_time(axes, 8, time_axis)
     figure.draw_without_rendering()
     for axis in axes:
         marks = [line.get_xdata()[0] for line in axis.lines]
