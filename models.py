@@ -77,7 +77,7 @@ class SpikingNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.precision = "fp32"  # of the layers, set by `build_model`; neurons' state is float32
-        self.note = ""  # for titles: how it runs otherwise than in its training
+        self.note = ""  # how it runs otherwise than in its training, for titles
 
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map frames [T, B, 2, 34, 34] to (spk, mem) of the output neurons, both [T, B, 10]."""
@@ -280,7 +280,7 @@ class ResidualBlock(nn.Module):
 
 
 class ConvPool(nn.Conv2d):
-    """Convolution (3 x 3, padded by 1), then max pooling (2 x 2).
+    """Convolution (3 x 3, padded by 1), then max pooling (2 x 2), in one layer of connections.
 
     x [T * B, C, H, W] -> [T * B, D, H // 2, W // 2]. Pooling here makes a network 2.5 times as fast
     as pooling after the norm and the neurons.
@@ -315,9 +315,9 @@ def sum_pool(x: torch.Tensor) -> torch.Tensor:
 def initial_current(config: NetworkConfig) -> float:
     """Return the standard deviation of a LIF layer's current at the start; 1 without spikes.
 
-    A layer whose currents spread by about a threshold is neither silent nor saturated (Zheng et al.
-    2021, threshold-dependent normalization). With beta above 0.5, currents sum to potentials far
-    from the threshold, where the surrogate gradient is small, so they start smaller.
+    It is one threshold up to beta = 0.5: such a layer is neither silent nor saturated (Zheng et al.
+    2021, threshold-dependent normalization). Above, it falls as (1 - beta)**0.5, or currents would
+    sum to potentials far from the threshold, where the surrogate gradient is small.
     """
     if config.no_spikes:
         return 1.0
@@ -494,8 +494,9 @@ def build_model(
 def restore_network(checkpoint: dict, device="cpu", neuron_backend="auto", precision="auto"):
     """Return the network of a checkpoint on `device`, in evaluation mode.
 
-    It runs as it was trained unless other options are given, or `device` is slow at it; a warning
-    says so. Raises `NetworkError` if the checkpoint is not of a network of this project.
+    It runs as it was trained, unless other options are given or it was trained in bf16 and `device`
+    is slow at that; a warning says so. Raises `NetworkError` if the checkpoint is not of a network
+    of this project.
     """
     trained = checkpoint["history"][-1]
     options = run_options(torch.device(device), neuron_backend, precision, trained)
@@ -515,7 +516,7 @@ def run_options(
     """Return the options of `build_model`, where 'auto' is replaced.
 
     For a new network, by what is fastest on `device`; for one that was trained, by what was used
-    then, as an entry `trained` of its history says, unless `device` is slow at it.
+    then, as an entry `trained` of its history says, but by fp32 where bf16 is slow.
     """
     if device.type == "cuda":
         computes_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -880,7 +881,7 @@ def zeros(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
 
 
 def alias(x: torch.Tensor | None) -> torch.Tensor | None:
-    """Return a tensor on x's memory that is no view and has no graph, as either recompiles."""
+    """Return a tensor on x's memory, without view or graph, which would compile kernels again."""
     # By to_dlpack it is four times as fast as by from_dlpack(x).
     return None if x is None else torch.from_dlpack(to_dlpack(x.detach()))
 
@@ -904,14 +905,15 @@ class ActivityMeter:
         meter.outputs["lif1"]       # (spk, mem) of the last pass, both [T, B, ...]
         meter.layers()              # means over all recordings that passed
 
-    A layer of neurons includes the connections (`nn.Conv2d`, `ConvPool`, `nn.Linear`) that run
-    before it; layers are listed in the order in which they run. The synaptic operations of a
-    connection are what enters it (events, spikes, sums of spikes) times the number of outputs that
-    it reaches. MACs are the multiply-accumulates of the same network without spikes, where every
-    connection is used at every step. Padding around an image, biases and the neurons' own
-    operations are left out. `not_counted` lists what else has weights: neurons with layers inside,
-    other kinds of layers (also `padding="same"`), layers that do not run on [T * B, ...], or that
-    run after all neurons.
+    - A layer of neurons includes the connections (`nn.Conv2d`, `ConvPool`, `nn.Linear`) that run
+      before it; layers are listed in the order in which they run.
+    - The synaptic operations of a connection are what enters it (events, spikes, sums of spikes)
+      times the number of outputs that it reaches.
+    - MACs are the multiply-accumulates of the same network without spikes, where every connection
+      is used at every step.
+    - Padding around an image, biases and the neurons' own operations are left out.
+    - `not_counted` lists what else has weights: neurons with layers inside, other kinds of layers
+      (also `padding="same"`), layers that do not run on [T * B, ...], or run after all neurons.
     """
 
     def __init__(self, network: SpikingNetwork):
@@ -948,9 +950,10 @@ class ActivityMeter:
         """Count what ran, in its order: connections belong to the neurons that ran after them."""
         T, B = network_inputs[0].shape[:2]
         self.num_recordings += B
-        operations = torch.zeros(T * B, dtype=torch.float64, device="cpu")  # since the last neurons
+        # Of the connections since the last layer of neurons:
+        operations = torch.zeros(T * B, dtype=torch.float64, device="cpu")
         macs = 0.0
-        waiting = []
+        connections = []
         for name, layer, inputs, output in self._ran:
             if isinstance(layer, NeuronLayer | WithoutSpikes):
                 self.outputs[name] = tuple(x.detach().float().unflatten(0, (T, B)) for x in output)
@@ -960,17 +963,17 @@ class ActivityMeter:
                 self._macs[name] = T * macs
                 operations = torch.zeros_like(operations)
                 macs = 0.0
-                waiting = []
+                connections = []
                 if isinstance(layer, NeuronLayer) and list(layer.neuron.children()):
                     self.not_counted.add(name)
             elif is_counted(layer) and len(inputs[0]) == T * B:
                 sent, reached = self._count_connection(layer, inputs[0].detach(), output.shape)
                 operations += sent
                 macs += reached
-                waiting.append(name)
+                connections.append(name)
             else:
                 self.not_counted.add(name)
-        self.not_counted.update(waiting)
+        self.not_counted.update(connections)  # no neurons ran after them
         self._ran.clear()
 
     def _count_connection(self, layer, x, out_shape) -> tuple[torch.Tensor, float]:

@@ -1,4 +1,4 @@
-"""Find, download, check, bin, batch, augment and simulate N-MNIST recordings.
+"""N-MNIST recordings as batches of frames; how they are found, downloaded and simulated.
 
     python nmnist.py                                  # a table of N-MNIST; download it if missing
     python nmnist.py --data_dir DIR --time_steps 10   # of what is in another folder
@@ -7,7 +7,9 @@
 
 Events are numpy structured arrays `x, y, t, p` as tonic gives them: x and y in 0..33, t in
 microseconds, p 0 (called OFF) or 1 (called ON). In N-MNIST, 1 means that the light fell. Frames are
-[T, B, 2, 34, 34]; the value is the number of events in that bin.
+[T, B, 2, 34, 34]; the value is the number of events in that bin. Read from the top: recordings,
+frames, augmentation, loading. Finding a data set on the disk and the simulated camera may be
+skipped.
 """
 
 import argparse
@@ -167,6 +169,392 @@ def denoise_events(events: np.ndarray, denoise: int | None) -> np.ndarray:
     return tonic.transforms.Denoise(denoise)(events)
 
 
+# --- Frames and their cache -----------------------------------------------------------------------
+
+CACHE_VERSION = 7  # increase it when the same options and recordings give other frames
+
+
+@dataclass
+class Frames:
+    """Binned recordings, as the indices and counts of their non-zero bins.
+
+    The bin at (p, y, x) of a frame has the index (y * 34 + x) * 2 + p. The non-zero bins of all
+    recordings follow one another, recording by recording and frame by frame.
+    """
+
+    bin_index: torch.Tensor  # int16 [non-zero bins]
+    count: torch.Tensor  # int8 or int16 [non-zero bins]: events in the bin
+    nnz_per_frame: torch.Tensor  # int16 [N, T]: non-zero bins of each frame
+    labels: torch.Tensor  # uint8 [N]
+    num_events: torch.Tensor  # int32 [N]: of each recording, with the options of `NMNIST`
+    num_on_events: torch.Tensor  # int32 [N]: those of polarity 1
+    duration: torch.Tensor  # int32 [N]: microseconds from the first event to the last
+    hashes: torch.Tensor  # int64 [N]: of each recording's content
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def time_steps(self) -> int:
+        """The number of frames per recording, T."""
+        return self.nnz_per_frame.shape[1]
+
+    @functools.cached_property
+    def spans(self) -> list[slice]:
+        """Where each recording's non-zero bins are."""
+        ends = self.nnz_per_frame.sum(1, dtype=torch.int64).cumsum(0).tolist()
+        return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
+
+    @property
+    def num_blank(self) -> int:
+        """The number of recordings without an event in any frame."""
+        return sum(span.start == span.stop for span in self.spans)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the recordings' files, labels and order."""
+        content = self.hashes.cpu().numpy().tobytes() + self.labels.cpu().numpy().tobytes()
+        return hashlib.sha256(content).hexdigest()[:12]
+
+    def to(self, device: torch.device) -> "Frames":
+        """Move the frames to `device`: 0.5 GB for 60,000 recordings at T = 25."""
+        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def batch(
+        self, indices: torch.Tensor, dtype: torch.dtype = torch.float32, augment: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return frames [T, B, 2, 34, 34] and labels int64 [B] of the recordings `indices` [B].
+
+        `indices` are on the CPU. The frames are stored channels-last, as `dtype`. `augment` changes
+        them at random, as `Augmentation` says.
+        """
+        device = self.labels.device
+        T, B = self.time_steps, len(indices)
+        spans = [self.spans[i] for i in indices.tolist()]
+        bin_index = torch.cat([self.bin_index[span] for span in spans])
+        count = torch.cat([self.count[span] for span in spans])
+        chosen = indices.to(device, non_blocking=True)
+        nnz = self.nnz_per_frame[chosen].long()  # [B, T]
+        # Frame t of recording b is frame t * B + b of the batch.
+        batch_frame = torch.arange(T, device=device) * B + torch.arange(B, device=device)[:, None]
+        # The frame of each non-zero bin; with output_size, a GPU need not synchronize.
+        frame_index = batch_frame.flatten().repeat_interleave(nnz.flatten(), output_size=len(count))
+        if augment:
+            frame_index, bin_index, count = augment_events(frame_index, bin_index, count, B, T)
+        position = frame_index * BINS_PER_FRAME + bin_index
+        frames = torch.zeros(T * B * BINS_PER_FRAME, dtype=dtype, device=device)
+        # Events that moved to the same bin add up.
+        frames.index_put_((position,), count.to(dtype), accumulate=augment)
+        frames = frames.view(T, B, SIDE, SIDE, 2).movedim(-1, 2)
+        return frames, self.labels[chosen].long()
+
+    def batches(
+        self, indices: torch.Tensor, batch_size: int, dtype: torch.dtype = torch.float32
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the batches of `indices`; the last may be smaller."""
+        for chunk in indices.split(batch_size):
+            yield self.batch(chunk, dtype)
+
+
+def load_frames(
+    recordings: NMNIST,
+    time_steps: int,
+    denoise: int | None = None,
+    bin_by: str = "time",
+    cache: str | Path | None = None,
+) -> Frames:
+    """Return the recordings binned into `time_steps` frames.
+
+    `denoise` is the filter time of `tonic.transforms.Denoise` in microseconds; `bin_by` is 'time'
+    for frames of equal duration or 'events' for frames of equal event count. If the folder `cache`
+    holds these frames, they are read from there, else written to it: they are keyed by the options,
+    the recordings' folder, and the name, size and date of each recording's file.
+    """
+    path = Path(cache) / cache_name(recordings, time_steps, denoise, bin_by) if cache else None
+    frames = read_cache(path, (len(recordings), time_steps)) if path else None
+    if frames is None:
+        frames = bin_recordings(recordings, time_steps, denoise, bin_by)
+        if path:
+            write_cache(path, frames)
+    if frames.num_blank:
+        utils.warn(
+            f"{frames.num_blank:,} of {len(frames):,} {recordings.split} recordings have no event "
+            "in any frame: choose fewer --time_steps, a longer --denoise, no --first_saccade_only"
+        )
+    return frames
+
+
+def bin_recordings(recordings: NMNIST, time_steps: int, denoise: int | None, bin_by: str) -> Frames:
+    """Bin recordings as tonic's `ToFrame` does, after its `Denoise` if a time is given."""
+    binned = []
+    for index in utils.progress(f"bin {recordings.split}", range(len(recordings))):
+        binned.append(bin_recording(recordings, index, time_steps, denoise, bin_by))
+    names = [field.name for field in fields(Frames)]
+    return Frames(**{name: torch.cat([getattr(one, name) for one in binned]) for name in names})
+
+
+def bin_recording(
+    recordings: NMNIST, index: int, time_steps: int, denoise: int | None, bin_by: str
+) -> Frames:
+    """Bin one recording. Raises `UserError` if a bin holds more events than int16 counts."""
+    path = recordings.files[index]
+    digest = hashlib.sha256(path.read_bytes()).digest()  # of the file, whatever the options
+    events, digit = recordings[index]
+    t = events["t"]
+    duration = int(t[-1] - t[0]) if len(t) else 0
+    frame, bin_index, count = bin_events(denoise_events(events, denoise), time_steps, bin_by)
+    largest = count.max(initial=0)
+    if largest > 32_767:
+        raise UserError(f"{path}: {largest:,} events in one bin: choose more --time_steps")
+    nnz = np.bincount(frame, minlength=time_steps)
+    return Frames(
+        bin_index=torch.from_numpy(bin_index.astype(np.int16)),
+        count=torch.from_numpy(count.astype(np.int8 if largest <= 127 else np.int16)),
+        nnz_per_frame=torch.from_numpy(nnz.astype(np.int16))[None],
+        labels=torch.tensor([digit], dtype=torch.uint8),
+        num_events=torch.tensor([len(t)], dtype=torch.int32),
+        num_on_events=torch.tensor([events["p"].sum()], dtype=torch.int32),
+        duration=torch.tensor([duration], dtype=torch.int32),
+        hashes=torch.tensor([int.from_bytes(digest[:8], "big", signed=True)]),
+    )
+
+
+def bin_events(
+    events: np.ndarray, time_steps: int, bin_by: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the non-zero bins of tonic's `ToFrame`: their frame, index in it, event count."""
+    if len(events) == 0:  # the options left none
+        return (np.zeros(0, int),) * 3
+    slicers = {"time": tonic.slicers.SliceByTimeBins, "events": tonic.slicers.SliceByEventBins}
+    # Frame i holds the events from first[i] to last[i], which is not included.
+    first, last = np.array(slicers[bin_by](time_steps).get_slice_metadata(events, None)).T
+    events = events[first[0] : last[-1]]  # without the remainder
+    frame = np.repeat(np.arange(time_steps), last - first)
+    bin_index = (events["y"] * SIDE + events["x"]) * 2 + events["p"]
+    index = (frame * BINS_PER_FRAME + bin_index).astype(np.int32)  # sorts faster than int64
+    index, count = np.unique(index, return_counts=True)
+    frame, bin_index = np.divmod(index, BINS_PER_FRAME)
+    return frame, bin_index, count
+
+
+def to_frames(events: np.ndarray, settings: dict) -> torch.Tensor:
+    """Return the frames [T, 1, 2, 34, 34] of a user's own events, for a trained network.
+
+    `events` have the fields x, y, t, p. `settings` are those of the network's checkpoint, which
+    say how the frames that it was trained on were made. Raises `UserError` if the events are wrong.
+    """
+    events = check_events(events, "events")
+    events = apply_options(events, settings["first_saccade_only"], settings["stabilize"])
+    events = denoise_events(events, settings["denoise"])
+    time_steps = settings["time_steps"]
+    frame, bin_index, count = bin_events(events, time_steps, settings["bin_by"])
+    if len(count) == 0:
+        utils.warn("the network's settings leave no event in any frame")
+    frames = torch.zeros(time_steps * BINS_PER_FRAME)
+    frames[frame * BINS_PER_FRAME + bin_index] = torch.from_numpy(count).float()
+    return frames.view(time_steps, 1, SIDE, SIDE, 2).movedim(-1, 2)
+
+
+def cache_name(recordings: NMNIST, time_steps: int, denoise: int | None, bin_by: str) -> str:
+    """Return the name of the file that caches the frames of these recordings with these options."""
+    name = f"{recordings.folder.parent.name}_{recordings.split}"
+    if recordings.first_saccade_only:
+        name += "_first_saccade"
+    if recordings.stabilize:
+        name += "_stabilized"
+    if bin_by == "events":
+        name += "_by_events"
+    digest = hashlib.sha256(f"version {CACHE_VERSION} {recordings.folder.resolve()}\n".encode())
+    for path in recordings.files:
+        status = path.stat()
+        file = path.relative_to(recordings.folder)
+        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return f"{name}_T{time_steps}_denoise{denoise or 0}_{digest.hexdigest()[:16]}.pt"
+
+
+def read_cache(path: Path, shape: tuple[int, int]) -> Frames | None:
+    """Return the frames in a cache, memory-mapped, None if there are none of `shape` [N, T]."""
+    try:
+        frames = Frames(**torch.load(path, mmap=True, weights_only=True))
+        if frames.nnz_per_frame.shape == shape:
+            return frames
+        reason = "its shape is wrong"
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # torch raises many types on a damaged file
+        reason = utils.first_line(error)
+    utils.warn(f"cache {path} can't be read ({reason}): binning again")
+    return None
+
+
+def write_cache(path: Path, frames: Frames) -> None:
+    """Write the cache; where that fails, warn, and leave the frames in memory."""
+    try:
+        utils.save_tensors(path, {f.name: getattr(frames, f.name) for f in fields(frames)})
+        print(f"cache       {path} ({path.stat().st_size / len(frames) / 1000:.1f} KB a recording)")
+    except OSError as error:
+        utils.warn(f"cache {path} can't be written ({error.strerror}): frames stay in memory")
+
+
+# --- Augmentation ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a recording is changed. Values are drawn uniformly from minus these limits to these."""
+
+    shift: float = 1.0  # pixels, along each axis
+    rotation: float = 5.0  # degrees, around the centre of the sensor
+    scale: float = 0.05  # relative, of each axis
+    shear: float = 0.05  # pixels along x for one along y
+    time_shift: float = 0.03  # of a recording's duration, rounded to whole frames: none if T < 17
+    drop: float = 0.05  # probability that a bin's events are dropped
+
+
+AUGMENTATION = Augmentation()
+
+
+def sample_affine(batch_size: int, time_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw how each recording of a batch moves: matrices [B, 2, 3], and frames in time [B].
+
+    A matrix maps (x, y, 1), with x and y from the sensor's centre, to x and y: shear, scale,
+    rotation, then shift. The numbers are drawn on the CPU, from torch's generator.
+    """
+    a = AUGMENTATION
+    u = 2 * torch.rand(7, batch_size) - 1
+    angle = torch.deg2rad(a.rotation * u[0])
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    scale_x, scale_y = 1 + a.scale * u[1], 1 + a.scale * u[2]
+    shear = a.shear * u[3]
+    x_row = [cos * scale_x, cos * scale_x * shear - sin * scale_y, a.shift * u[4]]
+    y_row = [sin * scale_x, sin * scale_x * shear + cos * scale_y, a.shift * u[5]]
+    affine = torch.stack([torch.stack(x_row, -1), torch.stack(y_row, -1)], 1)
+    return affine, (a.time_shift * time_steps * u[6]).round().long()
+
+
+def augment_events(frame_index, bin_index, count, B: int, T: int):
+    """Move the events of each recording of a batch, and drop some; return the same three tensors.
+
+    `frame_index` (t * B + b), `bin_index` and `count` are those of the non-zero bins.
+    """
+    affine, time_shift = (x.to(count.device, non_blocking=True) for x in sample_affine(B, T))
+    dropped = torch.rand(len(count), device=count.device) < AUGMENTATION.drop
+    recording = frame_index % B
+    # [2, 3, non-zero bins]; affine[recording] takes three times as long.
+    matrix = affine.flatten(1).T.index_select(1, recording).view(2, 3, -1)
+    centre = (SIDE - 1) / 2
+    pixel, polarity = bin_index >> 1, bin_index & 1
+    row = pixel // SIDE
+    x, y = pixel - SIDE * row - centre, row - centre
+    # Both coordinates at once: matrix[:, 0] is [2, non-zero bins].
+    x, y = (matrix[:, 0] * x + matrix[:, 1] * y + (matrix[:, 2] + centre)).round().long()
+    frame_index = frame_index + time_shift.index_select(0, recording) * B
+    kept = (x >= 0) & (x < SIDE) & (y >= 0) & (y < SIDE) & ~dropped
+    kept &= (frame_index >= 0) & (frame_index < T * B)
+    # Events that are not kept get a count of 0: fixed sizes avoid a GPU synchronization.
+    bin_index = torch.where(kept, (y * SIDE + x) * 2 + polarity, 0)
+    return torch.where(kept, frame_index, 0), bin_index, count * kept
+
+
+# --- Loading and splitting ------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """A data set, binned, on the device."""
+
+    name: str  # in files and figures
+    train: Frames | None  # None if the test part alone was loaded
+    test: Frames
+    test_files: list[str]  # relative to the folder of the test part
+    source: str  # the value of --dataset that loads it: 'nmnist' or 'simulated'
+    time_axis: utils.TimeAxis
+
+    def describe(self, splits: Sequence[str] = SPLITS) -> dict:
+        """Return what identifies the recordings, by their content."""
+        description = {"source": self.source, "data_set": self.name}
+        for split in splits:
+            frames = self.train if split == "train" else self.test
+            description[f"{split}_recordings"] = len(frames)
+            description[f"{split}_fingerprint"] = frames.fingerprint
+        return description
+
+
+def load_data(args, device, splits=SPLITS, trained_on: dict | None = None) -> Data:
+    """Open, bin and move to `device` the recordings that the flags name, the test part at least.
+
+    `trained_on` is `Data.describe()` of the recordings that a network was trained on. If they were
+    simulated and are still in data_dir, `--dataset auto` uses them, even if N-MNIST is there too.
+    """
+    data_dir = Path(args.data_dir)
+    dataset = args.dataset
+    was_simulated = trained_on and trained_on["source"] == "simulated"
+    if dataset == "auto" and was_simulated and (data_dir / SIMULATED).is_dir():
+        dataset = "simulated"
+    options = {"first_saccade_only": args.first_saccade_only, "stabilize": args.stabilize}
+    opened = {part.split: part for part in open_recordings(data_dir, dataset, splits, **options)}
+    frames = {}
+    for split, part in opened.items():
+        cache = data_dir / "cache"
+        binned = load_frames(part, args.time_steps, args.denoise, args.bin_by, cache)
+        frames[split] = binned.to(device)
+    if "train" in frames:
+        repeated = int(torch.isin(frames["test"].hashes, frames["train"].hashes).sum())
+        if repeated:
+            utils.warn(f"{repeated:,} test recordings are also in the training part")
+    test = opened["test"]
+    name = data_set_name(test)
+    if args.bin_by == "events":
+        name += ", frames of equal event count"
+    is_built_in = test.folder.parent == data_dir / SIMULATED
+    return Data(
+        name=name,
+        train=frames.get("train"),
+        test=frames["test"],
+        test_files=[str(path.relative_to(test.folder)) for path in test.files],
+        source="simulated" if is_built_in else "nmnist",
+        time_axis=time_axis(args.time_steps, args.bin_by, args.first_saccade_only),
+    )
+
+
+def time_axis(time_steps: int, bin_by: str, first_saccade_only: bool) -> utils.TimeAxis:
+    """Return what is known of the time of each step; nothing for frames of equal event count."""
+    if bin_by == "events":
+        return utils.TimeAxis(None, [])
+    ends_ms = SACCADE_ENDS[:1] if first_saccade_only else SACCADE_ENDS
+    ends = [end * time_steps / ends_ms[-1] for end in ends_ms]
+    return utils.TimeAxis(ends_ms[-1] / time_steps, ends)
+
+
+def describe_tested(tested: dict, trained: dict) -> str:
+    """Name the recordings of a test, and say so if the network was trained on others.
+
+    Both are `Data.describe()`.
+    """
+    name = tested["data_set"]
+    if name != trained["data_set"]:
+        return f"{name} (TRAINED on {trained['data_set']})"
+    if tested["test_fingerprint"] != trained["test_fingerprint"]:
+        return f"{name} (not the test part of the training)"
+    return name
+
+
+def split_validation(labels: torch.Tensor, val_split: float, seed: int) -> list[torch.Tensor]:
+    """Return the indices of training and validation recordings, stratified, fixed by `seed`."""
+    indices, labels = np.arange(len(labels)), labels.cpu().numpy()
+    try:
+        parts = train_test_split(indices, test_size=val_split, stratify=labels, random_state=seed)
+    except ValueError:
+        raise UserError(
+            f"--val_split {val_split} of {len(labels)} recordings leaves a digit out of training "
+            "or validation: choose another share or add recordings"
+        ) from None
+    return [torch.from_numpy(np.sort(part)) for part in parts]
+
+
+# --- Finding and downloading the data set ---------------------------------------------------------
+
+
 def open_recordings(
     data_dir: str | Path = DATA_DIR, dataset="auto", splits: Sequence[str] = SPLITS, **options: bool
 ) -> list[NMNIST]:
@@ -187,7 +575,7 @@ def open_recordings(
     opened = []
     for split in splits:
         recordings = NMNIST(part_folder(root, split), **options)
-        name = name_of(recordings)
+        name = data_set_name(recordings)
         count = f"{len(recordings):,}"
         is_real = not (root / SIMULATOR_FILE).exists()
         if is_real and len(recordings) < PUBLISHED[split]:
@@ -197,7 +585,7 @@ def open_recordings(
     return opened
 
 
-def name_of(recordings: NMNIST) -> str:
+def data_set_name(recordings: NMNIST) -> str:
     """Return the data set's name for figures, with the options that change its recordings.
 
     Simulated recordings are called SimulatedNMNIST, followed by the file of a user's own images.
@@ -239,6 +627,7 @@ def find_data_set(data_dir: Path) -> Path | None:
 
 def find_misplaced(data_dir: Path, root: Path | None) -> Path | None:
     """Return a recording or zip, at most four folders deep, that is not where it should be."""
+    # The walk leaves out what is in place, so that any recording that it meets is misplaced.
     for name, folders, files in os.walk(data_dir, followlinks=True):
         folder = Path(name)
         is_part = folder.parent == root and folder.name in ("Train", "Test")
@@ -247,7 +636,6 @@ def find_misplaced(data_dir: Path, root: Path | None) -> Path | None:
         folders[:] = [f for f in folders if f not in in_place and not f.startswith(hidden)]
         if len(folder.relative_to(data_dir).parts) == 4:
             folders.clear()
-        # The walk leaves out what is in place, so any recording that it meets is misplaced.
         for file in files:
             is_recording = folder.name in DIGIT_FOLDERS and file.endswith(".bin")
             if is_recording or (file in ARCHIVES and folder != root):
@@ -332,420 +720,22 @@ def download(data_dir: Path) -> Path:
     return root
 
 
-# --- Frames and their cache -----------------------------------------------------------------------
-
-CACHE_VERSION = 7  # increase it when the same options and recordings give other frames
-
-
-@dataclass
-class Frames:
-    """Binned recordings, as the indices and counts of their non-zero bins.
-
-    The bin at (p, y, x) of a frame has the index (y * 34 + x) * 2 + p. The non-zero bins of all
-    recordings follow one another, recording by recording and frame by frame.
-    """
-
-    bin_index: torch.Tensor  # int16 [non-zero bins]
-    count: torch.Tensor  # int8 or int16 [non-zero bins]: events in the bin
-    nnz_per_frame: torch.Tensor  # int16 [N, T]: non-zero bins of each frame
-    labels: torch.Tensor  # uint8 [N]
-    num_events: torch.Tensor  # int32 [N]: of each recording, with the options of `NMNIST`
-    num_on_events: torch.Tensor  # int32 [N]: those of polarity 1
-    duration: torch.Tensor  # int32 [N]: microseconds from the first event to the last
-    hashes: torch.Tensor  # int64 [N]: of each recording's content
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def time_steps(self) -> int:
-        """The number of frames per recording, T."""
-        return self.nnz_per_frame.shape[1]
-
-    @functools.cached_property
-    def spans(self) -> list[slice]:
-        """Where each recording's non-zero bins are."""
-        ends = self.nnz_per_frame.sum(1, dtype=torch.int64).cumsum(0).tolist()
-        return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
-
-    @property
-    def num_blank(self) -> int:
-        """The number of recordings without an event in any frame."""
-        return sum(span.start == span.stop for span in self.spans)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """A hash of the recordings' files, labels and order."""
-        content = self.hashes.cpu().numpy().tobytes() + self.labels.cpu().numpy().tobytes()
-        return hashlib.sha256(content).hexdigest()[:12]
-
-    def to(self, device: torch.device) -> "Frames":
-        """Move the frames to `device`: 0.5 GB for 60,000 recordings at T = 25."""
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
-
-    def batch(
-        self, indices: torch.Tensor, dtype: torch.dtype = torch.float32, augment: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return frames [T, B, 2, 34, 34] and labels int64 [B] of the recordings `indices` [B].
-
-        `indices` are on the CPU. The frames are stored channels-last, as `dtype`. `augment` changes
-        them at random, as `Augmentation` says.
-        """
-        device = self.labels.device
-        T, B = self.time_steps, len(indices)
-        spans = [self.spans[i] for i in indices.tolist()]
-        bin_index = torch.cat([self.bin_index[span] for span in spans])
-        count = torch.cat([self.count[span] for span in spans])
-        chosen = indices.to(device, non_blocking=True)
-        nnz = self.nnz_per_frame[chosen].long()  # [B, T]
-        # Frame t of recording b is frame t * B + b of the batch.
-        batch_frame = torch.arange(T, device=device) * B + torch.arange(B, device=device)[:, None]
-        # [non-zero bins]; with output_size, a GPU need not synchronize.
-        frame_index = batch_frame.flatten().repeat_interleave(nnz.flatten(), output_size=len(count))
-        if augment:
-            frame_index, bin_index, count = augment_events(frame_index, bin_index, count, B, T)
-        position = frame_index * BINS_PER_FRAME + bin_index
-        frames = torch.zeros(T * B * BINS_PER_FRAME, dtype=dtype, device=device)
-        # Events that moved to the same bin add up.
-        frames.index_put_((position,), count.to(dtype), accumulate=augment)
-        frames = frames.view(T, B, SIDE, SIDE, 2).movedim(-1, 2)
-        return frames, self.labels[chosen].long()
-
-    def batches(
-        self, indices: torch.Tensor, batch_size: int, dtype: torch.dtype = torch.float32
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the batches of `indices`; the last may be smaller."""
-        for chunk in indices.split(batch_size):
-            yield self.batch(chunk, dtype)
-
-
-def load_frames(
-    recordings: NMNIST,
-    time_steps: int,
-    denoise: int | None = None,
-    bin_by: str = "time",
-    cache: str | Path | None = None,
-) -> Frames:
-    """Return the recordings binned into `time_steps` frames.
-
-    `denoise` is the filter time of `tonic.transforms.Denoise` in microseconds; `bin_by` is 'time'
-    for frames of equal duration or 'events' for frames of equal event count. If the folder `cache`
-    holds these frames, they are read from there, else written to it: they are keyed by the options,
-    the recordings' folder, and the name, size and date of each recording's file.
-    """
-    path = Path(cache) / cache_name(recordings, time_steps, denoise, bin_by) if cache else None
-    frames = read_cache(path, (len(recordings), time_steps)) if path else None
-    if frames is None:
-        frames = bin_recordings(recordings, time_steps, denoise, bin_by)
-        if path:
-            write_cache(path, frames)
-    if frames.num_blank:
-        utils.warn(
-            f"{frames.num_blank:,} of {len(frames):,} {recordings.split} recordings have no event "
-            "in any frame: choose fewer --time_steps, a longer --denoise, no --first_saccade_only"
-        )
-    return frames
-
-
-def cache_name(recordings: NMNIST, time_steps: int, denoise: int | None, bin_by: str) -> str:
-    """Return the name of the file that caches the frames of these recordings with these options."""
-    name = f"{recordings.folder.parent.name}_{recordings.split}"
-    if recordings.first_saccade_only:
-        name += "_first_saccade"
-    if recordings.stabilize:
-        name += "_stabilized"
-    if bin_by == "events":
-        name += "_by_events"
-    digest = hashlib.sha256(f"version {CACHE_VERSION} {recordings.folder.resolve()}\n".encode())
-    for path in recordings.files:
-        status = path.stat()
-        file = path.relative_to(recordings.folder)
-        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return f"{name}_T{time_steps}_denoise{denoise or 0}_{digest.hexdigest()[:16]}.pt"
-
-
-def read_cache(path: Path, shape: tuple[int, int]) -> Frames | None:
-    """Return the frames in a cache, memory-mapped, None if there are none of `shape` [N, T]."""
-    try:
-        frames = Frames(**torch.load(path, mmap=True, weights_only=True))
-        if frames.nnz_per_frame.shape == shape:
-            return frames
-        reason = "its shape is wrong"
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # torch raises many types on a damaged file
-        reason = utils.first_line(error)
-    utils.warn(f"cache {path} can't be read ({reason}): binning again")
-    return None
-
-
-def write_cache(path: Path, frames: Frames) -> None:
-    """Write the cache; where that fails, warn, and leave the frames in memory."""
-    try:
-        utils.save_tensors(path, {f.name: getattr(frames, f.name) for f in fields(frames)})
-        print(f"cache       {path} ({path.stat().st_size / len(frames) / 1000:.1f} KB a recording)")
-    except OSError as error:
-        utils.warn(f"cache {path} can't be written ({error.strerror}): frames stay in memory")
-
-
-def bin_recordings(recordings: NMNIST, time_steps: int, denoise: int | None, bin_by: str) -> Frames:
-    """Bin recordings as tonic's `ToFrame` does, after its `Denoise` if a time is given."""
-    indices, counts, nnz, statistics, hashes = [], [], [], [], []
-    for i in utils.progress(f"bin {recordings.split}", range(len(recordings))):
-        path = recordings.files[i]
-        digest = hashlib.sha256(path.read_bytes()).digest()  # whatever the options
-        hashes.append(int.from_bytes(digest[:8], "big", signed=True))
-        events, _ = recordings[i]
-        t = events["t"]
-        statistics.append((len(t), events["p"].sum(), t[-1] - t[0] if len(t) else 0))
-        frame, bin_index, count = bin_events(denoise_events(events, denoise), time_steps, bin_by)
-        largest = count.max(initial=0)
-        if largest > 32_767:
-            raise UserError(f"{path}: {largest:,} events in one bin: choose more --time_steps")
-        indices.append(bin_index.astype(np.int16))
-        counts.append(count.astype(np.int8 if largest <= 127 else np.int16))
-        nnz.append(np.bincount(frame, minlength=time_steps).astype(np.int16))
-    num_events, num_on_events, duration = torch.tensor(statistics, dtype=torch.int32).T.contiguous()
-    return Frames(
-        bin_index=torch.from_numpy(np.concatenate(indices)),
-        count=torch.from_numpy(np.concatenate(counts)),  # int16 if any recording needs it
-        nnz_per_frame=torch.from_numpy(np.stack(nnz)),
-        labels=torch.tensor(recordings.labels, dtype=torch.uint8),
-        num_events=num_events,
-        num_on_events=num_on_events,
-        duration=duration,
-        hashes=torch.tensor(hashes),
-    )
-
-
-def bin_events(
-    events: np.ndarray, time_steps: int, bin_by: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the non-zero bins of tonic's `ToFrame`: their frame, index in it, event count."""
-    if len(events) == 0:  # the options left none
-        return (np.zeros(0, int),) * 3
-    slicers = {"time": tonic.slicers.SliceByTimeBins, "events": tonic.slicers.SliceByEventBins}
-    # Frame i holds the events from first[i] to last[i], which is not included.
-    first, last = np.array(slicers[bin_by](time_steps).get_slice_metadata(events, None)).T
-    events = events[first[0] : last[-1]]  # without the remainder
-    frame = np.repeat(np.arange(time_steps), last - first)
-    bin_index = (events["y"] * SIDE + events["x"]) * 2 + events["p"]
-    index = (frame * BINS_PER_FRAME + bin_index).astype(np.int32)  # sorts faster than int64
-    index, count = np.unique(index, return_counts=True)
-    frame, bin_index = np.divmod(index, BINS_PER_FRAME)
-    return frame, bin_index, count
-
-
-def to_frames(events: np.ndarray, settings: dict) -> torch.Tensor:
-    """Return the frames [T, 1, 2, 34, 34] of a user's own events, for a trained network.
-
-    `events` have the fields x, y, t, p. `settings` are those of the network's checkpoint, which
-    say how the frames that it was trained on were made. Raises `UserError` if the events are wrong.
-    """
-    events = check_events(events, "events")
-    events = apply_options(events, settings["first_saccade_only"], settings["stabilize"])
-    events = denoise_events(events, settings["denoise"])
-    time_steps = settings["time_steps"]
-    frame, bin_index, count = bin_events(events, time_steps, settings["bin_by"])
-    if len(count) == 0:
-        utils.warn("the network's settings leave no event in any frame")
-    frames = torch.zeros(time_steps * BINS_PER_FRAME)
-    frames[frame * BINS_PER_FRAME + bin_index] = torch.from_numpy(count).float()
-    return frames.view(time_steps, 1, SIDE, SIDE, 2).movedim(-1, 2)
-
-
-# --- Augmentation ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How a recording is changed. Values are drawn uniformly from minus these limits to these."""
-
-    shift: float = 1.0  # pixels, along each axis
-    rotation: float = 5.0  # degrees, around the centre of the sensor
-    scale: float = 0.05  # relative, of each axis
-    shear: float = 0.05  # pixels along x for one along y
-    time_shift: float = 0.03  # of a recording's duration, rounded to whole frames: none if T < 17
-    drop: float = 0.05  # probability that a bin's events are dropped
-
-
-AUGMENTATION = Augmentation()
-
-
-def sample_affine(batch_size: int, time_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw how each recording of a batch moves: matrices [B, 2, 3], and frames in time [B].
-
-    A matrix maps (x, y, 1), with x and y from the sensor's centre, to x and y: shear, scale,
-    rotation, then shift. The numbers are drawn on the CPU, from torch's generator.
-    """
-    a = AUGMENTATION
-    u = 2 * torch.rand(7, batch_size) - 1
-    angle = torch.deg2rad(a.rotation * u[0])
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    scale_x, scale_y = 1 + a.scale * u[1], 1 + a.scale * u[2]
-    shear = a.shear * u[3]
-    x_row = [cos * scale_x, cos * scale_x * shear - sin * scale_y, a.shift * u[4]]
-    y_row = [sin * scale_x, sin * scale_x * shear + cos * scale_y, a.shift * u[5]]
-    affine = torch.stack([torch.stack(x_row, -1), torch.stack(y_row, -1)], 1)
-    return affine, (a.time_shift * time_steps * u[6]).round().long()
-
-
-def augment_events(frame_index, bin_index, count, B: int, T: int):
-    """Move the events of each recording of a batch, and drop some; return the same three tensors.
-
-    `frame_index` (t * B + b), `bin_index` and `count` are those of the non-zero bins.
-    """
-    affine, time_shift = (x.to(count.device, non_blocking=True) for x in sample_affine(B, T))
-    dropped = torch.rand(len(count), device=count.device) < AUGMENTATION.drop
-    recording = frame_index % B
-    # [2, 3, non-zero bins]; affine[recording] takes three times as long.
-    matrix = affine.flatten(1).T.index_select(1, recording).view(2, 3, -1)
-    centre = (SIDE - 1) / 2
-    pixel, polarity = bin_index >> 1, bin_index & 1
-    row = pixel // SIDE
-    x, y = pixel - SIDE * row - centre, row - centre
-    # Both coordinates at once: matrix[:, 0] is [2, non-zero bins].
-    x, y = (matrix[:, 0] * x + matrix[:, 1] * y + (matrix[:, 2] + centre)).round().long()
-    frame_index = frame_index + time_shift.index_select(0, recording) * B
-    kept = (x >= 0) & (x < SIDE) & (y >= 0) & (y < SIDE) & ~dropped
-    kept &= (frame_index >= 0) & (frame_index < T * B)
-    # Events that are not kept get a count of 0: fixed sizes avoid a GPU synchronization.
-    bin_index = torch.where(kept, (y * SIDE + x) * 2 + polarity, 0)
-    return torch.where(kept, frame_index, 0), bin_index, count * kept
-
-
-# --- Loading, splitting, flags --------------------------------------------------------------------
-
-
-@dataclass
-class Data:
-    """A data set, binned, on the device."""
-
-    name: str  # in files and figures
-    train: Frames | None  # None if the test part alone was loaded
-    test: Frames
-    test_files: list[str]  # relative to the folder of the test part
-    source: str  # the value of --dataset that loads it: 'nmnist' or 'simulated'
-    time_axis: utils.TimeAxis
-
-    def describe(self, splits: Sequence[str] = SPLITS) -> dict:
-        """Return what identifies the recordings, by their content."""
-        description = {"source": self.source, "data_set": self.name}
-        for split in splits:
-            frames = self.train if split == "train" else self.test
-            description[f"{split}_recordings"] = len(frames)
-            description[f"{split}_fingerprint"] = frames.fingerprint
-        return description
-
-
-def load_data(args, device, splits=SPLITS, trained_on: dict | None = None) -> Data:
-    """Open, bin and move to `device` the recordings that the flags name, the test part at least.
-
-    `trained_on` is `Data.describe()` of the recordings that a network was trained on. If they were
-    simulated and are still in data_dir, `--dataset auto` uses them, even if N-MNIST is there too.
-    """
-    data_dir = Path(args.data_dir)
-    dataset = args.dataset
-    was_simulated = trained_on and trained_on["source"] == "simulated"
-    if dataset == "auto" and was_simulated and (data_dir / SIMULATED).is_dir():
-        dataset = "simulated"
-    options = {"first_saccade_only": args.first_saccade_only, "stabilize": args.stabilize}
-    opened = {part.split: part for part in open_recordings(data_dir, dataset, splits, **options)}
-    frames = {}
-    for split, part in opened.items():
-        cache = data_dir / "cache"
-        binned = load_frames(part, args.time_steps, args.denoise, args.bin_by, cache)
-        frames[split] = binned.to(device)
-    if "train" in frames:
-        repeated = int(torch.isin(frames["test"].hashes, frames["train"].hashes).sum())
-        if repeated:
-            utils.warn(f"{repeated:,} test recordings are also in the training part")
-    test = opened["test"]
-    name = name_of(test)
-    if args.bin_by == "events":
-        name += ", frames of equal event count"
-    is_built_in = test.folder.parent == data_dir / SIMULATED
-    return Data(
-        name=name,
-        train=frames.get("train"),
-        test=frames["test"],
-        test_files=[str(path.relative_to(test.folder)) for path in test.files],
-        source="simulated" if is_built_in else "nmnist",
-        time_axis=time_axis(args.time_steps, args.bin_by, args.first_saccade_only),
-    )
-
-
-def time_axis(time_steps: int, bin_by: str, first_saccade_only: bool) -> utils.TimeAxis:
-    """Return what is known of the time of each step; nothing for frames of equal event count."""
-    if bin_by == "events":
-        return utils.TimeAxis(None, [])
-    ends_ms = SACCADE_ENDS[:1] if first_saccade_only else SACCADE_ENDS
-    ends = [end * time_steps / ends_ms[-1] for end in ends_ms]
-    return utils.TimeAxis(ends_ms[-1] / time_steps, ends)
-
-
-def describe_tested(tested: dict, trained: dict) -> str:
-    """Name the recordings of a test, and say so if the network was trained on others.
-
-    Both are `Data.describe()`.
-    """
-    name = tested["data_set"]
-    if name != trained["data_set"]:
-        return f"{name} (TRAINED on {trained['data_set']})"
-    if tested["test_fingerprint"] != trained["test_fingerprint"]:
-        return f"{name} (not the test part of the training)"
-    return name
-
-
-def split_validation(labels: torch.Tensor, val_split: float, seed: int) -> list[torch.Tensor]:
-    """Return the indices of training and validation recordings, stratified, fixed by `seed`."""
-    indices, labels = np.arange(len(labels)), labels.cpu().numpy()
-    try:
-        parts = train_test_split(indices, test_size=val_split, stratify=labels, random_state=seed)
-    except ValueError:
-        raise UserError(
-            f"--val_split {val_split} of {len(labels)} recordings leaves a digit out of training "
-            "or validation: choose another share or add recordings"
-        ) from None
-    return [torch.from_numpy(np.sort(part)) for part in parts]
-
-
-def add_frame_flags(parser) -> None:
-    """Add the flags that shape frames."""
-    flag = functools.partial(utils.add_flag, parser)
-    flag("--time_steps", 25, "frames a recording is binned into, T", type=number(int, 1, 1000))
-    denoise = "drop events without a neighbour within this many microseconds (default: off)"
-    flag("--denoise", None, denoise, type=number(int, 1), metavar="MICROSECONDS")
-    flag("--bin_by", "time", "frames of equal duration or event count", choices=["time", "events"])
-    flag("--first_saccade_only", False, "only events of the first 100 ms (tonic's option)")
-    flag("--stabilize", False, "take the saccades' movement out of the events (tonic's option)")
-
-
-def add_data_flags(parser) -> None:
-    """Add the flags that say where recordings are."""
-    text = "folder of the recordings"
-    utils.add_flag(parser, "--data_dir", DATA_DIR, text, type=utils.file_path)
-    dataset = "nmnist: from data_dir, else downloaded; simulated: scikit-learn's digits, recorded "
-    dataset += f"by a simulated camera; auto: nmnist, or in {DATA_DIR} simulated if that fails"
-    utils.add_flag(parser, "--dataset", "auto", dataset, choices=DATASETS)
-
-
 # --- The simulated camera -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Camera:
-    """The camera's parameters, and what in 100 to 400 real recordings each was fitted to.
+    """The camera's parameters: what each is; then what in 100 to 400 real recordings it fits.
 
     Spreads are standard deviations. Values drawn for a recording are clipped at 2.5 of them.
     """
 
     duration: float = SACCADE_ENDS[-1]  # ms, on average
-    gamma: float = 4.4  # exponent from grey value to light; fitted to event maps
-    blur: float = 0.53  # pixels, standard deviation of the point spread; event maps
+    gamma: float = 4.4  # exponent from grey value to light; maps of events per pixel
+    blur: float = 0.53  # pixels, standard deviation of the point spread; maps of events
     dark_light: float = 1.6  # of the background, to which a full stroke adds 1; spread of counts
     threshold: float = 0.065  # log light between two events; 4,101 events on average
-    threshold_spread: float = 0.055  # relative, from pixel to pixel; event maps
+    threshold_spread: float = 0.055  # relative, from pixel to pixel; maps of events
     refractory: float = 1.7  # ms without events after one; 99% of real pauses are longer
     tau_dark: float = 5.3  # ms, of the receptor in the dark; ON events are 5.4 ms apart
     tau_bright: float = 3.2  # ms, of the receptor in full light; OFF events are 4.2 ms apart
@@ -974,7 +964,27 @@ def read_images(path: str | Path) -> dict[str, tuple]:
     return parts
 
 
-# --- The script -----------------------------------------------------------------------------------
+# --- Flags and the script -------------------------------------------------------------------------
+
+
+def add_frame_flags(parser) -> None:
+    """Add the flags that shape frames."""
+    flag = functools.partial(utils.add_flag, parser)
+    flag("--time_steps", 25, "frames a recording is binned into, T", type=number(int, 1, 1000))
+    denoise = "drop events without a neighbour within this many microseconds (default: off)"
+    flag("--denoise", None, denoise, type=number(int, 1), metavar="MICROSECONDS")
+    flag("--bin_by", "time", "frames of equal duration or event count", choices=["time", "events"])
+    flag("--first_saccade_only", False, "only events of the first 100 ms (tonic's option)")
+    flag("--stabilize", False, "take the saccades' movement out of the events (tonic's option)")
+
+
+def add_data_flags(parser) -> None:
+    """Add the flags that say where recordings are."""
+    text = "folder of the recordings"
+    utils.add_flag(parser, "--data_dir", DATA_DIR, text, type=utils.file_path)
+    dataset = "nmnist: from data_dir, else downloaded; simulated: scikit-learn's digits, recorded "
+    dataset += f"by a simulated camera; auto: nmnist, or in {DATA_DIR} simulated if that fails"
+    utils.add_flag(parser, "--dataset", "auto", dataset, choices=DATASETS)
 
 
 def print_table(parts: dict[str, Frames]) -> None:

@@ -245,8 +245,8 @@ def train(args, files: RunFiles, data: Data, device, last: dict) -> dict:
     utils.set_seed(args.seed)
     network = models.build_model(models.NetworkConfig.from_settings(settings), **options)
     network = network.to(device)
-    # The moving average, which is validated and tested; data_parallel may replace norms.
-    ema = copy.deepcopy(network)
+    # The moving average of the weights is what is validated and tested.
+    ema = copy.deepcopy(network)  # before data_parallel, which may replace norms
     parallel = utils.data_parallel(network, device)
     optimizer = make_optimizer(network, args.optimizer, args.lr, args.weight_decay)
     loss_fn = LOSSES[args.loss]
@@ -258,7 +258,7 @@ def train(args, files: RunFiles, data: Data, device, last: dict) -> dict:
     if last:
         resume(last, files, data, network, ema, optimizer, args.epochs)
     elif rank() == 0:
-        # `last` comes first: --resume must not find that of an earlier run.
+        # `last` is renamed first, so that --resume never finds that of an earlier run.
         earlier = files.last, files.best, files.history, files.metrics, files.predictions
         utils.keep_earlier_files(*earlier)
 
@@ -283,7 +283,7 @@ def train(args, files: RunFiles, data: Data, device, last: dict) -> dict:
             )
         speed = len(order) / (time.perf_counter() - start)
         if rank() == 0:
-            # Weights are averaged, buffers copied (thresholds may adapt), then norms are measured.
+            # Of a user's neuron, buffers may be state: they are copied, not averaged.
             ema.load_state_dict(dict(network.named_buffers()), strict=False)
             measure_norms(ema, data.train, order[:NORM_RECORDINGS], args.batch_size)
             entry = {
@@ -370,9 +370,10 @@ def mean_of(values: torch.Tensor) -> float:
 def save(files, settings: dict, data: Data, last: dict, entry: dict, network, ema, optimizer):
     """Write the run after an epoch, of which `entry` tells; return its new last checkpoint.
 
-    `last` is the one before, {} after the first epoch. It holds the network of its epoch, as `best`
-    the checkpoint of the best epoch, whose history ends there, and as `training` what --resume
-    needs. Raises `UserError` if losses or weights are not finite.
+    `last` is the one before, {} after the first epoch. It holds the averaged network of its epoch,
+    as `best` the checkpoint of the best epoch, whose history ends there, and as `training` what
+    --resume needs: all in one file, which a killed run cannot leave half of. Raises `UserError` if
+    losses or weights are not finite.
     """
     results_finite = all(math.isfinite(x) for x in entry.values() if isinstance(x, float))
     if not (results_finite and utils.is_finite(network.state_dict(), ema.state_dict())):
@@ -759,9 +760,10 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 def take_settings(args, argv: list[str], settings: dict) -> argparse.Namespace:
     """Return `args` with the settings of a network to test; print which flags are ignored."""
+    # Parsed with the trained settings as defaults, so that what differs from them was typed.
     parser = make_parser()
     parser.set_defaults(**settings)
-    typed = parser.parse_args(argv)  # what differs from the trained settings was typed
+    typed = parser.parse_args(argv)
     if isinstance(typed.seed, list):  # one of which is tested
         typed.seed = args.seed
     # A test may have another batch size, on a machine of less memory.

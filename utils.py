@@ -15,7 +15,6 @@ import datetime
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import platform
@@ -331,14 +330,17 @@ def save_tensors(path: str | Path, content: dict) -> None:
 
 def keep_earlier_files(*paths: Path) -> None:
     """Rename files of an earlier run to the first free number, such as cnn_best.1.pt."""
-    for n in itertools.count(1):
-        numbered = [path.with_name(f"{path.stem}.{n}{path.suffix}") for path in paths]
-        if not any(path.exists() for path in numbered):
-            break
-    for path, kept in zip(paths, numbered, strict=True):
+
+    def numbered(path: Path) -> Path:
+        return path.with_name(f"{path.stem}.{n}{path.suffix}")
+
+    n = 1
+    while any(numbered(path).exists() for path in paths):
+        n += 1
+    for path in paths:
         if path.exists():
-            path.rename(kept)
-            print(f"earlier     {path.name} kept as {kept}")
+            path.rename(numbered(path))
+            print(f"earlier     {path.name} kept as {numbered(path)}")
 
 
 @contextlib.contextmanager
@@ -467,16 +469,21 @@ def show_time(axes: Sequence[Axes], num_steps: int, time_axis: TimeAxis, after=F
 
     x = k is the middle of step k, from 1; with `after`, it is the end.
     """
-    step_ms, saccade_ends = time_axis
-    shift = 0 if after else 0.5
+    start = 0 if after else 0.5  # the x at which the recording starts
     for axis in axes:
-        for i, end in enumerate(saccade_ends[:-1]):
+        for i, end in enumerate(time_axis.saccade_ends[:-1]):
             label = "end of a saccade" if i == 0 else None
-            axis.axvline(end + shift, label=label, **SACCADE_END)
+            axis.axvline(start + end, label=label, **SACCADE_END)
     axes[-1].set(xlabel="time step", xlim=(0.5, num_steps + 0.5))
     whole_steps(axes[-1])
-    if step_ms:
-        to_ms, to_step = (lambda x: (x - shift) * step_ms), (lambda ms: ms / step_ms + shift)
+    if time_axis.step_ms:
+
+        def to_ms(x):
+            return (x - start) * time_axis.step_ms
+
+        def to_step(ms):
+            return start + ms / time_axis.step_ms
+
         axes[0].secondary_xaxis("top", functions=(to_ms, to_step)).set_xlabel("time (ms)")
 
 
@@ -555,7 +562,7 @@ def mistakes_first(labels: np.ndarray, predictions: np.ndarray, num_shown: int) 
     """Return the indices of `num_shown` recordings to draw: mistakes first, the digits in turn."""
     correct = labels == predictions
     turns = occurrences(labels + 10 * correct)  # counts mistakes and others apart
-    return np.lexsort((labels, turns, correct))[:num_shown]  # by the last of these first
+    return np.lexsort((labels, turns, correct))[:num_shown]  # the last key counts most
 
 
 def plot_predictions(images: np.ndarray, texts: list[str], mistakes, title: str, path) -> None:

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     digits = list(range(10)) if args.digit is None else [args.digit]
     folder = Path(args.output_dir)
     part = "training" if args.split == "train" else "test"
-    name = f"{nmnist.name_of(recordings)}, {part} recordings"
+    name = f"{nmnist.data_set_name(recordings)}, {part} recordings"
     if args.denoise:
         name += f", denoised at {args.denoise:,} microseconds"
     title = name if args.digit is None else f"{name}, digit {args.digit}"

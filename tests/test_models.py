@@ -231,7 +231,7 @@ def test_alif_is_stepped_like_snntorchs_neurons():
 
 
 def test_alif_keeps_its_state_or_takes_it():
-    """As snnTorch's neurons do; the states that are passed may be those of another sequence."""
+    """So do snnTorch's neurons; the states that are passed may be those of another sequence."""
     alif, cur = alif_pair()[0], make_current(8)
     kept = [alif(step_cur)[0] for step_cur in cur]
     states = [(torch.zeros_like(cur[0]),) * 3] * 2
@@ -264,7 +264,7 @@ STEPPED = {  # by a surrogate gradient; the current is that of 50 neurons
 @each_device
 @pytest.mark.parametrize("kind", STEPPED)
 def test_neurons_that_no_kernel_knows_run_step_by_step(kind):
-    """And equal snnTorch's, stepped by hand, with the gradients of all that they learn."""
+    """They equal snnTorch's, stepped by hand, with the gradients of all that they learn."""
     cur = make_current()
     torch.manual_seed(0)
     layer = Layer(STEPPED[kind](FastSigmoid(5)), "fused").to(cur.device)
@@ -337,7 +337,7 @@ def test_neurons_in_bfloat16_equal_float32_of_the_same_current(backend, make, ti
 @each_device
 @pytest.mark.parametrize("make", PAIRS)
 def test_gradient_of_beta_in_bfloat16(make):
-    """Of a positive current, so that no terms of the sum over neurons and steps cancel."""
+    """The current is positive, so that no terms of the sum over neurons and steps cancel."""
     neuron, reference = make(learn_beta=True)
     cur = make_current(27).detach().abs().mul(0.5).bfloat16()
     for spk, mem in (Layer(neuron, "fused")(cur), reference(cur.float())):
@@ -551,9 +551,9 @@ def test_networks_drop_neurons_in_training_only(model, dropout):
 # --- Predictions ----------------------------------------------------------------------------------
 
 
-def test_predict_takes_the_largest_summed_membrane_potential():
+def test_predict_takes_the_largest_mean_membrane_potential():
     mem = torch.zeros(2, 3, 10)
-    mem[0, 0, 4], mem[1, 0, 4], mem[:, 0, 7] = 2.0, -1.5, 0.4  # 0.5 and 0.8 in all
+    mem[0, 0, 4], mem[1, 0, 4], mem[:, 0, 7] = 2.0, -1.5, 0.4  # means 0.25 and 0.4
     mem[0, 1, 2], mem[1, 1, 8] = 0.3, 0.9
     mem[:, 2] = -1.0
     mem[:, 2, 3] = -0.5  # the least negative
@@ -1012,7 +1012,7 @@ def test_second_derivatives_of_fused_networks_are_refused(model):
 
 @pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_torch_compile_and_export_run_neurons_step_by_step(compiler):
-    """With the same outputs; 'inductor' is torch.compile's default, and takes half a minute."""
+    """The outputs are the same; 'inductor', torch.compile's default, takes half a minute."""
     frames = make_frames(2, 3)
     network = network_that_fires("resnet", frames)
     expected_spk, expected_mem = network(frames)

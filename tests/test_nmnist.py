@@ -342,7 +342,7 @@ def test_missing_recordings_are_downloaded_once(tmp_path, monkeypatch):
     server.shutdown()
     server.server_close()
     parts = nmnist.open_recordings(data_dir)
-    assert [nmnist.name_of(part) for part in parts] == ["NMNIST", "NMNIST"]
+    assert [nmnist.data_set_name(part) for part in parts] == ["NMNIST", "NMNIST"]
     assert listing(data_dir) == ["NMNIST"]
     assert snapshot(data_dir / "NMNIST") == expected
 
@@ -398,7 +398,7 @@ def test_simulated_recordings_are_stratified_and_read_by_tonic(simulated):
 
 def test_simulated_recordings_keep_their_name_in_another_folder(simulated, tmp_path):
     (tmp_path / "NMNIST").symlink_to(simulated[1] / "SimulatedNMNIST")
-    assert nmnist.name_of(open_part(tmp_path)) == "SimulatedNMNIST"
+    assert nmnist.data_set_name(open_part(tmp_path)) == "SimulatedNMNIST"
     path = make_recordings(tmp_path / "made", 1, 1) / "NMNIST" / nmnist.SIMULATOR_FILE
     for content in (b"", b"{", b"[1]", b"\xff\xfe", b"{}"):
         path.write_bytes(content)
@@ -506,7 +506,7 @@ def test_labelled_images_are_recorded_and_the_seed_sets_the_noise(tmp_path, monk
     assert results[0]["Train/0/00001.bin"] != results[2]["Train/0/00001.bin"]
     assert results[0]["Train/0/00001.bin"] != results[0]["Test/0/00001.bin"]  # the same image
     train, test = nmnist.open_recordings(tmp_path / "a", "nmnist")
-    assert nmnist.name_of(train) == "SimulatedNMNIST (images.npz)"
+    assert nmnist.data_set_name(train) == "SimulatedNMNIST (images.npz)"
     assert (len(train), len(test)) == (130, 65)
     _, labels = few_images(13)
     assert train.labels == [labels[int(path.stem) - 1] for path in train.files]

@@ -168,7 +168,7 @@ def test_the_top_level_holds_what_the_project_structure_says():
 
 
 def test_the_code_for_scripts_of_ones_own_runs_as_pasted(tmp_path, monkeypatch, capsys):
-    """On a data set and a trained network like those that it names."""
+    """The data set and the trained network are like those that it names."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     scripts = [block for block in blocks if "NETWORKS" not in block]
     for block in blocks:

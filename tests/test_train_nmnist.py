@@ -53,11 +53,15 @@ BY_STEP = ["--neuron_backend", "step"]  # with nothing to compile
 STEP = ["--time_steps", 2, *BY_STEP]  # the fastest
 MEASURED = ("seconds", "recordings_per_second", "seconds_to_best_epoch")  # differ from run to run
 # Of each setting but the network's name and the epochs, another value than the default.
-OTHER = {"beta": 0.6, "threshold": 1.1, "alpha": 0.4, "dropout": 0.2, "width": 2}
-OTHER |= {"readout": "rate", "learn_beta": True, "batch_size": 31, "lr": 0.004}
-OTHER |= {"weight_decay": 0.01, "optimizer": "adamw", "loss": "count", "scheduler": True}
-OTHER |= {"no_augment": True, "val_split": 0.25, "seed": 5, "time_steps": 4, "denoise": 9000}
-OTHER |= {"bin_by": "events", "first_saccade_only": True, "stabilize": True}
+# fmt: off
+OTHER = {
+    "beta": 0.6, "threshold": 1.1, "alpha": 0.4, "dropout": 0.2, "width": 2, "readout": "rate",
+    "learn_beta": True, "batch_size": 31, "lr": 0.004, "weight_decay": 0.01, "optimizer": "adamw",
+    "loss": "count", "scheduler": True, "no_augment": True, "val_split": 0.25, "seed": 5,
+    "time_steps": 4, "denoise": 9000, "bin_by": "events", "first_saccade_only": True,
+    "stabilize": True,
+}
+# fmt: on
 
 
 def flags_for(folder, data_dir, *flags):
@@ -261,7 +265,7 @@ def test_the_same_command_twice_gives_the_same_numbers(trained, tmp_path, made_d
 
 
 def test_the_best_checkpoint_is_chosen_on_validation(tmp_path, mislabelled):
-    """Of epochs whose validation and test losses rise and fall."""
+    """Over the epochs, validation and test losses rise and fall."""
     train(tmp_path, mislabelled, *STEP, "--epochs", 7, "--seed", 3)
     entries = read_log(tmp_path, "cnn_history.json")
     best = max(entries, key=lambda entry: (entry["val_accuracy"], -entry["val_loss"]))
@@ -315,7 +319,7 @@ def test_the_scheduler_equals_torchs_cosine_annealing(tmp_path, made_data_dir, c
 
 
 def test_weight_decay_shrinks_connections_alone(tmp_path, made_data_dir):
-    """By a decay that ends all connections; norms and beta, which start above 0, stay."""
+    """The decay ends all connections; norms and beta, which start above 0, stay."""
     flags = ["--epochs", 1, *STEP, "--learn_beta", "--optimizer", "adamw", "--lr", 1e-3]
     train(tmp_path, made_data_dir, *flags, "--weight_decay", 1000)
     network = checkpoint(tmp_path)["training"]["raw_network"]
@@ -385,7 +389,7 @@ def test_checkpoints_hold_the_moving_average_of_all_steps(tmp_path, made_data_di
 
 
 def test_backends_train_alike(tmp_path, made_data_dir):
-    """Also a wider network with learned decays."""
+    """A wider network with learned decays does so, too."""
     settings = {"width": 2, "learn_beta": True}
     for backend in ("fused", "step"):
         flags = ["--precision", "fp32", "--epochs", 2, "--neuron_backend", backend]
@@ -405,7 +409,7 @@ def test_backends_train_alike(tmp_path, made_data_dir):
 
 @pytest.mark.parametrize("model", ["cnn", "resnet"])
 def test_learned_decays_stay_between_0_and_1(tmp_path, made_data_dir, model, capsys):
-    """By a learning rate that would take them out; the table and the metrics tell them."""
+    """The learning rate would take them out; the table and the metrics tell them."""
     flags = ["--model", model, "--learn_beta", "--lr", 0.2, "--epochs", 3]
     train(tmp_path, made_data_dir, *STEP, *flags)
     last = checkpoint(tmp_path, model=model)
@@ -454,7 +458,7 @@ def test_training_without_spikes_keeps_files_of_its_own(tmp_path, made_data_dir,
 
 @pytest.mark.parametrize("batch_size", [5, 19])
 def test_a_single_time_step_and_a_last_batch_of_one(tmp_path, made_data_dir, batch_size):
-    """Of 96 recordings. One frame is too few for a norm."""
+    """One frame, the last of the 96 recordings, is too few for a norm."""
     flags = [*BY_STEP, "--time_steps", 1, "--batch_size", batch_size]
     train(tmp_path, made_data_dir, "--epochs", 1, *flags)
     assert len(read_log(tmp_path, "cnn_history.json")) == 1
@@ -635,7 +639,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, made_data_dir):
 
 @pytest.mark.parametrize("loss", ["ce", "mse", "count"])
 def test_a_diverging_run_stops_and_keeps_what_was_there(tmp_path, made_data_dir, loss, capsys):
-    """In its first epoch, the earlier run under a number; later, its own last checkpoint."""
+    """In its first epoch, it keeps the earlier run; later, its own last checkpoint."""
     flags = [*STEP, "--optimizer", "sgd", "--lr", 1e38, "--loss", loss]
     train(tmp_path, made_data_dir, *STEP, "--epochs", 1)
     before, path = contents(tmp_path), tmp_path / "checkpoints" / "cnn_last.pt"
@@ -674,7 +678,7 @@ def test_an_earlier_run_is_kept_under_a_number(tmp_path, made_data_dir, capsys):
 
 
 def test_the_last_checkpoint_alone_is_the_run(tmp_path, mislabelled):
-    """Without the best one, or copied elsewhere, with and without epochs that are left."""
+    """The best one is missing, or `last` is copied elsewhere; epochs are left, or none."""
     flags = [*STEP, "--seed", 3, "--epochs"]
     train(tmp_path / "whole", mislabelled, *flags, 5)
     train(tmp_path / "stopped", mislabelled, *flags, 4)
@@ -835,7 +839,7 @@ def test_metrics_agree_with_one_another_and_with_what_is_printed(trained):
 
 @pytest.mark.parametrize("model", ["cnn", "resnet"])
 def test_predictions_and_early_exits_equal_a_loop_by_hand(tmp_path, mislabelled, model):
-    """With a temperature at which recordings exit at all steps."""
+    """The temperature lets recordings exit at all steps."""
     flags = ["--model", model, "--precision", "fp32", *BY_STEP]
     train(tmp_path, mislabelled, *flags, "--epochs", 2)
     changed = checkpoint(tmp_path, "best", model)
@@ -1250,7 +1254,7 @@ def test_samples_show_mistakes_first_in_the_first_saccade(tmp_path, mislabelled,
 
 
 class MyNet(SpikingNetwork):
-    """Recurrent neurons, all to all, then some of which each has a beta of its own."""
+    """Recurrent neurons, joined by a convolution, then some of which each has its own beta."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -1393,7 +1397,7 @@ utils.run_script(train_nmnist.main)
 def test_torchrun_trains_and_resumes_seeds_and_one_process_prints_and_writes(
     tmp_path, made_data_dir, device
 ):
-    """By gloo, two processes on the CPU; by nccl, one on each GPU. They share no disk.
+    """gloo runs two processes on the CPU, nccl one on each GPU. They share no disk.
 
     One network goes on from where a single process stopped, another one is new.
     """
@@ -1427,7 +1431,7 @@ def test_torchrun_trains_and_resumes_seeds_and_one_process_prints_and_writes(
 
 
 def test_processes_of_other_recordings_are_refused(tmp_path, made_data_dir, monkeypatch):
-    """As on two machines, of which one is offline and simulates recordings."""
+    """This happens on two machines if one is offline and simulates recordings."""
     monkeypatch.setattr(utils, "of_first_process", lambda f: {**f(), "train_fingerprint": "other"})
     with pytest.raises(utils.UserError, match=r"torchrun: .*train_fingerprint: \w+, was other"):
         train(tmp_path, made_data_dir, *STEP, "--epochs", 1)
@@ -1507,7 +1511,7 @@ def one_epoch(tmp_path, made_data_dir, capsys, monkeypatch):
 
 
 def test_the_end_of_training_names_the_command_that_draws(one_epoch, made_data_dir, capsys):
-    """That of one's own script; there is none that draws its layers."""
+    """For one's own script, it names that, and no command that draws its layers."""
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next")]
     (command,) = [line.removeprefix("next ").split() for line in lines]
     assert command[:2] == ["python", str(one_epoch / "own.py")]
@@ -1558,7 +1562,7 @@ def test_a_layer_that_never_or_always_fires_is_told(one_epoch, made_data_dir, ca
 def test_a_table_of_networks_that_differ_in_more_than_their_seed_says_so(
     tmp_path, made_data_dir, capsys
 ):
-    """With the frames of each, and a row for each."""
+    """It has a row for each, with the settings of its frames."""
     for seed, steps in ((0, 2), (1, 3)):
         folders = [f"--{name}_dir={tmp_path}/{name}/seed_{seed}" for name in ("save", "log")]
         flags = ["--epochs", 1, "--seed", seed, "--time_steps", steps]

@@ -67,7 +67,7 @@ for old, new in zip(before, state(), strict=True):
 
 
 def test_scripts_start_in_a_cell_of_a_notebook(tmp_path):
-    """Whose backend of matplotlib they inherit, and can't import in an environment of their own."""
+    """They inherit its backend of matplotlib, whose package their environment may lack."""
     environment = {**os.environ, "MPLBACKEND": INLINE}
     names = "train_nmnist.py", "nmnist.py", "visualize_nmnist.py", "visualize_activations.py"
     started = {}
@@ -83,7 +83,7 @@ def test_scripts_start_in_a_cell_of_a_notebook(tmp_path):
 def test_a_script_that_a_notebook_runs_leaves_its_backend_and_style(
     made_data_dir, monkeypatch, capsys
 ):
-    """As by `%run visualize_nmnist.py`, in the notebook's own process."""
+    """`%run visualize_nmnist.py` runs it in the notebook's own process."""
     flags = ["--data_dir", str(made_data_dir), "--num_samples", "1", "--output_dir", "figures"]
     monkeypatch.setattr(sys, "argv", ["visualize_nmnist.py", *flags])
     monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
@@ -100,7 +100,7 @@ def test_a_script_that_a_notebook_runs_leaves_its_backend_and_style(
 
 
 def test_names_that_a_console_or_a_font_lacks_stop_neither_figure_nor_table(tmp_path):
-    """Nor does a $, which starts a formula in matplotlib."""
+    """A $, which starts a formula in matplotlib, does not either."""
     folder = make_recordings(tmp_path / "模型", train=1, test=1)
     utils.write_json(folder / "NMNIST" / "simulator.json", {"images": "$\\frac模$.npz"})
     for script in ("nmnist.py", "visualize_nmnist.py"):
@@ -113,7 +113,7 @@ def test_names_that_a_console_or_a_font_lacks_stop_neither_figure_nor_table(tmp_
 
 
 def test_the_home_folder_is_found_in_every_path(monkeypatch):
-    """Which a shell replaces in `--save_dir ~/x`, but not in `--save_dir=~/x`."""
+    """A shell replaces the ~ in `--save_dir ~/x`, but not in `--save_dir=~/x`."""
     monkeypatch.setenv("HOME", "/home/me")
     for script in (train_nmnist, nmnist, visualize_nmnist, visualize_activations):
         parser = script.make_parser()

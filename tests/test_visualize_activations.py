@@ -90,7 +90,7 @@ def test_without_visualize_all_only_the_output_is_drawn(network_dir, made_data_d
 
 
 def test_rasters_show_the_spikes_of_the_layers(network_dir, made_data_dir, figures):
-    """Of a hidden layer, of all neurons that fire, in the order of their first spikes."""
+    """A hidden layer's has all neurons that fire, in the order of their first spikes."""
     draw(network_dir, made_data_dir, "--visualize_all", "--sample", 11)
     layers = activity(network_dir, made_data_dir, 11)
     assert list(layers) == LAYERS[network_dir[0]]
@@ -296,7 +296,7 @@ def test_figures_on_other_recordings_than_trained_on_say_so(
 
 
 def test_the_titles_of_figures_fit(network_dir, made_data_dir, tmp_path, figures):
-    """Also the longest, of a network that is drawn on recordings of a long name."""
+    """The longest is that of a network drawn on recordings of a long name."""
     (tmp_path / "NMNIST").mkdir()
     for part in ("Train", "Test"):
         (tmp_path / "NMNIST" / part).symlink_to(made_data_dir / "NMNIST" / part)

@@ -31,7 +31,7 @@ def recordings(made_data_dir):
 
 
 def test_all_figures_are_written(tmp_path, made_data_dir, recordings, monkeypatch):
-    """By the script, whatever backend of matplotlib the environment names."""
+    """The script writes them, whatever backend of matplotlib the environment names."""
     monkeypatch.setenv("MPLBACKEND", "module://nowhere")
     flags = ["--num_samples", 4, "--time_steps", 10, "--split", "test", "--animate"]
     folders = ["--data_dir", made_data_dir, "--output_dir", tmp_path]
