@@ -7,7 +7,8 @@
 T is the number of time steps, B that of recordings. The layers run one after the other, each over
 the whole sequence: a convolution sees T * B frames at once. Read from the top: the networks, how a
 neuron runs over time, building a network, its predictions. The compiled kernels may be skipped:
-they change the speed, and results by no more than rounding. Measuring activity comes last.
+they change the speed, and results by no more than rounding. Measuring activity comes last. This
+file imports no other of the project.
 """
 
 import functools
@@ -93,7 +94,7 @@ class SpikingNetwork(nn.Module):
     def make_lif(self, shape: Sequence[int]) -> snn.SpikingNeuron:
         """Return a LIF neuron for a layer whose frames have `shape`, [C, H, W] or [N].
 
-        A subclass may return any other neuron, also one that needs the shape, as recurrent ones do.
+        A subclass may return any other; `shape` is for those that need it, as recurrent ones do.
         """
         config = self.config
         spike_grad = FastSigmoid(self.slope)
@@ -104,7 +105,7 @@ class SpikingNetwork(nn.Module):
         return WithoutSpikes() if self.config.no_spikes else NeuronLayer(neuron)
 
     def init_currents(self) -> None:
-        """Set the norms' weights, so that currents spread by `initial_current` at the start."""
+        """Set the norms' weights to `initial_current`, the spread of the currents at the start."""
         for module in self.modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 nn.init.constant_(module.weight, initial_current(self.config))
@@ -115,16 +116,24 @@ class SpikingNetwork(nn.Module):
         return {name: layer for name, layer in self.named_modules() if isinstance(layer, kinds)}
 
     def learned_decays(self) -> dict[str, nn.Parameter]:
-        """Return the decays that are learned: `lif1.beta`, and alpha where snnTorch learns it."""
-        endings = (".neuron.beta", ".neuron.alpha")
-        named = [(name, x) for name, x in self.named_parameters() if name.endswith(endings)]
-        return {name.replace(".neuron", ""): value for name, value in named}
+        """Return the decays that are learned: `lif1.beta`, and alpha where snnTorch learns it.
+
+        Those of a user's own neuron are left out: its beta may mean something else.
+        """
+        decays = {}
+        for layer, module in self.neuron_layers().items():
+            for name, value in module.named_parameters():
+                known = type(module.neuron).__module__.startswith(("snntorch.", __name__))
+                if known and name in ("neuron.beta", "neuron.alpha"):
+                    decays[f"{layer}.{name.removeprefix('neuron.')}"] = value
+        return decays
 
     @torch.no_grad()
     def clamp_decays(self) -> None:
         """Put learned decays that left 0 to 1 back; to be called after each training step.
 
-        snnTorch clamps them where they are used alone: outside, they have no gradient, and stay.
+        snnTorch clamps only the value that it uses; a parameter outside gets no gradient, and would
+        stay there.
         """
         for decay in self.learned_decays().values():
             decay.clamp_(0, 1)
@@ -197,41 +206,35 @@ class SpikingResNet(SpikingNetwork):
     def __init__(self, config: NetworkConfig):
         super().__init__(config)
         w = config.width
-        spike_grad = FastSigmoid(self.slope)
         self.conv1 = ConvPool(2, 16 * w)
         self.norm1 = nn.BatchNorm2d(16 * w)
-        alif = ALIF(
-            alpha=config.alpha,
-            beta=config.beta,
-            adapt_scale=self.adapt_scale * config.threshold,
-            threshold=config.threshold,
-            spike_grad=spike_grad,
-            learn_beta=config.learn_beta,
-        )
-        self.lif1 = self.make_layer(alif)
-        self.res1 = ResidualBlock(
-            16 * w,
-            32 * w,
-            self.make_layer(self.make_lif([32 * w, 8, 8])),
-            self.make_layer(self.make_lif([32 * w, 8, 8])),
-        )
-        self.res2 = ResidualBlock(
-            32 * w,
-            64 * w,
-            self.make_layer(self.make_lif([64 * w, 4, 4])),
-            self.make_layer(self.make_lif([64 * w, 4, 4])),
-        )
+        self.lif1 = self.make_layer(self.make_alif())
+        self.res1 = self.make_block(16 * w, [32 * w, 8, 8])
+        self.res2 = self.make_block(32 * w, [64 * w, 4, 4])
         self.fc1 = nn.Linear(64 * w * 4 * 4, 128 * w, bias=False)
         self.norm2 = nn.BatchNorm1d(128 * w)
-        synaptic = snn.Synaptic(
-            config.alpha, config.beta, config.threshold, spike_grad, learn_beta=config.learn_beta
-        )
-        self.fc_syn = self.make_layer(synaptic)
+        self.fc_syn = self.make_layer(self.make_synaptic())
         self.dropout = TimeSharedDropout(config.dropout)
         self.fc_out = nn.Linear(128 * w, NUM_DIGITS, bias=False)
         self.norm_out = nn.BatchNorm1d(NUM_DIGITS)
         self.lif_out = self.make_layer(self.make_lif([NUM_DIGITS]))
         self.init_currents()
+
+    def make_block(self, in_channels, shape):
+        lif1 = self.make_layer(self.make_lif(shape))
+        lif2 = self.make_layer(self.make_lif(shape))
+        return ResidualBlock(in_channels, shape[0], lif1, lif2)
+
+    def make_alif(self):
+        config = self.config
+        adapt_scale = self.adapt_scale * config.threshold
+        options = {"spike_grad": FastSigmoid(self.slope), "learn_beta": config.learn_beta}
+        return ALIF(config.alpha, config.beta, adapt_scale, config.threshold, **options)
+
+    def make_synaptic(self):
+        config = self.config
+        options = {"spike_grad": FastSigmoid(self.slope), "learn_beta": config.learn_beta}
+        return snn.Synaptic(config.alpha, config.beta, config.threshold, **options)
 
     def init_currents(self):
         super().init_currents()
@@ -347,7 +350,7 @@ class NeuronLayer(nn.Module):
 
     It takes any of snnTorch's neurons that are called once per time step and store their state,
     with `mem` and `reset_mem`, and raises `NetworkError` for any other. Neurons that the compiled
-    kernels support (`has_kernel`) run by these unless `fused` is set to False, others step by step.
+    kernels support (`has_kernel`) run by these unless `stepped` is set, others step by step.
     """
 
     def __init__(self, neuron: snn.SpikingNeuron):
@@ -357,7 +360,12 @@ class NeuronLayer(nn.Module):
             name = type(neuron).__name__
             raise NetworkError(f"{name} is not a neuron of snnTorch with mem and reset_mem")
         self.neuron = neuron
-        self.fused = has_kernel(neuron)
+        self.stepped = float(neuron.graded_spikes_factor) != 1  # to ask it later stops a GPU
+
+    @property
+    def fused(self) -> bool:
+        """Whether the neuron runs by kernels: asked at each run, since its options may change."""
+        return not self.stepped and has_kernel(self.neuron)
 
     def forward(self, cur, T):
         if self.fused and not torch.compiler.is_compiling():  # torch.compile can't trace kernels
@@ -372,6 +380,8 @@ def run_steps(neuron: snn.SpikingNeuron, cur: torch.Tensor, T: int):
     # In float32: potentials in bfloat16 stand still at small currents.
     for step_cur in cur.float().unflatten(0, (T, -1)):
         out = neuron(step_cur)
+        if neuron.mem.shape[:1] != step_cur.shape[:1]:
+            raise NetworkError(f"{type(neuron).__name__} does not store its potential as mem")
         spks.append(out[0] if isinstance(out, tuple) else out)
         mems.append(neuron.mem)
     neuron.reset_mem()  # releases the autograd graph
@@ -485,7 +495,7 @@ def build_model(
         raise NetworkError(f"{type(network).__name__} makes no layer of neurons by make_layer")
     if neuron_backend == "step":
         for layer in network.neuron_layers().values():
-            layer.fused = False
+            layer.stepped = True
     elif stepped := stepped_layers(network):
         warn(f"no kernel supports the neurons of {', '.join(stepped)}: they run step by step")
     return network
@@ -682,7 +692,6 @@ def has_kernel(neuron: snn.SpikingNeuron) -> bool:
         and not (neuron.inhibition or neuron.state_quant or neuron.init_hidden or neuron.output)
         and {name for name, _ in neuron.named_parameters()} <= {"beta"}
         and all(value.dim() == 0 for value in neuron.state_dict().values())
-        and float(neuron.graded_spikes_factor) == 1
     )
 
 
@@ -736,7 +745,7 @@ class FusedNeuron(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_spk, grad_mem):
-        if torch.is_grad_enabled():  # once_differentiable lets torch.autograd.grad pass in silence
+        if torch.is_grad_enabled():  # with @once_differentiable, autograd.grad passes in silence
             raise RuntimeError("kernels have no second derivative: use neuron_backend 'step'")
         spk, mem, adapt, *values = ctx.saved_tensors
         p = Parameters(*values)
@@ -781,8 +790,8 @@ def forward_kernel(cur, spks, mems, adapts, state, p: Parameters):
 
 def run_backward(kernel: Callable, grad_spk, grad_mem, spk, mem, adapt, p: Parameters):
     """Run `backward_kernel`, compiled or not, back over all steps; return the gradient of cur."""
-    # Most layers get no gradient of mem. A kernel without it would be one more to compile, and
-    # zeros one more sequence to read: the kernel reads grad_spk in its place, times 0.
+    # Most layers get no gradient of mem: the kernel then reads grad_spk in its place, times 0,
+    # which spares a second kernel, and a sequence of zeros to read.
     mem_factor = torch.full((), 0.0 if grad_mem is None else 1.0, device=spk.device)
     grad_spk = torch.zeros_like(spk) if grad_spk is None else grad_spk.contiguous()
     grad_mem = grad_spk if grad_mem is None else grad_mem.contiguous()
@@ -881,7 +890,10 @@ def zeros(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
 
 
 def alias(x: torch.Tensor | None) -> torch.Tensor | None:
-    """Return a tensor on x's memory, without view or graph, which would compile kernels again."""
+    """Return a tensor on x's memory that is no view and in no graph.
+
+    For either, kernels would be compiled again.
+    """
     # By to_dlpack it is four times as fast as by from_dlpack(x).
     return None if x is None else torch.from_dlpack(to_dlpack(x.detach()))
 
@@ -913,7 +925,10 @@ class ActivityMeter:
       is used at every step.
     - Padding around an image, biases and the neurons' own operations are left out.
     - `not_counted` lists what else has weights: neurons with layers inside, other kinds of layers
-      (also `padding="same"`), layers that do not run on [T * B, ...], or run after all neurons.
+      (also `padding="same"`), layers that do not run on [T * B, ...], run after all neurons, or
+      are not called.
+
+    Raises `NetworkError` if a layer of neurons runs more than once in a pass.
     """
 
     def __init__(self, network: SpikingNetwork):
@@ -921,6 +936,7 @@ class ActivityMeter:
         self.num_recordings = 0
         self.outputs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.not_counted: set[str] = set()
+        self._weighted: set[str] = set()  # layers with weights, outside neurons
         self._ran = []  # (name, layer, inputs, output) of the pass under way
         self._reached: dict[tuple, torch.Tensor] = {}  # by convolution and shape of its input
         self._spikes: dict[str, torch.Tensor] = {}  # [T]: of all recordings
@@ -933,8 +949,11 @@ class ActivityMeter:
         for name, layer in self.network.named_modules():
             has_weights = any(p.dim() > 1 for p in layer.parameters(recurse=False))
             inside_neurons = any(name.startswith(f"{neuron}.") for neuron in neurons)
-            if name in neurons or (has_weights and not inside_neurons):
-                hook = functools.partial(self._remember, name or "the network itself")
+            name = name or "the network itself"
+            if has_weights and not inside_neurons:
+                self._weighted.add(name)
+            if name in neurons or name in self._weighted:
+                hook = functools.partial(self._remember, name)
                 self._hooks.append(layer.register_forward_hook(hook))
         self._hooks.append(self.network.register_forward_hook(self._count_pass))
         return self
@@ -950,30 +969,30 @@ class ActivityMeter:
         """Count what ran, in its order: connections belong to the neurons that ran after them."""
         T, B = network_inputs[0].shape[:2]
         self.num_recordings += B
-        # Of the connections since the last layer of neurons:
-        operations = torch.zeros(T * B, dtype=torch.float64, device="cpu")
-        macs = 0.0
-        connections = []
+        ran = [name for name, *_ in self._ran]
+        self.not_counted |= self._weighted - set(ran)
+        pending = []  # name, operations [T * B], MACs of connections since the last neurons
         for name, layer, inputs, output in self._ran:
             if isinstance(layer, NeuronLayer | WithoutSpikes):
+                if ran.count(name) > 1:
+                    raise NetworkError(f"{name} runs more than once: make a layer for each run")
                 self.outputs[name] = tuple(x.detach().float().unflatten(0, (T, B)) for x in output)
                 spikes = self.outputs[name][0].sum(1).flatten(1).cpu().sum(1, dtype=torch.float64)
                 self._spikes[name] = self._spikes.get(name, 0) + spikes
+                operations = torch.zeros(T * B, dtype=torch.float64, device="cpu")
+                for _, sent, _ in pending:
+                    operations += sent
                 self._operations.setdefault(name, []).append(operations.view(T, B))
-                self._macs[name] = T * macs
-                operations = torch.zeros_like(operations)
-                macs = 0.0
-                connections = []
+                self._macs[name] = T * sum(macs for _, _, macs in pending)
+                pending = []
                 if isinstance(layer, NeuronLayer) and list(layer.neuron.children()):
                     self.not_counted.add(name)
             elif is_counted(layer) and len(inputs[0]) == T * B:
-                sent, reached = self._count_connection(layer, inputs[0].detach(), output.shape)
-                operations += sent
-                macs += reached
-                connections.append(name)
+                sent, macs = self._count_connection(layer, inputs[0].detach(), output.shape)
+                pending.append((name, sent, macs))
             else:
                 self.not_counted.add(name)
-        self.not_counted.update(connections)  # no neurons ran after them
+        self.not_counted.update(name for name, _, _ in pending)  # no neurons ran after them
         self._ran.clear()
 
     def _count_connection(self, layer, x, out_shape) -> tuple[torch.Tensor, float]:

@@ -105,8 +105,7 @@ class NMNIST:
 def check_events(events: np.ndarray, name: str | Path) -> np.ndarray:
     """Check that events can be a recording, and return them in tonic's dtype.
 
-    `events` have the fields x, y, t, p, of any numeric type. Raises `UserError`, which calls them
-    `name`.
+    `events` have the fields x, y, t, p, of any numeric type; `UserError` calls wrong ones `name`.
     """
     if wrong := what_is_wrong(events):
         expected = "x and y from 0 to 33, p 0 or 1, t in whole microseconds from 0 to 8,388,607"
@@ -237,7 +236,7 @@ class Frames:
         nnz = self.nnz_per_frame[chosen].long()  # [B, T]
         # Frame t of recording b is frame t * B + b of the batch.
         batch_frame = torch.arange(T, device=device) * B + torch.arange(B, device=device)[:, None]
-        # The frame of each non-zero bin; with output_size, a GPU need not synchronize.
+        # Each non-zero bin gets the index of its frame; output_size spares a GPU a synchronization.
         frame_index = batch_frame.flatten().repeat_interleave(nnz.flatten(), output_size=len(count))
         if augment:
             frame_index, bin_index, count = augment_events(frame_index, bin_index, count, B, T)
@@ -268,8 +267,11 @@ def load_frames(
     `denoise` is the filter time of `tonic.transforms.Denoise` in microseconds; `bin_by` is 'time'
     for frames of equal duration or 'events' for frames of equal event count. If the folder `cache`
     holds these frames, they are read from there, else written to it: they are keyed by the options,
-    the recordings' folder, and the name, size and date of each recording's file.
+    the recordings' folder, and the label, name, size and date of each recording's file. Those of a
+    subclass, which may change events, are not cached.
     """
+    if type(recordings) is not NMNIST:
+        cache = None
     path = Path(cache) / cache_name(recordings, time_steps, denoise, bin_by) if cache else None
     frames = read_cache(path, (len(recordings), time_steps)) if path else None
     if frames is None:
@@ -298,7 +300,7 @@ def bin_recording(
 ) -> Frames:
     """Bin one recording. Raises `UserError` if a bin holds more events than int16 counts."""
     path = recordings.files[index]
-    digest = hashlib.sha256(path.read_bytes()).digest()  # of the file, whatever the options
+    digest = hashlib.sha256(path.read_bytes()).digest()  # of the raw file
     events, digit = recordings[index]
     t = events["t"]
     duration = int(t[-1] - t[0]) if len(t) else 0
@@ -365,10 +367,10 @@ def cache_name(recordings: NMNIST, time_steps: int, denoise: int | None, bin_by:
     if bin_by == "events":
         name += "_by_events"
     digest = hashlib.sha256(f"version {CACHE_VERSION} {recordings.folder.resolve()}\n".encode())
-    for path in recordings.files:
+    for path, label in zip(recordings.files, recordings.labels, strict=True):
         status = path.stat()
         file = path.relative_to(recordings.folder)
-        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+        digest.update(f"{file} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
     return f"{name}_T{time_steps}_denoise{denoise or 0}_{digest.hexdigest()[:16]}.pt"
 
 
@@ -414,7 +416,7 @@ class Augmentation:
 AUGMENTATION = Augmentation()
 
 
-def sample_affine(batch_size: int, time_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_moves(batch_size: int, time_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw how each recording of a batch moves: matrices [B, 2, 3], and frames in time [B].
 
     A matrix maps (x, y, 1), with x and y from the sensor's centre, to x and y: shear, scale,
@@ -437,22 +439,22 @@ def augment_events(frame_index, bin_index, count, B: int, T: int):
 
     `frame_index` (t * B + b), `bin_index` and `count` are those of the non-zero bins.
     """
-    affine, time_shift = (x.to(count.device, non_blocking=True) for x in sample_affine(B, T))
+    affine, time_shift = (x.to(count.device, non_blocking=True) for x in sample_moves(B, T))
     dropped = torch.rand(len(count), device=count.device) < AUGMENTATION.drop
     recording = frame_index % B
-    # [2, 3, non-zero bins]; affine[recording] takes three times as long.
-    matrix = affine.flatten(1).T.index_select(1, recording).view(2, 3, -1)
+    # Two rows [3, non-zero bins]; affine[recording] takes three times as long.
+    x_row, y_row = affine.flatten(1).T.index_select(1, recording).view(2, 3, -1)
     centre = (SIDE - 1) / 2
     pixel, polarity = bin_index >> 1, bin_index & 1
     row = pixel // SIDE
     x, y = pixel - SIDE * row - centre, row - centre
-    # Both coordinates at once: matrix[:, 0] is [2, non-zero bins].
-    x, y = (matrix[:, 0] * x + matrix[:, 1] * y + (matrix[:, 2] + centre)).round().long()
+    new_x = (x_row[0] * x + x_row[1] * y + (x_row[2] + centre)).round().long()
+    new_y = (y_row[0] * x + y_row[1] * y + (y_row[2] + centre)).round().long()
     frame_index = frame_index + time_shift.index_select(0, recording) * B
-    kept = (x >= 0) & (x < SIDE) & (y >= 0) & (y < SIDE) & ~dropped
+    kept = (new_x >= 0) & (new_x < SIDE) & (new_y >= 0) & (new_y < SIDE) & ~dropped
     kept &= (frame_index >= 0) & (frame_index < T * B)
     # Events that are not kept get a count of 0: fixed sizes avoid a GPU synchronization.
-    bin_index = torch.where(kept, (y * SIDE + x) * 2 + polarity, 0)
+    bin_index = torch.where(kept, (new_y * SIDE + new_x) * 2 + polarity, 0)
     return torch.where(kept, frame_index, 0), bin_index, count * kept
 
 
@@ -483,8 +485,8 @@ class Data:
 def load_data(args, device, splits=SPLITS, trained_on: dict | None = None) -> Data:
     """Open, bin and move to `device` the recordings that the flags name, the test part at least.
 
-    `trained_on` is `Data.describe()` of the recordings that a network was trained on. If they were
-    simulated and are still in data_dir, `--dataset auto` uses them, even if N-MNIST is there too.
+    `trained_on` is `Data.describe()` of the recordings that a network was trained on: if simulated,
+    `--dataset auto` gives these again if they are in data_dir, even if N-MNIST is there too.
     """
     data_dir = Path(args.data_dir)
     dataset = args.dataset
@@ -507,21 +509,27 @@ def load_data(args, device, splits=SPLITS, trained_on: dict | None = None) -> Da
     if args.bin_by == "events":
         name += ", frames of equal event count"
     is_built_in = test.folder.parent == data_dir / SIMULATED
+    mean_ms = frames["test"].duration.double().mean().item() / 1000
     return Data(
         name=name,
         train=frames.get("train"),
         test=frames["test"],
         test_files=[str(path.relative_to(test.folder)) for path in test.files],
         source="simulated" if is_built_in else "nmnist",
-        time_axis=time_axis(args.time_steps, args.bin_by, args.first_saccade_only),
+        time_axis=time_axis(args.time_steps, args.bin_by, args.first_saccade_only, mean_ms),
     )
 
 
-def time_axis(time_steps: int, bin_by: str, first_saccade_only: bool) -> utils.TimeAxis:
-    """Return what is known of the time of each step; nothing for frames of equal event count."""
-    if bin_by == "events":
-        return utils.TimeAxis(None, [])
+def time_axis(
+    time_steps: int, bin_by: str, first_saccade_only: bool, mean_ms: float
+) -> utils.TimeAxis:
+    """Return what is known of the time of each step of recordings that last `mean_ms`.
+
+    It is nothing for frames of equal event count, or if they do not last as long as N-MNIST's.
+    """
     ends_ms = SACCADE_ENDS[:1] if first_saccade_only else SACCADE_ENDS
+    if bin_by == "events" or not 0.8 < mean_ms / ends_ms[-1] < 1.2:
+        return utils.TimeAxis(None, [])
     ends = [end * time_steps / ends_ms[-1] for end in ends_ms]
     return utils.TimeAxis(ends_ms[-1] / time_steps, ends)
 
@@ -552,6 +560,78 @@ def split_validation(labels: torch.Tensor, val_split: float, seed: int) -> list[
     return [torch.from_numpy(np.sort(part)) for part in parts]
 
 
+# --- Flags and the script -------------------------------------------------------------------------
+
+
+def add_frame_flags(parser) -> None:
+    """Add the flags that shape frames."""
+    flag = functools.partial(utils.add_flag, parser)
+    flag("--time_steps", 25, "frames a recording is binned into, T", type=number(int, 1, 1000))
+    denoise = "drop events without a neighbour within this many microseconds (default: off)"
+    flag("--denoise", None, denoise, type=number(int, 1), metavar="MICROSECONDS")
+    flag("--bin_by", "time", "frames of equal duration or event count", choices=["time", "events"])
+    flag("--first_saccade_only", False, "only events of the first 100 ms (tonic's option)")
+    flag("--stabilize", False, "take the saccades' movement out of the events (tonic's option)")
+
+
+def add_data_flags(parser) -> None:
+    """Add the flags that say where recordings are."""
+    text = "folder of the recordings"
+    utils.add_flag(parser, "--data_dir", DATA_DIR, text, type=utils.file_path)
+    dataset = "nmnist: from data_dir, else downloaded; simulated: scikit-learn's digits, recorded "
+    dataset += f"by a simulated camera; auto: nmnist, or in {DATA_DIR} simulated if that fails"
+    utils.add_flag(parser, "--dataset", "auto", dataset, choices=DATASETS)
+
+
+def print_table(parts: dict[str, Frames]) -> None:
+    """Print what the data set holds, with a column for each part."""
+    frames = list(parts.values())
+    rows = {"": list(parts)}
+    for digit in range(10):
+        rows[f"recordings of digit {digit}"] = [f"{(f.labels == digit).sum():,}" for f in frames]
+    rows["recordings"] = [f"{len(f):,}" for f in frames]
+    rows["blank recordings"] = [f"{f.num_blank:,}" for f in frames]
+    for title, name, unit in (("events", "num_events", 1), ("duration in ms", "duration", 1000)):
+        values = [getattr(f, name).double() / unit for f in frames]
+        rows[f"{title}, mean"] = [f"{v.mean():,.0f}" for v in values]
+        rows[f"{title}, min"] = [f"{v.min():,.0f}" for v in values]
+        rows[f"{title}, max"] = [f"{v.max():,.0f}" for v in values]
+    shares = [f.num_on_events.sum() / f.num_events.sum() for f in frames]
+    rows["share of ON events"] = [f"{share:.1%}" for share in shares]
+    shares = [f.nnz_per_frame.double().mean() / BINS_PER_FRAME for f in frames]
+    rows[f"non-zero bins at T = {frames[0].time_steps}"] = [f"{share:.2%}" for share in shares]
+    for title, values in rows.items():
+        print(f"{title:24}" + "".join(f"{value:>22}" for value in values))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the script's flags."""
+    parser = utils.make_parser(__doc__)
+    simulate = "record these images into data_dir/NMNIST by the simulated camera: arrays "
+    simulate += "train_images (uint8 [N, 28, 28]), train_labels, test_images and test_labels"
+    utils.add_flag(parser, "--simulate", None, simulate, type=utils.file_path, metavar="IMAGES.npz")
+    utils.add_flag(parser, "--seed", 0, "seed of --simulate", type=number(int, 0, 2**32 - 1))
+    add_data_flags(parser)
+    add_frame_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.simulate is not None:
+        parts = read_images(args.simulate)
+        if there := find_data_set(Path(args.data_dir)):
+            raise UserError(f"{there} is not empty: choose another --data_dir to record into")
+        name = Path(args.simulate).name
+        record_data_set(Path(args.data_dir, "NMNIST"), parts, name, args.seed)
+        args.dataset = "nmnist"
+    elif args.seed:
+        parser.error("argument --seed: needs argument --simulate")
+    data = load_data(args, torch.device("cpu"))
+    print_table({"train": data.train, "test": data.test})
+
+
 # --- Finding and downloading the data set ---------------------------------------------------------
 
 
@@ -574,7 +654,7 @@ def open_recordings(
         root = find_data_set(data_dir) or download_or_simulate(data_dir, dataset)
     opened = []
     for split in splits:
-        recordings = NMNIST(part_folder(root, split), **options)
+        recordings = NMNIST(unpacked_part(root, split), **options)
         name = data_set_name(recordings)
         count = f"{len(recordings):,}"
         is_real = not (root / SIMULATOR_FILE).exists()
@@ -626,8 +706,8 @@ def find_data_set(data_dir: Path) -> Path | None:
 
 
 def find_misplaced(data_dir: Path, root: Path | None) -> Path | None:
-    """Return a recording or zip, at most four folders deep, that is not where it should be."""
-    # The walk leaves out what is in place, so that any recording that it meets is misplaced.
+    """Return a recording or zip, at most four folders deep, that is not in its place in `root`."""
+    # Digit folders in their place are not entered, so that any recording met is misplaced.
     for name, folders, files in os.walk(data_dir, followlinks=True):
         folder = Path(name)
         is_part = folder.parent == root and folder.name in ("Train", "Test")
@@ -643,7 +723,7 @@ def find_misplaced(data_dir: Path, root: Path | None) -> Path | None:
     return None
 
 
-def part_folder(root: Path, split: str) -> Path:
+def unpacked_part(root: Path, split: str) -> Path:
     """Return the folder Train or Test in `root`; if there is none, its zip is unpacked first."""
     folder = root / split.capitalize()
     for archive in (root / f"{split}.zip", root / f"{folder.name}.zip"):
@@ -713,7 +793,7 @@ def download(data_dir: Path) -> Path:
     finally:
         socket.setdefaulttimeout(previous)
     for split in SPLITS:
-        part_folder(zips, split)
+        unpacked_part(zips, split)  # before the folder gets its name
     root = zips.rename(data_dir / "NMNIST")
     for split in SPLITS:
         (root / f"{split}.zip").unlink()
@@ -725,7 +805,7 @@ def download(data_dir: Path) -> Path:
 
 @dataclass(frozen=True)
 class Camera:
-    """The camera's parameters: what each is; then what in 100 to 400 real recordings it fits.
+    """The camera's parameters: what each is; what in 100 to 400 real recordings it was fitted to.
 
     Spreads are standard deviations. Values drawn for a recording are clipped at 2.5 of them.
     """
@@ -962,78 +1042,6 @@ def read_images(path: str | Path) -> dict[str, tuple]:
         if not (are_images and are_labels and set(labels.tolist()) == set(range(10))):
             raise UserError(f"--simulate {path} holds other arrays; it needs {needed}")
     return parts
-
-
-# --- Flags and the script -------------------------------------------------------------------------
-
-
-def add_frame_flags(parser) -> None:
-    """Add the flags that shape frames."""
-    flag = functools.partial(utils.add_flag, parser)
-    flag("--time_steps", 25, "frames a recording is binned into, T", type=number(int, 1, 1000))
-    denoise = "drop events without a neighbour within this many microseconds (default: off)"
-    flag("--denoise", None, denoise, type=number(int, 1), metavar="MICROSECONDS")
-    flag("--bin_by", "time", "frames of equal duration or event count", choices=["time", "events"])
-    flag("--first_saccade_only", False, "only events of the first 100 ms (tonic's option)")
-    flag("--stabilize", False, "take the saccades' movement out of the events (tonic's option)")
-
-
-def add_data_flags(parser) -> None:
-    """Add the flags that say where recordings are."""
-    text = "folder of the recordings"
-    utils.add_flag(parser, "--data_dir", DATA_DIR, text, type=utils.file_path)
-    dataset = "nmnist: from data_dir, else downloaded; simulated: scikit-learn's digits, recorded "
-    dataset += f"by a simulated camera; auto: nmnist, or in {DATA_DIR} simulated if that fails"
-    utils.add_flag(parser, "--dataset", "auto", dataset, choices=DATASETS)
-
-
-def print_table(parts: dict[str, Frames]) -> None:
-    """Print what the data set holds, with a column for each part."""
-    frames = list(parts.values())
-    rows = {"": list(parts)}
-    for digit in range(10):
-        rows[f"recordings of digit {digit}"] = [f"{(f.labels == digit).sum():,}" for f in frames]
-    rows["recordings"] = [f"{len(f):,}" for f in frames]
-    rows["blank recordings"] = [f"{f.num_blank:,}" for f in frames]
-    for title, name, unit in (("events", "num_events", 1), ("duration in ms", "duration", 1000)):
-        values = [getattr(f, name).double() / unit for f in frames]
-        rows[f"{title}, mean"] = [f"{v.mean():,.0f}" for v in values]
-        rows[f"{title}, min"] = [f"{v.min():,.0f}" for v in values]
-        rows[f"{title}, max"] = [f"{v.max():,.0f}" for v in values]
-    shares = [f.num_on_events.sum() / f.num_events.sum() for f in frames]
-    rows["share of ON events"] = [f"{share:.1%}" for share in shares]
-    shares = [f.nnz_per_frame.double().mean() / BINS_PER_FRAME for f in frames]
-    rows[f"non-zero bins at T = {frames[0].time_steps}"] = [f"{share:.2%}" for share in shares]
-    for title, values in rows.items():
-        print(f"{title:24}" + "".join(f"{value:>22}" for value in values))
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the script's flags."""
-    parser = utils.make_parser(__doc__)
-    simulate = "record these images into data_dir/NMNIST by the simulated camera: arrays "
-    simulate += "train_images (uint8 [N, 28, 28]), train_labels, test_images and test_labels"
-    utils.add_flag(parser, "--simulate", None, simulate, type=utils.file_path, metavar="IMAGES.npz")
-    utils.add_flag(parser, "--seed", 0, "seed of --simulate", type=number(int, 0, 2**32 - 1))
-    add_data_flags(parser)
-    add_frame_flags(parser)
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.simulate is not None:
-        parts = read_images(args.simulate)
-        if there := find_data_set(Path(args.data_dir)):
-            raise UserError(f"{there} is not empty: choose another --data_dir to record into")
-        name = Path(args.simulate).name
-        record_data_set(Path(args.data_dir, "NMNIST"), parts, name, args.seed)
-        args.dataset = "nmnist"
-    elif args.seed:
-        parser.error("argument --seed: needs argument --simulate")
-    data = load_data(args, torch.device("cpu"))
-    print_table({"train": data.train, "test": data.test})
 
 
 if __name__ == "__main__":

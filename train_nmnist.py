@@ -40,7 +40,7 @@ from nmnist import Data, Frames
 from utils import UserError, add_flag, number, rank, world_size
 
 DEFAULT_LR = {"adam": 5e-3, "adamw": 5e-3, "sgd": 0.1}
-# Weights are averaged over about the last 1/9 of the training steps so far, at most the last 100.
+# In the moving average, the weights of step n count max(9 / (9 + n), 1 / 100).
 EMA_DIVISOR = 9
 EMA_STEPS = 100
 NORM_RECORDINGS = 1000  # training recordings on which norms are measured before an evaluation
@@ -68,70 +68,68 @@ LOSSES = {
     "count": lambda spk, mem, labels: SF.ce_count_loss()(spk * (COUNT_RANGE / len(spk)), labels),
 }
 
-# --- Flags ----------------------------------------------------------------------------------------
+# --- The script -----------------------------------------------------------------------------------
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all flags: the settings, and how to run."""
-    parser = utils.make_parser(__doc__)
-    add_network_flags(parser.add_argument_group("network"))
-    add_training_flags(parser.add_argument_group("training"))
-    nmnist.add_frame_flags(parser.add_argument_group("frames"))
-    add_running_flags(parser.add_argument_group("running"))
-    return parser
+def main(argv: list[str] | None = None) -> None:
+    """Train and test the networks that the flags `argv` name, or those of the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    args.lr = args.lr or DEFAULT_LR[args.optimizer]
+    seeds = args.seed if isinstance(args.seed, list) else [args.seed]
+    seeds = list(dict.fromkeys(seeds))  # each once
+    args.seed = seeds[0]
+    device = utils.prepare_device(args.device)
+    with utils.process_group(device):
+        check_flags(parser, args)
+        processes = f", {world_size()} processes" if world_size() > 1 else ""
+        print(f"device      {utils.describe_device(device)}{processes}")
+        if args.test_only and rank() > 0:
+            return  # one process tests
+        try:
+            if len(seeds) > 1:
+                run_seeds(args, argv, device, seeds)
+            else:
+                run(args, argv, device)
+                print_next(args, argv)
+        except models.NetworkError as error:
+            raise UserError(f"--model {args.model}: {error}") from None
 
 
-def add_network_flags(group) -> None:
-    """Add the flags of `NetworkConfig`."""
-    default = models.NetworkConfig()
-    flag = functools.partial(add_flag, group)
-    decay = number(float, 0, 1)
-    positive = number(float, 1e-6)
-    rate = number(float, 0, 0.999)
-    flag("--model", default.model, "network", choices=models.NETWORKS)
-    flag("--beta", default.beta, "decay of the membrane potential per step", type=decay)
-    flag("--threshold", default.threshold, "potential above which a neuron fires", type=positive)
-    flag("--alpha", default.alpha, "decay of adaptation and synaptic current (resnet)", type=decay)
-    flag("--dropout", default.dropout, "probability of dropping a last hidden neuron", type=rate)
-    flag("--width", default.width, "factor on channels and hidden layer", type=number(int, 1, 64))
-    readout = "what decides: the mean membrane potential, the most spikes, or the first spike"
-    flag("--readout", default.readout, readout, choices=models.READOUTS)
-    flag("--learn_beta", False, "learn one beta per layer")
-    flag("--no_spikes", False, "ReLU in place of neurons; its files are named <model>_relu_...")
+def run(args, argv: list[str], device, loaded: Data | None = None) -> tuple[dict, Data]:
+    """Train and test one network, or test it alone; return metrics and recordings.
+
+    `loaded` are the recordings, if an earlier seed has read them. The first process alone tests.
+    """
+    files = RunFiles(args)
+    with files.hold(args.test_only):
+        if args.test_only:
+            checkpoint = read_checkpoint(files.best, settings_of(args))
+            args = take_settings(args, argv, checkpoint["settings"])
+            data = nmnist.load_data(args, device, ["test"], checkpoint["data"])
+        else:
+            saved = utils.from_first_process(lambda: load_last(args, files))
+            data = loaded or load_training_data(args, device, saved.get("data"))
+            try:
+                saved = train(args, files, data, device, saved)
+            except KeyboardInterrupt:
+                hint = "To go on after the last finished epoch, repeat the command with --resume."
+                raise KeyboardInterrupt(hint) from None
+            if rank() > 0:
+                return {}, data
+            checkpoint = saved["best"]
+        return test(args, files, data, device, checkpoint), data
 
 
-def add_training_flags(group) -> None:
-    """Add the flags that say how to train."""
-    flag = functools.partial(add_flag, group)
-    rates = ", ".join(f"{lr} for {name}" for name, lr in DEFAULT_LR.items())
-    share = number(float, 0.0001, 0.9999)
-    seed = number(int, 0, 2**32 - 1)
-    flag("--epochs", 10, "passes over the training recordings", type=number(int, 1))
-    flag("--batch_size", 128, "recordings per training step", type=number(int, 1))
-    flag("--lr", None, f"learning rate (default: {rates})", type=number(float, 1e-9))
-    flag("--weight_decay", 0.0, "weight decay of connections alone", type=number(float, 0))
-    flag("--optimizer", "adam", "optimizer", choices=DEFAULT_LR)
-    loss = "cross entropy of potentials (ce) or spike counts (count); squared error of counts (mse)"
-    flag("--loss", "ce", loss, choices=LOSSES)
-    flag("--scheduler", False, "lower the learning rate along a half cosine")
-    flag("--no_augment", False, "train on the recordings as they are, without augmentation")
-    flag("--val_split", 0.1, "share of training recordings for validation", type=share)
-    flag("--seed", 0, "seed of all random numbers; several: one network each", type=seed, nargs="+")
-
-
-def add_running_flags(group) -> None:
-    """Add the flags that say where and how to run, and what to read and write."""
-    flag = functools.partial(add_flag, group)
-    nmnist.add_data_flags(group)
-    flag("--save_dir", "./checkpoints", "folder of the checkpoints", type=utils.file_path)
-    flag("--log_dir", "./logs", "folder of history, metrics and figures", type=utils.file_path)
-    utils.add_device_flags(group)
-    flag("--resume", False, "go on with the run of this command in save_dir, if there is one")
-    flag("--test_only", False, "test the best checkpoint, without training")
-    flag("--visualize", False, "write figures to log_dir")
-
-
-# --- The files of a run ---------------------------------------------------------------------------
+def load_training_data(args, device, trained_on: dict | None) -> Data:
+    """Return the recordings; raise `UserError` if another process has others."""
+    with utils.first_process_first():  # on a shared disk, it downloads and bins for all
+        data = nmnist.load_data(args, device, nmnist.SPLITS, trained_on)
+    first = utils.from_first_process(data.describe)
+    if changes := models.describe_changes(data.describe(), first):
+        raise UserError(f"torchrun: not the recordings of the first process: {changes}")
+    return data
 
 
 class RunFiles:
@@ -152,7 +150,10 @@ class RunFiles:
         return self.log_dir / f"{self.name}_{name}.png"
 
     def hold(self, test_only: bool):
-        """Return a context that refuses another such run; a test may go beside a training."""
+        """Return a context that locks the folders against another run of this network.
+
+        A test locks `log_dir` alone: it may run beside a training.
+        """
         if test_only:
             return utils.hold_folders(f"{self.name}_test", log_dir=self.log_dir)
         return utils.hold_folders(self.name, save_dir=self.save_dir, log_dir=self.log_dir)
@@ -161,7 +162,87 @@ class RunFiles:
 # --- Training -------------------------------------------------------------------------------------
 
 
-def train_one_epoch(network, parallel, ema, optimizer, loss_fn, batches, step: int, bar) -> dict:
+def train(args, files: RunFiles, data: Data, device, saved: dict) -> dict:
+    """Train for the epochs that are left; after each, write checkpoints and history.
+
+    `saved` is the run's last checkpoint, {} if the run is new. Returns the new one in process 0.
+    """
+    settings = settings_of(args)
+    loss_fn = LOSSES[args.loss]
+    labels = data.train.labels
+    train_indices, val_indices = nmnist.split_validation(labels, args.val_split, args.seed)
+    last_entry = saved["history"][-1] if saved else None
+    options = models.run_options(device, args.neuron_backend, args.precision, last_entry)
+    utils.set_seed(args.seed)
+    network = models.build_model(models.NetworkConfig.from_settings(settings), **options)
+    network = network.to(device)
+    # The moving average of the weights is what is validated and tested.
+    ema = copy.deepcopy(network)  # before data_parallel, which may replace norms
+    parallel = utils.data_parallel(network, device)
+    optimizer = make_optimizer(network, args.optimizer, args.lr, args.weight_decay)
+    how = models.how_it_runs(network)  # also compiles the kernels, which no epoch's time includes
+    size = sum(parameter.numel() for parameter in network.parameters())
+    run_as = f"{how['precision']}, neurons {how['neuron_backend']}"
+    print(f"network     {network.title}, {size:,} parameters, {run_as}")
+    print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}")
+    if saved:
+        resume(saved, files, data, network, ema, optimizer, args.epochs)
+    elif rank() == 0:
+        # `last` is renamed first, so that --resume never finds that of an earlier run.
+        earlier = files.last, files.best, files.history, files.metrics, files.predictions
+        utils.keep_earlier_files(*earlier)
+
+    for epoch in range(len(saved.get("history", [])) + 1, args.epochs + 1):
+        start = time.perf_counter()
+        order = shuffle(train_indices, args.seed, epoch)
+        lr = cosine_lr(args.lr, epoch, args.epochs) if args.scheduler else args.lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        augment = not args.no_augment
+        batches = training_batches(data.train, order, args.batch_size, network.dtype, augment)
+        step = (epoch - 1) * math.ceil(len(order) / args.batch_size)
+        with utils.progress(f"epoch {epoch}/{args.epochs}", total=len(order)) as bar:
+            results = train_one_epoch(
+                network, parallel, ema, optimizer, loss_fn, batches, step=step, bar=bar
+            )
+        speed = len(order) / (time.perf_counter() - start)
+        if rank() == 0:
+            # Buffers are copied, not averaged: in a user's neuron, they may be state.
+            ema.load_state_dict(dict(network.named_buffers()), strict=False)
+            measure_norms(ema, data.train, order[:NORM_RECORDINGS], args.batch_size)
+            entry = {
+                "epoch": epoch,
+                **results,
+                **validate(ema, data, val_indices, loss_fn, args.batch_size),
+                "lr": lr,
+                **how,
+                "processes": world_size(),
+                "seconds": time.perf_counter() - start,
+                "recordings_per_second": speed,
+            }
+            saved = save(files, settings, data, saved, entry, network, ema, optimizer)
+            print_epoch(entry, args.epochs)
+    return saved
+
+
+def shuffle(indices: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
+    """Seed all random numbers of an epoch; return the indices in its order, in all processes alike.
+
+    A resumed run draws the numbers of one that was not stopped; each process draws others.
+    """
+    utils.set_seed(seed, epoch)
+    order = indices[torch.randperm(len(indices))]
+    if rank() > 0:
+        utils.set_seed(seed, epoch, rank())
+    return order
+
+
+def cosine_lr(lr: float, epoch: int, epochs: int) -> float:
+    """Return the learning rate of an epoch, from 1, along a half cosine."""
+    return lr * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
+
+
+def train_one_epoch(network, parallel, ema, optimizer, loss_fn, batches, *, step: int, bar) -> dict:
     """Train on `batches` of (frames, labels); return the mean `train_loss` and `train_accuracy`.
 
     Both are measured while the network changes, on this process's recordings, as augmented.
@@ -228,82 +309,13 @@ def evaluate(network, part: Frames, indices, loss_fn, batch_size: int, text: str
     spk, mem = torch.cat(spks, dim=1), torch.cat(mems, dim=1)
     labels = part.labels.cpu()[indices].long()
     predictions = models.predict(spk, mem, network.config.readout, over_time=True)
-    accuracy = mean_of(predictions[-1] == labels)
+    accuracy = (predictions[-1] == labels).double().mean().item()
     return Evaluation(total_loss / len(labels), accuracy, labels, spk, mem, predictions)
-
-
-def train(args, files: RunFiles, data: Data, device, last: dict) -> dict:
-    """Train for the epochs that are left; after each, write checkpoints and history.
-
-    `last` is the run's last checkpoint, {} if the run is new. Returns the new one in process 0.
-    """
-    settings = settings_of(args)
-    labels = data.train.labels
-    train_indices, val_indices = nmnist.split_validation(labels, args.val_split, args.seed)
-    last_entry = last["history"][-1] if last else None
-    options = models.run_options(device, args.neuron_backend, args.precision, last_entry)
-    utils.set_seed(args.seed)
-    network = models.build_model(models.NetworkConfig.from_settings(settings), **options)
-    network = network.to(device)
-    # The moving average of the weights is what is validated and tested.
-    ema = copy.deepcopy(network)  # before data_parallel, which may replace norms
-    parallel = utils.data_parallel(network, device)
-    optimizer = make_optimizer(network, args.optimizer, args.lr, args.weight_decay)
-    loss_fn = LOSSES[args.loss]
-    size = sum(parameter.numel() for parameter in network.parameters())
-    how = models.how_it_runs(network)  # compiles the kernels
-    run_as = f"{how['precision']}, neurons {how['neuron_backend']}"
-    print(f"network     {network.title}, {size:,} parameters, {run_as}")
-    print(f"training    {len(train_indices):,} recordings, validation {len(val_indices):,}")
-    if last:
-        resume(last, files, data, network, ema, optimizer, args.epochs)
-    elif rank() == 0:
-        # `last` is renamed first, so that --resume never finds that of an earlier run.
-        earlier = files.last, files.best, files.history, files.metrics, files.predictions
-        utils.keep_earlier_files(*earlier)
-
-    for epoch in range(len(last.get("history", [])) + 1, args.epochs + 1):
-        start = time.perf_counter()
-        # Seeded again, so that a resumed run draws the numbers of one that was not stopped.
-        utils.set_seed(args.seed, epoch)
-        order = train_indices[torch.randperm(len(train_indices))]
-        if rank() > 0:  # the same order in all processes, but other random numbers
-            utils.set_seed(args.seed, epoch, rank())
-        lr = args.lr
-        if args.scheduler:  # along a half cosine
-            lr *= (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        augment = not args.no_augment
-        batches = training_batches(data.train, order, args.batch_size, network.dtype, augment)
-        step = (epoch - 1) * math.ceil(len(order) / args.batch_size)
-        with utils.progress(f"epoch {epoch}/{args.epochs}", total=len(order)) as bar:
-            results = train_one_epoch(
-                network, parallel, ema, optimizer, loss_fn, batches, step, bar
-            )
-        speed = len(order) / (time.perf_counter() - start)
-        if rank() == 0:
-            # Of a user's neuron, buffers may be state: they are copied, not averaged.
-            ema.load_state_dict(dict(network.named_buffers()), strict=False)
-            measure_norms(ema, data.train, order[:NORM_RECORDINGS], args.batch_size)
-            entry = {
-                "epoch": epoch,
-                **results,
-                **validate(ema, data, val_indices, loss_fn, args.batch_size),
-                "lr": lr,
-                **how,
-                "processes": world_size(),
-                "seconds": time.perf_counter() - start,
-                "recordings_per_second": speed,
-            }
-            last = save(files, settings, data, last, entry, network, ema, optimizer)
-            print_epoch(entry, args.epochs)
-    return last
 
 
 def measure_norms(ema: SpikingNetwork, part: Frames, indices, batch_size: int) -> None:
     """Measure the statistics of BatchNorm, with the averaged weights, on recordings."""
-    # In batches of about one size, since update_bn weighs them alike, of at least `batch_size`.
+    # In batches of about one size, because update_bn gives each the same weight.
     chunks = indices.tensor_split(max(1, len(indices) // batch_size))
     batches = (part.batch(chunk, ema.dtype) for chunk in chunks)
     update_bn(utils.progress("norms", batches, len(chunks), unit="batch"), ema)
@@ -359,27 +371,26 @@ def print_epoch(entry: dict, epochs: int) -> None:
     print("   ".join(parts), flush=True)
 
 
-def mean_of(values: torch.Tensor) -> float:
-    """Return the mean of numbers or truth values [N]."""
-    return values.double().mean().item()
-
-
 # --- Saving and resuming --------------------------------------------------------------------------
 
 
-def save(files, settings: dict, data: Data, last: dict, entry: dict, network, ema, optimizer):
+def save(files, settings: dict, data: Data, saved: dict, entry: dict, network, ema, optimizer):
     """Write the run after an epoch, of which `entry` tells; return its new last checkpoint.
 
-    `last` is the one before, {} after the first epoch. It holds the averaged network of its epoch,
-    as `best` the checkpoint of the best epoch, whose history ends there, and as `training` what
-    --resume needs: all in one file, which a killed run cannot leave half of. Raises `UserError` if
-    losses or weights are not finite.
+    `saved` is the one before, {} after the first epoch. Beside settings and history, it holds
+
+        network     averaged weights after this epoch
+        best        the checkpoint of the best epoch, whose history ends there
+        training    weights before averaging and the optimizer, for --resume
+
+    in one file, so that a kill leaves no half of it. Raises `UserError` if losses or weights are
+    not finite.
     """
     results_finite = all(math.isfinite(x) for x in entry.values() if isinstance(x, float))
     if not (results_finite and utils.is_finite(network.state_dict(), ema.state_dict())):
         what = f"loss or weights not finite in epoch {entry['epoch']}: choose a smaller --lr"
         raise UserError(f"{what}; epochs before it, if any, are in {files.last}")
-    history = [*last.get("history", []), entry]
+    history = [*saved.get("history", []), entry]
     averaged = {name: value.to("cpu", copy=True) for name, value in ema.state_dict().items()}
     checkpoint = {
         "format": utils.CHECKPOINT_FORMAT,
@@ -393,24 +404,24 @@ def save(files, settings: dict, data: Data, last: dict, entry: dict, network, em
     if best_entry is entry:
         best = checkpoint
     else:
-        best = {**last["best"], "settings": settings}  # --epochs may have been raised
-    last = {
+        best = {**saved["best"], "settings": settings}  # --epochs may have been raised
+    saved = {
         **checkpoint,
         "best": best,
         "training": {"raw_network": network.state_dict(), "optimizer": optimizer.state_dict()},
     }
-    utils.save_tensors(files.last, last)
-    write_best_and_history(files, last)
-    return last
+    utils.save_tensors(files.last, saved)
+    write_best_and_history(files, saved)
+    return saved
 
 
-def write_best_and_history(files: RunFiles, last: dict) -> None:
+def write_best_and_history(files: RunFiles, saved: dict) -> None:
     """Write the parts of the last checkpoint that others than --resume read."""
-    utils.save_tensors(files.best, last["best"])
+    utils.save_tensors(files.best, saved["best"])
     logged = utils.read_json(files.history) or []
-    if logged != last["history"][: len(logged)]:  # that of another run
+    if logged != saved["history"][: len(logged)]:  # that of another run
         utils.keep_earlier_files(files.history)
-    utils.write_json(files.history, last["history"])
+    utils.write_json(files.history, saved["history"])
 
 
 def read_checkpoint(path: Path, settings: dict, *parts: str) -> dict:
@@ -430,8 +441,8 @@ def load_last(args: argparse.Namespace, files: RunFiles) -> dict:
         print(f"resume      no checkpoint at {files.last} yet: training starts from scratch")
         return {}
     asked = settings_of(args)
-    last = read_checkpoint(files.last, asked, "best", "training")
-    settings = {**last["settings"]}
+    saved = read_checkpoint(files.last, asked, "best", "training")
+    settings = {**saved["settings"]}
     settings["epochs"] = max(settings["epochs"], args.epochs)  # more may be asked
     if changes := models.describe_changes(asked, settings):
         flags = flags_of({**vars(args), **settings})
@@ -440,30 +451,30 @@ def load_last(args: argparse.Namespace, files: RunFiles) -> dict:
             f"--resume: not the settings of the run in {files.save_dir} ({changes}): continue it "
             f"by `{command}`, or omit --resume to start a new run"
         )
-    return last
+    return saved
 
 
-def resume(last: dict, files, data: Data, network, ema, optimizer, epochs: int) -> None:
+def resume(saved: dict, files, data: Data, network, ema, optimizer, epochs: int) -> None:
     """Load what `save` wrote; print where the run continues, and what changed.
 
     Raises `UserError` if the run was trained on other recordings.
     """
-    if changes := models.describe_changes(data.describe(), last["data"]):
+    if changes := models.describe_changes(data.describe(), saved["data"]):
         raise UserError(f"--resume: the run was trained on other recordings: {changes}")
-    models.load_weights(network, last["training"]["raw_network"])
-    models.load_weights(ema, last["network"])
-    optimizer.load_state_dict(last["training"]["optimizer"])
-    done, planned = len(last["history"]), last["settings"]["epochs"]
+    models.load_weights(network, saved["training"]["raw_network"])
+    models.load_weights(ema, saved["network"])
+    optimizer.load_state_dict(saved["training"]["optimizer"])
+    done, planned = len(saved["history"]), saved["settings"]["epochs"]
     if done == epochs:
         print(f"resume      after epoch {done} of {epochs}: nothing is left to train")
         if rank() == 0:  # what was not written before a kill, or was lost
-            write_best_and_history(files, last)
+            write_best_and_history(files, saved)
         return
     print(f"resume      after epoch {done} of {epochs}")
-    if last["settings"]["scheduler"] and epochs != planned:
+    if saved["settings"]["scheduler"] and epochs != planned:
         print(f"schedule    planned over {planned} epochs, continues over {epochs}")
     now = {**models.how_it_runs(network), "processes": world_size()}
-    if changes := models.describe_changes(now, last["history"][-1]):
+    if changes := models.describe_changes(now, saved["history"][-1]):
         utils.warn(f"resumed with other options, which give other numbers: {changes}")
 
 
@@ -528,10 +539,10 @@ def measure_accuracy(result: Evaluation, by_readout: dict, data: Data) -> dict:
     labels, predictions = result.labels, result.predictions
     accuracies, ties = {}, {}
     for readout, predicted in by_readout.items():
-        accuracies[readout] = mean_of(predicted == labels)
+        accuracies[readout] = (predicted == labels).double().mean().item()
         if readout != "membrane":  # the share of recordings where digits tie in the end
             scores = models.digit_scores(result.spk, result.mem, readout)[-1]
-            ties[readout] = mean_of(models.leaders(scores).sum(-1) > 1)
+            ties[readout] = (models.leaders(scores).sum(-1) > 1).double().mean().item()
     over_time = (predictions == labels).double().mean(1).tolist()
     step_ms, saccade_ends = data.time_axis
     steps = [int(end) for end in saccade_ends if end >= 1]
@@ -556,7 +567,11 @@ def measure_early_exits(confidences, result: Evaluation, meter: ActivityMeter) -
     for threshold in EXIT_THRESHOLDS:
         steps = exit_steps(confidences, threshold)
         correct = result.predictions.gather(0, steps[None] - 1)[0] == result.labels
-        entry = {"threshold": threshold, "accuracy": mean_of(correct), "mean_steps": mean_of(steps)}
+        entry = {
+            "threshold": threshold,
+            "accuracy": correct.double().mean().item(),
+            "mean_steps": steps.double().mean().item(),
+        }
         if not meter.network.config.no_spikes:
             entry["synaptic_operations"] = meter.operations_until(steps)
         entries.append(entry)
@@ -588,14 +603,7 @@ def measure_cost(meter: ActivityMeter) -> dict:
         spiking = f"{operations:.2f} million synaptic operations, {energy['spiking']:.3g} uJ"
         cost = f"{spiking}; without spikes {cost}"
     print(f"cost        {cost}")
-    columns = list(dict.fromkeys(column for layer in layers.values() for column in layer))
-    print(f"{'layer':12}" + "".join(f"{column.replace('_', ' '):>21}" for column in columns))
-    for name, layer in layers.items():
-        cells = []
-        for column in columns:
-            decimals = 0 if column in ("neurons", "macs", "synaptic_operations") else 3
-            cells.append(f"{layer[column]:,.{decimals}f}" if column in layer else "")
-        print(f"{name:12}" + "".join(f"{cell:>21}" for cell in cells))
+    print_layers(layers)
     for name, layer in layers.items():
         if layer.get("firing_rate") in (0, 1):
             what = "never fire" if layer["firing_rate"] == 0 else "fire at every step"
@@ -607,10 +615,22 @@ def measure_cost(meter: ActivityMeter) -> dict:
     return {"layers": layers, "energy_uj": energy, "not_counted": not_counted}
 
 
+def print_layers(layers: dict[str, dict[str, float]]) -> None:
+    """Print a table of the layers, with a column for each of their values."""
+    columns = list(dict.fromkeys(column for layer in layers.values() for column in layer))
+    print(f"{'layer':12}" + "".join(f"{column.replace('_', ' '):>21}" for column in columns))
+    for name, layer in layers.items():
+        cells = []
+        for column in columns:
+            decimals = 0 if column in ("neurons", "macs", "synaptic_operations") else 3
+            cells.append(f"{layer[column]:,.{decimals}f}" if column in layer else "")
+        print(f"{name:12}" + "".join(f"{cell:>21}" for cell in cells))
+
+
 def write_results(files, metrics: dict, data: Data, by_readout: dict, confidences) -> None:
     """Write metrics and predictions; earlier ones are kept if they are not of the same test."""
     earlier = utils.read_json(files.metrics) or {}
-    identity = ("network_hash", "tested_on", "device", "precision", "neuron_backend")
+    identity = ("network_hash", "settings", "tested_on", "device", "precision", "neuron_backend")
     if any(earlier.get(name) != metrics[name] for name in identity):
         utils.keep_earlier_files(files.metrics, files.predictions)
     columns = {"file": data.test_files, "label": data.test.labels.tolist()}
@@ -635,7 +655,7 @@ def draw_training(files: RunFiles, network: SpikingNetwork, checkpoint: dict) ->
     path = files.log_dir / "training_results.png"
     utils.plot_history(history, best_epoch, augmented, title, path)
     conv1 = getattr(network, "conv1", None)
-    if isinstance(conv1, torch.nn.Conv2d) and conv1.in_channels == conv1.weight.shape[1] == 2:
+    if isinstance(conv1, torch.nn.Conv2d) and conv1.in_channels == 2 and conv1.groups == 1:
         weight = conv1.weight.detach().cpu().numpy()
         num_filters, _, height, width = weight.shape
         title += f"\nthe {num_filters} filters of conv1, {height} x {width} pixels each"
@@ -674,68 +694,113 @@ def draw_samples(files: RunFiles, data: Data, predictions, confidences, network:
     utils.plot_predictions(images, texts, mistakes[indices], title, files.figure("samples"))
 
 
-# --- The script -----------------------------------------------------------------------------------
+# --- Several seeds --------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Train and test the networks that the flags `argv` name, or those of the command line."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    args.lr = args.lr or DEFAULT_LR[args.optimizer]
-    seeds = args.seed if isinstance(args.seed, list) else [args.seed]
-    seeds = list(dict.fromkeys(seeds))  # each once
-    args.seed = seeds[0]
-    device = utils.prepare_device(args.device)
-    with utils.process_group(device):
-        check_flags(parser, args)
-        processes = f", {world_size()} processes" if world_size() > 1 else ""
-        print(f"device      {utils.describe_device(device)}{processes}")
-        if args.test_only and rank() > 0:
-            return  # one process tests
-        try:
-            if len(seeds) > 1:
-                run_seeds(args, argv, device, seeds)
-            else:
-                run(args, argv, device)
-                print_next(args, argv)
-        except models.NetworkError as error:
-            raise UserError(f"--model {args.model}: {error}") from None
-
-
-def run(args, argv: list[str], device, loaded: Data | None = None) -> tuple[dict, Data]:
-    """Train and test one network, or test it alone; return metrics and recordings.
-
-    `loaded` are those that the seed before was trained on, if any. The first process alone tests.
-    """
+def run_seeds(args: argparse.Namespace, argv: list[str], device, seeds: list[int]) -> None:
+    """Run the script for each seed, in folders of its own; print and write a table of the tests."""
     files = RunFiles(args)
+    all_metrics = []
+    data = None
     with files.hold(args.test_only):
-        if args.test_only:
-            checkpoint = read_checkpoint(files.best, settings_of(args))
-            args = take_settings(args, argv, checkpoint["settings"])
-            data = nmnist.load_data(args, device, ["test"], checkpoint["data"])
-        else:
-            last = utils.of_first_process(lambda: load_last(args, files))
-            data = loaded or load_training_data(args, device, last.get("data"))
-            try:
-                last = train(args, files, data, device, last)
-            except KeyboardInterrupt:
-                hint = "To go on after the last finished epoch, repeat the command with --resume."
-                raise KeyboardInterrupt(hint) from None
-            if rank() > 0:
-                return {}, data
-            checkpoint = last["best"]
-        return test(args, files, data, device, checkpoint), data
+        for seed in seeds:
+            print(f"seed        {seed}")
+            of_seed = copy.copy(args)
+            of_seed.seed = seed
+            of_seed.save_dir = str(files.save_dir / f"seed_{seed}")
+            of_seed.log_dir = str(files.log_dir / f"seed_{seed}")
+            of_seed.dataset = data.source if data else args.dataset  # the same for all
+            metrics, data = run(of_seed, argv, device, data)
+            all_metrics.append(metrics)
+        if rank() == 0:
+            print_seeds(all_metrics, files.seeds)
 
 
-def load_training_data(args, device, trained_on: dict | None) -> Data:
-    """Return the recordings; raise `UserError` if another process has others."""
-    with utils.first_process_first():  # on a shared disk, it downloads and bins for all
-        data = nmnist.load_data(args, device, nmnist.SPLITS, trained_on)
-    first = utils.of_first_process(data.describe)
-    if changes := models.describe_changes(data.describe(), first):
-        raise UserError(f"torchrun: not the recordings of the first process: {changes}")
-    return data
+def print_seeds(all_metrics: list[dict], path: Path) -> None:
+    """Print mean and standard deviation of the accuracies; write a row for each seed."""
+    rows = []
+    for metrics in all_metrics:
+        row = {"epoch": metrics["epoch"], "test_loss": metrics["loss"]}
+        for name in ("precision", "neuron_backend", "accuracy"):
+            row[name] = metrics[name]
+        for readout, accuracy in metrics["accuracy_by_readout"].items():
+            row[f"accuracy_{readout}"] = accuracy
+        row["trained_on"] = metrics["trained_on"]["data_set"]
+        rows.append({**row, **metrics["trained_on"], **metrics["tested_on"], **metrics["settings"]})
+    accuracies = [name for name in rows[0] if name.startswith("accuracy")]
+    differing = {name for row in rows for name in row if row[name] != rows[0][name]}
+    if other := sorted(differing - {"seed", "epoch", "test_loss", *accuracies}):
+        utils.warn(f"these networks differ in more than their seed: {', '.join(other)}")
+    print(f"seeds       {len(rows)}, mean ± standard deviation")
+    for name in accuracies:
+        values = 100 * np.array([row[name] for row in rows])
+        print(f"{name.removeprefix('accuracy_'):12}{values.mean():.2f} ± {values.std(ddof=1):.2f}%")
+    utils.keep_earlier_files(path)
+    utils.write_csv(path, {name: [row[name] for row in rows] for name in rows[0]})
+    print(f"table       {path}")
+
+
+# --- Flags and settings ---------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all flags: the settings, and how to run."""
+    parser = utils.make_parser(__doc__)
+    add_network_flags(parser.add_argument_group("network"))
+    add_training_flags(parser.add_argument_group("training"))
+    nmnist.add_frame_flags(parser.add_argument_group("frames"))
+    add_running_flags(parser.add_argument_group("running"))
+    return parser
+
+
+def add_network_flags(group) -> None:
+    """Add the flags of `NetworkConfig`."""
+    default = models.NetworkConfig()
+    flag = functools.partial(add_flag, group)
+    decay = number(float, 0, 1)
+    positive = number(float, 1e-6)
+    rate = number(float, 0, 0.999)
+    flag("--model", default.model, "network", choices=models.NETWORKS)
+    flag("--beta", default.beta, "decay of the membrane potential per step", type=decay)
+    flag("--threshold", default.threshold, "potential above which a neuron fires", type=positive)
+    flag("--alpha", default.alpha, "decay of adaptation and synaptic current (resnet)", type=decay)
+    flag("--dropout", default.dropout, "probability of dropping a last hidden neuron", type=rate)
+    flag("--width", default.width, "factor on channels and hidden layer", type=number(int, 1, 64))
+    readout = "what decides: the mean membrane potential, the most spikes, or the first spike"
+    flag("--readout", default.readout, readout, choices=models.READOUTS)
+    flag("--learn_beta", False, "learn one beta per layer")
+    flag("--no_spikes", False, "ReLU in place of neurons; its files are named <model>_relu_...")
+
+
+def add_training_flags(group) -> None:
+    """Add the flags that say how to train."""
+    flag = functools.partial(add_flag, group)
+    rates = ", ".join(f"{lr} for {name}" for name, lr in DEFAULT_LR.items())
+    share = number(float, 0.0001, 0.9999)
+    seed = number(int, 0, 2**32 - 1)
+    flag("--epochs", 10, "passes over the training recordings", type=number(int, 1))
+    flag("--batch_size", 128, "recordings per training step", type=number(int, 1))
+    flag("--lr", None, f"learning rate (default: {rates})", type=number(float, 1e-9))
+    flag("--weight_decay", 0.0, "weight decay of connections alone", type=number(float, 0))
+    flag("--optimizer", "adam", "optimizer", choices=DEFAULT_LR)
+    loss = "cross entropy of potentials (ce) or spike counts (count); squared error of counts (mse)"
+    flag("--loss", "ce", loss, choices=LOSSES)
+    flag("--scheduler", False, "lower the learning rate along a half cosine")
+    flag("--no_augment", False, "train on the recordings as they are, without augmentation")
+    flag("--val_split", 0.1, "share of training recordings for validation", type=share)
+    flag("--seed", 0, "seed of all random numbers; several: one network each", type=seed, nargs="+")
+
+
+def add_running_flags(group) -> None:
+    """Add the flags that say where and how to run, and what to read and write."""
+    flag = functools.partial(add_flag, group)
+    nmnist.add_data_flags(group)
+    flag("--save_dir", "./checkpoints", "folder of the checkpoints", type=utils.file_path)
+    flag("--log_dir", "./logs", "folder of history, metrics and figures", type=utils.file_path)
+    utils.add_device_flags(group)
+    flag("--resume", False, "go on with the run of this command in save_dir, if there is one")
+    flag("--test_only", False, "test the best checkpoint, without training")
+    flag("--visualize", False, "write figures to log_dir")
 
 
 def settings_of(args: argparse.Namespace) -> dict:
@@ -777,47 +842,7 @@ def take_settings(args, argv: list[str], settings: dict) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **settings})
 
 
-def run_seeds(args: argparse.Namespace, argv: list[str], device, seeds: list[int]) -> None:
-    """Run the script for each seed, in folders of its own; print and write a table of the tests."""
-    files = RunFiles(args)
-    tests = []
-    data = None
-    with files.hold(args.test_only):
-        for seed in seeds:
-            print(f"seed        {seed}")
-            of_seed = copy.copy(args)
-            of_seed.seed = seed
-            of_seed.save_dir = str(files.save_dir / f"seed_{seed}")
-            of_seed.log_dir = str(files.log_dir / f"seed_{seed}")
-            of_seed.dataset = data.source if data else args.dataset  # the same for all
-            metrics, data = run(of_seed, argv, device, data)
-            tests.append(metrics)
-        if rank() == 0:
-            print_seeds(tests, files.seeds)
-
-
-def print_seeds(tests: list[dict], path: Path) -> None:
-    """Print mean and standard deviation of the accuracies; write a row for each seed."""
-    rows = []
-    for metrics in tests:
-        row = {"epoch": metrics["epoch"], "test_loss": metrics["loss"]}
-        for name in ("precision", "neuron_backend", "accuracy"):
-            row[name] = metrics[name]
-        for readout, accuracy in metrics["accuracy_by_readout"].items():
-            row[f"accuracy_{readout}"] = accuracy
-        row["trained_on"] = metrics["trained_on"]["data_set"]
-        rows.append({**row, **metrics["trained_on"], **metrics["tested_on"], **metrics["settings"]})
-    accuracies = [name for name in rows[0] if name.startswith("accuracy")]
-    differing = {name for row in rows for name in row if row[name] != rows[0][name]}
-    if other := sorted(differing - {"seed", "epoch", "test_loss", *accuracies}):
-        utils.warn(f"these networks differ in more than their seed: {', '.join(other)}")
-    print(f"seeds       {len(rows)}, mean ± standard deviation")
-    for name in accuracies:
-        values = 100 * np.array([row[name] for row in rows])
-        print(f"{name.removeprefix('accuracy_'):12}{values.mean():.2f} ± {values.std(ddof=1):.2f}%")
-    utils.keep_earlier_files(path)
-    utils.write_csv(path, {name: [row[name] for row in rows] for name in rows[0]})
-    print(f"table       {path}")
+# --- The commands that come next ------------------------------------------------------------------
 
 
 def print_next(args: argparse.Namespace, argv: list[str]) -> None:

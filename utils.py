@@ -3,7 +3,8 @@
 import os
 from importlib.util import find_spec
 
-# Jupyter's cells pass their MPLBACKEND on to commands; without its package, matplotlib would fail.
+# Before matplotlib is imported: Jupyter's cells pass their MPLBACKEND on to commands, for which it
+# fails in an environment without Jupyter's package.
 if find_spec("matplotlib_inline") is None:
     os.environ.pop("MPLBACKEND", None)
 
@@ -18,6 +19,7 @@ import io
 import json
 import math
 import platform
+import random
 import secrets
 import shutil
 import sys
@@ -139,10 +141,13 @@ BACKENDS = ("auto", "fused", "step")  # compiled, or snnTorch's neurons step by 
 
 
 def set_seed(*parts: int) -> None:
-    """Seed torch's generators from integers, so that (seed, epoch) gives a stream of its own."""
+    """Seed all generators from integers, so that (seed, epoch) gives a stream of its own."""
     # The length is included, since to numpy (1,) and (1, 0) are the same seed.
     sequence = np.random.SeedSequence((len(parts), *parts))
-    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+    seed = int(sequence.generate_state(1, np.uint64)[0])
+    torch.manual_seed(seed)
+    random.seed(seed)  # this and the next for networks and losses of one's own
+    np.random.seed(seed % 2**32)  # noqa: NPY002
 
 
 def add_device_flags(parser) -> None:
@@ -234,7 +239,7 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def of_first_process(function: Callable):
+def from_first_process(function: Callable):
     """Return, in every process, what `function` returns in the first one."""
     results = [function() if rank() == 0 else None]
     if distributed.is_initialized():
@@ -269,7 +274,7 @@ def data_parallel(network: nn.Module, device: torch.device) -> nn.Module:
 
 @contextlib.contextmanager
 def name_in_errors(path: Path) -> Iterator[None]:
-    """Name `path` in an `OSError`, which names a temporary file, or on a full disk none."""
+    """Let an `OSError` name `path`: it would name a temporary file, or on a full disk none."""
     try:
         yield
     except OSError as error:
@@ -331,24 +336,24 @@ def save_tensors(path: str | Path, content: dict) -> None:
 def keep_earlier_files(*paths: Path) -> None:
     """Rename files of an earlier run to the first free number, such as cnn_best.1.pt."""
 
-    def numbered(path: Path) -> Path:
+    def numbered(path: Path, n: int) -> Path:
         return path.with_name(f"{path.stem}.{n}{path.suffix}")
 
     n = 1
-    while any(numbered(path).exists() for path in paths):
+    while any(numbered(path, n).exists() for path in paths):
         n += 1
     for path in paths:
         if path.exists():
-            path.rename(numbered(path))
-            print(f"earlier     {path.name} kept as {numbered(path)}")
+            path.rename(numbered(path, n))
+            print(f"earlier     {path.name} kept as {numbered(path, n)}")
 
 
 @contextlib.contextmanager
 def hold_folders(name: str, **folders: str | Path) -> Iterator[None]:
-    """Let no other run `name` use these folders, which are given by flag.
+    """Let no other run `name` use these folders; they are named by their flags.
 
-    Raises `UserError` if one can't be written to, or is in use; a killed process uses nothing. Of
-    several processes, the first one does it.
+    Raises `UserError` if one can't be written to, or is in use; the lock of a killed process is
+    free. Of several processes, the first one does it.
     """
     if rank() > 0:
         folders = {}
@@ -461,30 +466,26 @@ class TimeAxis(NamedTuple):
     """What is known of the time of the steps of a recording."""
 
     step_ms: float | None  # nominal duration of a step; None if it varies
-    saccade_ends: list[float]  # in steps; the last is that of the recording; [] if they vary
+    saccade_ends: list[float]  # in steps; the last is the recording's end; [] if they vary
 
 
-def show_time(axes: Sequence[Axes], num_steps: int, time_axis: TimeAxis, after=False) -> None:
+def show_time(
+    axes: Sequence[Axes], num_steps: int, time_axis: TimeAxis, at_step_ends: bool = False
+) -> None:
     """Let the x axis that `axes` share be time steps, with ms above; mark the ends of saccades.
 
-    x = k is the middle of step k, from 1; with `after`, it is the end.
+    x = k is the middle of step k, from 1, or its end.
     """
-    start = 0 if after else 0.5  # the x at which the recording starts
+    start = 0 if at_step_ends else 0.5  # the x at which the recording starts
     for axis in axes:
         for i, end in enumerate(time_axis.saccade_ends[:-1]):
             label = "end of a saccade" if i == 0 else None
             axis.axvline(start + end, label=label, **SACCADE_END)
     axes[-1].set(xlabel="time step", xlim=(0.5, num_steps + 0.5))
     whole_steps(axes[-1])
-    if time_axis.step_ms:
-
-        def to_ms(x):
-            return (x - start) * time_axis.step_ms
-
-        def to_step(ms):
-            return start + ms / time_axis.step_ms
-
-        axes[0].secondary_xaxis("top", functions=(to_ms, to_step)).set_xlabel("time (ms)")
+    if step_ms := time_axis.step_ms:
+        to_ms_and_back = (lambda x: (x - start) * step_ms), (lambda ms: start + ms / step_ms)
+        axes[0].secondary_xaxis("top", functions=to_ms_and_back).set_xlabel("time (ms)")
 
 
 def plot_history(
@@ -545,7 +546,7 @@ def plot_accuracy_over_time(
     axis.plot(*exits.T, "s-", color=ORANGE, ms=4, label=label)
     axis.axhline(10, color=GREY, linestyle="--", lw=1, label="chance")
     axis.set(ylabel="test accuracy (%)", ylim=(0, 100))
-    show_time([axis], len(steps), time_axis, after=True)
+    show_time([axis], len(steps), time_axis, at_step_ends=True)
     figure.legend(loc="outside lower center", ncols=2)
     save_figure(figure, title, path)
 
@@ -561,7 +562,7 @@ def occurrences(labels: np.ndarray) -> np.ndarray:
 def mistakes_first(labels: np.ndarray, predictions: np.ndarray, num_shown: int) -> np.ndarray:
     """Return the indices of `num_shown` recordings to draw: mistakes first, the digits in turn."""
     correct = labels == predictions
-    turns = occurrences(labels + 10 * correct)  # counts mistakes and others apart
+    turns = occurrences(labels + 10 * correct)  # mistakes on a digit are counted apart
     return np.lexsort((labels, turns, correct))[:num_shown]  # the last key counts most
 
 

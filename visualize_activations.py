@@ -36,8 +36,8 @@ MAX_ROWS = 300  # of an image of spikes; of more neurons, a row is a mean
 DIGIT_COLOURS = sns.color_palette("colorblind", 10)
 TRUE_DIGIT = utils.GREEN  # not a colour of ON or OFF events
 PALE = "#999999"
-THRESHOLD = {"color": GREY, "linestyle": "--", "lw": 1, "label": "threshold"}
-SPIKE = {"marker": "o", "ms": 5, "linestyle": "none"}
+THRESHOLD_STYLE = {"color": GREY, "linestyle": "--", "lw": 1, "label": "threshold"}
+SPIKE_STYLE = {"marker": "o", "ms": 5, "linestyle": "none"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -60,6 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     path = Path(args.save_dir) / f"{args.model}_best.pt"
+    # What building the network and binning need.
     needed = [*vars(models.NetworkConfig()), *utils.flag_names(nmnist.add_frame_flags)]
     checkpoint = utils.load_checkpoint(path, needed, model=args.model, no_spikes=False)
     device = utils.prepare_device(args.device)
@@ -149,6 +150,7 @@ def plot_spikes(recording: Recording, layer: str, spk: np.ndarray, path: Path) -
     order = np.lexsort((spk.argmax(0), ~fires))  # silent neurons last
     order = order[: max(1, fires.sum())]  # if all are silent, one stands for them
     figure, axes = figure_with_events(recording)
+    # The image has a row for each neuron, or for `per_row` that follow one another.
     per_row = math.ceil(len(order) / MAX_ROWS)
     rows = [order[i : i + per_row] for i in range(0, len(order), per_row)]
     image = [spk[:, neurons].mean(1) for neurons in rows]
@@ -179,7 +181,7 @@ def draw_trace(axis, spk, mem, style: dict, spike_style: dict) -> None:
     steps = np.arange(1, len(mem) + 1)
     fired = spk > 0
     axis.plot(steps, mem, **style)
-    axis.plot(steps[fired], mem[fired], **SPIKE, **spike_style)
+    axis.plot(steps[fired], mem[fired], **SPIKE_STYLE, **spike_style)
 
 
 def plot_membranes(recording: Recording, layer: str, spk, mem, thresholds, path: Path) -> None:
@@ -202,7 +204,7 @@ def plot_membranes(recording: Recording, layer: str, spk, mem, thresholds, path:
         trace = (slice(None), *index)
         style = {"color": BLUE, "label": "membrane potential"}
         draw_trace(axis, spk[trace], mem[trace], style, {"color": ORANGE, "label": "spike"})
-        axis.plot(range(1, len(spk) + 1), thresholds[trace], **THRESHOLD)
+        axis.plot(range(1, len(spk) + 1), thresholds[trace], **THRESHOLD_STYLE)
         names = ("channel", "y", "x") if len(index) == 3 else ("neuron",)
         place = [f"{name} {i}" for name, i in zip(names, index, strict=True)]
         axis.set_title(", ".join(place), loc="left", fontsize=10)
@@ -230,8 +232,8 @@ def plot_output_membranes(
     figure, axis = utils.subplots((9, 5))
     for digit, style in styles.items():  # the true digit last, above the others
         draw_trace(axis, spk[:, digit], mem[:, digit], style, {"color": style["color"]})
-    axis.plot([], [], color=GREY, label="spike", **SPIKE)
-    axis.plot(range(1, len(mem) + 1), thresholds[:, label], **THRESHOLD)
+    axis.plot([], [], color=GREY, label="spike", **SPIKE_STYLE)
+    axis.plot(range(1, len(mem) + 1), thresholds[:, label], **THRESHOLD_STYLE)
     axis.set_ylabel("membrane potential (thresholds)")
     utils.show_time([axis], len(mem), recording.time_axis)
     figure.legend(loc="outside lower center", ncols=3)
@@ -251,7 +253,8 @@ def draw_test_set(
     with utils.progress("test", total=len(order)) as bar, ActivityMeter(network) as meter:
         for frames, batch_labels in data.test.batches(order, BATCH_SIZE):
             predictions.append(models.predict(*network(frames), network.config.readout).cpu())
-            last_hidden = list(meter.outputs)[-2:][0]  # before the output layer, if there are two
+            layers = list(meter.outputs)
+            last_hidden = layers[-2] if len(layers) > 1 else layers[-1]
             features.append(meter.outputs[last_hidden][0].sum(0).flatten(1).cpu())
             bar.update(len(batch_labels))
     predictions, labels = torch.cat(predictions), data.test.labels.cpu()[order]

@@ -93,7 +93,8 @@ def choose_samples(
         what = "" if digit is None else f" of digit {digit}"
         print(f"samples     only {len(indices)} {recordings.split} recordings{what}: all are drawn")
     order = np.random.default_rng(seed).permutation(indices)
-    turns = utils.occurrences(labels[order])  # the digits take turns: ten samples show all
+    # The digits take turns, so that ten samples show all, then are sorted.
+    turns = utils.occurrences(labels[order])
     chosen = order[np.argsort(turns, kind="stable")][:num_samples]
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]
     samples = []
@@ -151,17 +152,17 @@ def plot_samples(
     # Squares, below a title of two lines, and no narrower than that title.
     size = (max(7, 0.95 * len(steps) + 0.8), 0.95 * len(samples) + 1.2)
     figure, axes = utils.subplots(size, len(samples), len(steps), squeeze=False)
-    duration = np.mean([np.ptp(sample.events["t"]) for sample in samples]) / 1000
+    mean_duration = np.mean([np.ptp(sample.events["t"]) for sample in samples]) / 1000
     for row, sample in enumerate(samples):
         for column, step in enumerate(steps):
             axis = axes[row, column]
             utils.show_image(axis, utils.event_image(frames[row, column], full))
             if row == 0:
-                time = f"{(step + 0.5) * duration / time_steps:.0f} ms"
+                time = f"{(step + 0.5) * mean_duration / time_steps:.0f} ms"
                 axis.set_title(time if bin_by == "time" else f"frame {step + 1}", fontsize=9)
         axes[row, 0].set_ylabel(sample.digit, rotation=0, fontsize=16, labelpad=14, va="center")
     shown = "" if len(steps) == time_steps else f", {len(steps)} of them shown"
-    span = f"{duration / time_steps:.0f} ms" if bin_by == "time" else "equal event count"
+    span = f"{mean_duration / time_steps:.0f} ms" if bin_by == "time" else "equal event count"
     utils.polarity_legend(figure)
     figure.supylabel("digit")
     utils.save_figure(figure, f"{title}\n{time_steps} frames of {span}{shown}", path)

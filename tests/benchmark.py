@@ -234,7 +234,9 @@ def training_epoch(network, frames: nmnist.Frames, settings: argparse.Namespace)
         order, bar = torch.randperm(len(frames)), tqdm(disable=True)
         size, augment = settings.batch_size, not settings.no_augment
         batches = train_nmnist.training_batches(frames, order, size, network.dtype, augment)
-        train_nmnist.train_one_epoch(network, network, ema, optimizer, loss_fn, batches, 0, bar)
+        train_nmnist.train_one_epoch(
+            network, network, ema, optimizer, loss_fn, batches, step=0, bar=bar
+        )
 
     return epoch
 

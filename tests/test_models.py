@@ -102,7 +102,7 @@ class Layer(NeuronLayer):
 
     def __init__(self, neuron: snn.SpikingNeuron, backend: str):
         super().__init__(neuron)
-        self.fused &= backend == "fused"
+        self.stepped |= backend != "fused"
 
     def forward(self, cur):
         outputs = super().forward(cur.flatten(0, 1), len(cur))
@@ -259,6 +259,27 @@ STEPPED = {  # by a surrogate gradient; the current is that of 50 neurons
     "quantized": lambda grad: snn.Leaky(0.8, 0.5, grad, state_quant=torch.round),
     "another surrogate": lambda grad: snn.Leaky(0.8, 0.5, lambda x: 2 * grad(x / 2) - grad(x)),
 }
+
+
+def test_options_that_a_neuron_gets_later_are_heeded():
+    layer = models.NeuronLayer(snn.Leaky(0.5, spike_grad=FastSigmoid(5)))
+    assert layer.fused
+    layer.neuron.inhibition = True  # one neuron fires at each step
+    spk, _ = layer(torch.rand(3 * 2, 10) + 1, 3)
+    assert not layer.fused
+    assert spk.sum(1).tolist() == [1] * 6
+
+
+class Forgets(snn.Leaky):
+    """A neuron that returns its potential, but does not store it."""
+
+    def forward(self, input_):
+        return self.fire(input_), input_
+
+
+def test_a_neuron_that_does_not_store_its_potential_is_refused():
+    with pytest.raises(NetworkError, match="Forgets does not store its potential as mem"):
+        models.NeuronLayer(Forgets(0.5))(torch.rand(6, 10), 3)
 
 
 @each_device
@@ -722,6 +743,29 @@ def test_operations_of_any_convolution_equal_a_count_by_one_hots(layer):
     assert not meter.not_counted
 
 
+def test_a_layer_that_is_not_called_is_not_counted():
+    network, frames = make_network("cnn"), make_frames(2, 2)
+    network.weight_only = nn.Linear(3, 3)  # whose weight may be used without calling it
+    with ActivityMeter(network) as meter:
+        network(frames)
+    assert meter.not_counted == {"weight_only"}
+
+
+class RunsTwice(models.SpikingCNN):
+    """A network that runs one layer of neurons twice."""
+
+    def forward_layers(self, x, T):
+        spk, mem = super().forward_layers(x, T)
+        return self.lif_out(spk + mem, T)
+
+
+def test_a_layer_of_neurons_that_runs_twice_is_refused():
+    network = RunsTwice(NetworkConfig())
+    match = "lif_out runs more than once"
+    with pytest.raises(NetworkError, match=match), ActivityMeter(network):
+        network(make_frames(2, 2))
+
+
 def test_connections_that_are_not_counted_are_named():
     class OwnNeurons(Parts):
         def make_lif(self, shape):
@@ -880,6 +924,22 @@ class LearnsDecays(SpikingNetwork):
         x, _ = self.lif1(self.fc(x.flatten(1)), T)
         x, _ = self.lif2(8 * x, T)
         return self.lif3(self.fc_out(x), T)
+
+
+class Sigmoid(snn.Leaky):
+    """A neuron that learns its decay otherwise: as the sigmoid of `beta`."""
+
+    def forward(self, input_):
+        self.mem = torch.sigmoid(self.beta) * self.mem + input_
+        return self.fire(self.mem), self.mem
+
+
+def test_what_a_neuron_of_ones_own_calls_beta_is_not_clamped(monkeypatch):
+    monkeypatch.setattr(models.SpikingCNN, "make_lif", lambda *_: Sigmoid(-2.0, learn_beta=True))
+    network = make_network("cnn")
+    network.clamp_decays()
+    assert network.lif1.neuron.beta == -2
+    assert not network.learned_decays()
 
 
 @each_device

@@ -670,6 +670,32 @@ def test_caches_of_other_options_and_parts_are_not_mixed(tmp_path):
     assert len(listing(tmp_path / "cache")) == 6
 
 
+class Mirrored(nmnist.NMNIST):
+    """Recordings whose events are changed as they are read."""
+
+    def __getitem__(self, index):
+        events, digit = super().__getitem__(index)
+        events["x"] = 33 - events["x"]
+        return events, digit
+
+
+def test_neither_other_labels_nor_changed_events_come_from_or_reach_the_cache(
+    made_data_dir, tmp_path
+):
+    folder = made_data_dir / "NMNIST" / "Test"
+    plain = nmnist.load_frames(nmnist.NMNIST(folder), 5, cache=tmp_path)
+    permuted = nmnist.NMNIST(folder)
+    permuted.labels = permuted.labels[::-1]
+    assert nmnist.load_frames(permuted, 5, cache=tmp_path).labels.tolist() == permuted.labels
+    every = torch.arange(len(plain))
+    for _ in range(2):
+        mirrored = nmnist.load_frames(Mirrored(folder), 5, cache=tmp_path)
+        assert torch.equal(mirrored.batch(every)[0], plain.batch(every)[0].flip(-1))
+        again = nmnist.load_frames(nmnist.NMNIST(folder), 5, cache=tmp_path)
+        assert torch.equal(again.batch(every)[0], plain.batch(every)[0])
+        assert torch.equal(again.labels, plain.labels)
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -1100,6 +1100,17 @@ def test_runs_that_share_log_dir_keep_the_results_of_each_other(tmp_path, made_d
         assert content in [path.read_bytes() for path in logs.glob(f"{stem}.?.{suffix}")]
 
 
+def test_a_test_by_another_readout_keeps_the_metrics_of_the_first(tmp_path, made_data_dir):
+    """The networks have the same weights, since the readout only predicts."""
+    flags = [*STEP, "--log_dir", tmp_path / "logs"]
+    for readout in ("membrane", "latency"):
+        train(tmp_path / readout, made_data_dir, *flags, "--epochs", 1, "--readout", readout)
+        before = (tmp_path / "logs" / "cnn_test_metrics.json").read_bytes()
+    main(tmp_path / "membrane", made_data_dir, *flags, "--test_only")
+    earlier = (tmp_path / "logs").glob("cnn_test_metrics.?.json")
+    assert before in [path.read_bytes() for path in earlier]
+
+
 def test_auto_takes_the_data_set_of_the_checkpoint(tmp_path, made_data_dir, monkeypatch, capsys):
     """The network was trained on simulated recordings; N-MNIST could be downloaded meanwhile."""
     root = tmp_path / "SimulatedNMNIST"
@@ -1432,7 +1443,9 @@ def test_torchrun_trains_and_resumes_seeds_and_one_process_prints_and_writes(
 
 def test_processes_of_other_recordings_are_refused(tmp_path, made_data_dir, monkeypatch):
     """This happens on two machines if one is offline and simulates recordings."""
-    monkeypatch.setattr(utils, "of_first_process", lambda f: {**f(), "train_fingerprint": "other"})
+    monkeypatch.setattr(
+        utils, "from_first_process", lambda f: {**f(), "train_fingerprint": "other"}
+    )
     with pytest.raises(utils.UserError, match=r"torchrun: .*train_fingerprint: \w+, was other"):
         train(tmp_path, made_data_dir, *STEP, "--epochs", 1)
     assert not files_in(tmp_path)
@@ -1489,7 +1502,9 @@ def test_a_training_step_waits_for_nothing(made_data_dir, device, model, precisi
 
     ema, bar = copy.deepcopy(network), tqdm(disable=True)
     try:
-        train_nmnist.train_one_epoch(network, network, ema, optimizer, loss, watched(), 0, bar)
+        train_nmnist.train_one_epoch(
+            network, network, ema, optimizer, loss, watched(), step=0, bar=bar
+        )
     finally:
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import random
 import runpy
 import subprocess
 import sys
@@ -325,3 +326,11 @@ def test_mistakes_come_first_then_the_digits_in_turn():
     assert (labels[chosen[3:]] == predictions[chosen[3:]]).all()
     assert len(set(chosen)) == 20
     assert sorted(utils.mistakes_first(labels[:6], labels[:6], 20)) == [*range(6)]  # too few
+
+
+def test_a_seed_is_that_of_all_generators():
+    drawn = []
+    for _ in range(2):
+        utils.set_seed(3)
+        drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))  # noqa: NPY002
+    assert drawn[0] == drawn[1]

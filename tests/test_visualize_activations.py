@@ -139,24 +139,25 @@ def test_the_events_stand_above_the_spikes_that_they_cause(network_dir, made_dat
     )
 
 
-@pytest.mark.parametrize("bin_by", ["time", "events"])
-def test_the_ends_of_saccades_and_ms_stand_over_time(bin_by):
-    """Frames of 38.5 ms: 100 ms are 2.6 steps. Of equal event count, neither is known."""
-    time_axis = nmnist.time_axis(8, bin_by, first_saccade_only=False)
+@pytest.mark.parametrize(("bin_by", "mean_ms"), [("time", 300), ("events", 300), ("time", 1200)])
+def test_the_ends_of_saccades_and_ms_stand_over_time(bin_by, mean_ms):
+    """Frames of 38.5 ms: 100 ms are 2.6 steps. Neither is known of equal event count or others."""
+    time_axis = nmnist.time_axis(8, bin_by, first_saccade_only=False, mean_ms=mean_ms)
+    known = (bin_by, mean_ms) == ("time", 300)
     figure, axes = utils.subplots((9, 5), 2, sharex=True)
     utils.show_time(axes, 8, time_axis)
     figure.draw_without_rendering()
     for axis in axes:
         marks = [line.get_xdata()[0] for line in axis.lines]
         # Step 1 is drawn from 0.5 to 1.5.
-        expected = [0.5 + 100 / 38.5, 0.5 + 220 / 38.5] if bin_by == "time" else []
+        expected = [0.5 + 100 / 38.5, 0.5 + 220 / 38.5] if known else []
         np.testing.assert_allclose(marks, expected)
-    if bin_by == "time":
+    if known:
         (upper,) = axes[0].child_axes
         assert upper.get_xlabel() == "time (ms)"
         np.testing.assert_allclose(upper.get_xlim(), (0, 308))
     assert not axes[1].child_axes
-    assert bin_by == "time" or not axes[0].child_axes
+    assert known or not axes[0].child_axes
 
 
 def test_the_output_raster_highlights_the_true_digit(network_dir, made_data_dir, figures):
