@@ -385,6 +385,7 @@ def load_checkpoint(path: str | Path, needed: Iterable[str] = (), **expected) ->
     finite.
     """
     hint = f"train a network in {Path(path).parent}, or repeat its training command with --resume"
+    hint += ", which needs a whole *_last.pt"
     if not Path(path).exists():
         raise UserError(f"no checkpoint at {path}: {hint}")
     try:

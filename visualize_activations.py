@@ -22,6 +22,7 @@ import matplotlib
 import numpy as np
 import seaborn as sns
 import torch
+from matplotlib.patheffects import withStroke
 from sklearn.manifold import TSNE
 from snntorch import spikeplot
 
@@ -136,7 +137,7 @@ def figure_with_events(recording: Recording):
     for polarity, name, colour in utils.POLARITIES:
         counts = recording.event_counts[:, polarity]
         axes[0].plot(steps, counts, color=colour, label=f"{name} events")
-    axes[0].set(ylabel="events", ylim=(0, None))
+    axes[0].set(ylabel="events\nper step", ylim=(0, None))
     axes[1].grid(False)
     utils.show_time(axes, num_steps, recording.time_axis)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -283,10 +284,9 @@ def plot_tsne(points, labels, predictions, title: str, path: Path) -> None:
     for digit, colour in enumerate(DIGIT_COLOURS):
         cloud = points[labels == digit]
         axis.scatter(*cloud.T, s=14, color=colour, label=str(digit), lw=0)
-        if len(cloud):  # the digit stands above most of its cloud, and behind all points
-            x, y = np.median(cloud[:, 0]), np.quantile(cloud[:, 1], 0.9)
-            style = {"size": 16, "weight": "bold", "color": GREY, "zorder": 0}
-            axis.text(x, y, digit, ha="center", va="bottom", **style)
+        if len(cloud):
+            style = {"size": 16, "weight": "bold", "path_effects": [withStroke(foreground="white")]}
+            axis.text(*np.median(cloud, 0), digit, ha="center", va="center", **style)
     mistakes = predictions != labels
     style = {"s": 70, "facecolors": "none", "edgecolors": "black", "lw": 1}
     axis.scatter(*points[mistakes].T, **style, label=f"mistake ({mistakes.sum()})")
