@@ -7,8 +7,8 @@
 T is the number of time steps, B that of recordings. The layers run one after the other, each over
 the whole sequence: a convolution sees T * B frames at once. Read from the top: the networks, how a
 neuron runs over time, building a network, its predictions. The compiled kernels may be skipped:
-they change the speed, and results by no more than rounding. Measuring activity comes last. This
-file imports no other of the project.
+they change the speed, and a neuron's results by no more than rounding. Measuring activity comes
+last. This file imports no other of the project.
 """
 
 import functools
@@ -78,7 +78,7 @@ class SpikingNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.precision = "fp32"  # of the layers, set by `build_model`; neurons' state is float32
-        self.note = ""  # how it runs otherwise than in its training, for titles
+        self.note = ""  # for titles: " (precision: fp32, was bf16)" if it was trained otherwise
 
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map frames [T, B, 2, 34, 34] to (spk, mem) of the output neurons, both [T, B, 10]."""
@@ -360,7 +360,7 @@ class NeuronLayer(nn.Module):
             name = type(neuron).__name__
             raise NetworkError(f"{name} is not a neuron of snnTorch with mem and reset_mem")
         self.neuron = neuron
-        self.stepped = float(neuron.graded_spikes_factor) != 1  # to ask it later stops a GPU
+        self.stepped = float(neuron.graded_spikes_factor) != 1  # read here: it makes a GPU wait
 
     @property
     def fused(self) -> bool:
@@ -497,7 +497,7 @@ def build_model(
         for layer in network.neuron_layers().values():
             layer.stepped = True
     elif stepped := stepped_layers(network):
-        warn(f"no kernel supports the neurons of {', '.join(stepped)}: they run step by step")
+        warn_once(f"no kernel supports the neurons of {', '.join(stepped)}: they run step by step")
     return network
 
 
@@ -515,6 +515,7 @@ def restore_network(checkpoint: dict, device="cpu", neuron_backend="auto", preci
     network = network.to(device).eval()
     now = {"precision": network.precision, "neuron_backend": describe_backend(network)}
     if changes := describe_changes(now, trained):
+        # Not once: this holds for each network that is restored.
         print(f"WARNING: the network runs otherwise than when trained: {changes}", file=sys.stderr)
         network.note = f" ({changes})"
     return network
@@ -537,12 +538,12 @@ def run_options(
         wanted = trained["precision"] if trained else "bf16"
         precision = wanted if computes_bf16 else "fp32"
     elif precision == "bf16" and not computes_bf16:
-        warn(f"--precision bf16: this {device.type} has no fast bf16, fp32 is faster")
+        warn_once(f"--precision bf16: this {device.type} has no fast bf16, fp32 is faster")
     if neuron_backend == "auto":
         stepped = trained and trained["neuron_backend"] == "step"
         neuron_backend = "step" if stepped else "fused"
     if neuron_backend == "fused" and device.type == "mps":  # for which no kernel was written
-        warn("on mps, neurons run step by step")
+        warn_once("on mps, neurons run step by step")
         neuron_backend = "step"
     return {"neuron_backend": neuron_backend, "precision": precision}
 
@@ -584,7 +585,8 @@ def stepped_layers(network: SpikingNetwork) -> list[str]:
 def describe_backend(network: SpikingNetwork) -> str:
     """Return how neurons run: 'fused', 'uncompiled' (without a compiler), 'step', or 'relu'.
 
-    If kernels support only some of them, it is 'fused+step' or 'uncompiled+step'.
+    If kernels support only some of them, it is 'fused+step' or 'uncompiled+step'. To know it, the
+    forward kernel is compiled, if it was not yet.
     """
     if network.config.no_spikes:
         return "relu"
@@ -596,9 +598,9 @@ def describe_backend(network: SpikingNetwork) -> str:
     return f"{backend}+step" if stepped else backend
 
 
-@functools.cache  # once
-def warn(text: str) -> None:
-    """Print a warning to stderr."""
+@functools.cache
+def warn_once(text: str) -> None:
+    """Print a warning to stderr, unless it was printed before."""
     print(f"WARNING: {text}", file=sys.stderr)
 
 
@@ -669,7 +671,7 @@ def fit_temperature(scores: torch.Tensor, labels: torch.Tensor) -> float:
 # Hand-written forward and backward: 13.0 ms, compiled in 4 s. torch.compile of a loop and autograd:
 # 49.6 ms, compiled in 17 s (T = 25, 592,000 neurons, bfloat16, two cores with AMX).
 
-# The steps a kernel runs per call, between which the state stays in registers. A kernel over all
+# A call of a kernel runs this many steps, with the state in registers in between. A kernel over all
 # steps would be compiled for each T.
 STEPS_PER_CALL = 5
 
@@ -867,7 +869,7 @@ def get_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Callable, Cal
         run_forward(forward, cur, Parameters(beta=half, threshold=one, slope=one))
     except Exception as error:  # compilers fail in many ways
         reason, _, _ = str(error).partition("\n")
-        warn(
+        warn_once(
             "neurons run uncompiled, with the same results but several times slower: compiling "
             "needs a C++ compiler (g++) or Triton, and a folder for its cache; no path of these or "
             f"of Python may hold a space ({reason})"
@@ -1076,8 +1078,9 @@ def energy_uj(layers: dict[str, dict[str, float]]) -> dict[str, float]:
     `MAC_PJ` for each MAC of the same network. Memory traffic, which may cost more, pooling and the
     neurons' own operations are left out, as in most papers.
     """
-    energy = {"without_spikes": MAC_PJ * sum(layer["macs"] for layer in layers.values()) / 1e6}
+    energy = {}
     if all("synaptic_operations" in layer for layer in layers.values()):
         operations = sum(layer["synaptic_operations"] for layer in layers.values())
-        energy = {"spiking": ADDITION_PJ * operations / 1e6} | energy
+        energy["spiking"] = ADDITION_PJ * operations / 1e6
+    energy["without_spikes"] = MAC_PJ * sum(layer["macs"] for layer in layers.values()) / 1e6
     return energy

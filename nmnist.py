@@ -69,7 +69,7 @@ class NMNIST:
 
     `folder`, called Train or Test, holds <digit>/*.bin. `first_saccade_only` keeps the events of
     the first 100 ms, `stabilize` takes the saccades' movement out of them, both as in
-    `tonic.datasets.NMNIST`. That class checks no recording, and needs 10,000 or more.
+    `tonic.datasets.NMNIST`. tonic's class checks nothing, and wants 10,000 or more recordings.
     Raises `UserError` if a digit has no recordings.
     """
 
@@ -265,10 +265,10 @@ def load_frames(
     """Return the recordings binned into `time_steps` frames.
 
     `denoise` is the filter time of `tonic.transforms.Denoise` in microseconds; `bin_by` is 'time'
-    for frames of equal duration or 'events' for frames of equal event count. If the folder `cache`
-    holds these frames, they are read from there, else written to it: they are keyed by the options,
-    the recordings' folder, and the label, name, size and date of each recording's file. Those of a
-    subclass, which may change events, are not cached.
+    for frames of equal duration or 'events' for frames of equal event count. Frames are read from
+    the folder `cache`, or written to it. They are keyed by the options, the recordings' folder, and
+    the label, name, size and date of each file. Those of a subclass, which may change events, are
+    not cached.
     """
     if type(recordings) is not NMNIST:
         cache = None
@@ -300,7 +300,7 @@ def bin_recording(
 ) -> Frames:
     """Bin one recording. Raises `UserError` if a bin holds more events than int16 counts."""
     path = recordings.files[index]
-    digest = hashlib.sha256(path.read_bytes()).digest()  # of the raw file
+    digest = hashlib.sha256(path.read_bytes()).digest()  # of the raw file, whatever the options
     events, digit = recordings[index]
     t = events["t"]
     duration = int(t[-1] - t[0]) if len(t) else 0
@@ -403,7 +403,7 @@ def write_cache(path: Path, frames: Frames) -> None:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a recording is changed. Values are drawn uniformly from minus these limits to these."""
+    """How a recording is changed. All but `drop` are limits, up to which values are uniform."""
 
     shift: float = 1.0  # pixels, along each axis
     rotation: float = 5.0  # degrees, around the centre of the sensor
@@ -712,8 +712,8 @@ def find_misplaced(data_dir: Path, root: Path | None) -> Path | None:
         folder = Path(name)
         is_part = folder.parent == root and folder.name in ("Train", "Test")
         in_place = DIGIT_FOLDERS if is_part else ()
-        hidden = (".", "__MACOSX", SIMULATED)
-        folders[:] = [f for f in folders if f not in in_place and not f.startswith(hidden)]
+        skipped = (".", "__MACOSX", SIMULATED)
+        folders[:] = [f for f in folders if f not in in_place and not f.startswith(skipped)]
         if len(folder.relative_to(data_dir).parts) == 4:
             folders.clear()
         for file in files:

@@ -40,15 +40,15 @@ from nmnist import Data, Frames
 from utils import UserError, add_flag, number, rank, world_size
 
 DEFAULT_LR = {"adam": 5e-3, "adamw": 5e-3, "sgd": 0.1}
-# In the moving average, the weights of step n count max(9 / (9 + n), 1 / 100).
+# At step n, the new weights count max(9 / (9 + n), 1 / 100) in the moving average.
 EMA_DIVISOR = 9
 EMA_STEPS = 100
 NORM_RECORDINGS = 1000  # training recordings on which norms are measured before an evaluation
 # Confidence thresholds of early exits, and the one that is printed.
 EXIT_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 PRINTED_EXIT = 0.9
-# What T spikes, one at every step, count in the loss of spike counts. Counts of up to T
-# would soon saturate the softmax, whose gradient then vanishes.
+# In the loss of spike counts, firing at every step counts this much: counts of up to T would soon
+# saturate the softmax, whose gradient then vanishes.
 COUNT_RANGE = 5.0
 # Flags without effect under --no_spikes.
 NEED_SPIKES = ("beta", "threshold", "alpha", "readout", "learn_beta")
@@ -62,7 +62,7 @@ LOSSES = {
     # Cross entropy of the membrane potentials at every time step, averaged. A potential tells how
     # far from firing a neuron is, a spike only 0 or 1.
     "ce": lambda spk, mem, labels: SF.ce_rate_loss()(mem, labels),
-    # Squared error of spike counts, T for the correct digit, 0 for others, by T.
+    # Squared error of spike counts, T for the correct digit, 0 for others, divided by T.
     "mse": lambda spk, mem, labels: SF.mse_count_loss()(spk, labels),
     # Cross entropy of spike counts, where T spikes count COUNT_RANGE.
     "count": lambda spk, mem, labels: SF.ce_count_loss()(spk * (COUNT_RANGE / len(spk)), labels),
@@ -132,37 +132,10 @@ def load_training_data(args, device, trained_on: dict | None) -> Data:
     return data
 
 
-class RunFiles:
-    """Where the files of a network's run are."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.name = models.NetworkConfig.from_settings(vars(args)).name
-        self.save_dir, self.log_dir = Path(args.save_dir), Path(args.log_dir)
-        self.last = self.save_dir / f"{self.name}_last.pt"  # the run
-        self.best = self.save_dir / f"{self.name}_best.pt"  # the part of it that is tested
-        self.history = self.log_dir / f"{self.name}_history.json"
-        self.metrics = self.log_dir / f"{self.name}_test_metrics.json"
-        self.predictions = self.log_dir / f"{self.name}_predictions.csv"
-        self.seeds = self.log_dir / f"{self.name}_seeds.csv"
-
-    def figure(self, name: str) -> Path:
-        """Return the path of a figure of this network."""
-        return self.log_dir / f"{self.name}_{name}.png"
-
-    def hold(self, test_only: bool):
-        """Return a context that locks the folders against another run of this network.
-
-        A test locks `log_dir` alone: it may run beside a training.
-        """
-        if test_only:
-            return utils.hold_folders(f"{self.name}_test", log_dir=self.log_dir)
-        return utils.hold_folders(self.name, save_dir=self.save_dir, log_dir=self.log_dir)
-
-
 # --- Training -------------------------------------------------------------------------------------
 
 
-def train(args, files: RunFiles, data: Data, device, saved: dict) -> dict:
+def train(args, files, data: Data, device, saved: dict) -> dict:
     """Train for the epochs that are left; after each, write checkpoints and history.
 
     `saved` is the run's last checkpoint, {} if the run is new. Returns the new one in process 0.
@@ -180,7 +153,7 @@ def train(args, files: RunFiles, data: Data, device, saved: dict) -> dict:
     ema = copy.deepcopy(network)  # before data_parallel, which may replace norms
     parallel = utils.data_parallel(network, device)
     optimizer = make_optimizer(network, args.optimizer, args.lr, args.weight_decay)
-    how = models.how_it_runs(network)  # also compiles the kernels, which no epoch's time includes
+    how = models.how_it_runs(network)  # also compiles the forward kernel, and so tries the compiler
     size = sum(parameter.numel() for parameter in network.parameters())
     run_as = f"{how['precision']}, neurons {how['neuron_backend']}"
     print(f"network     {network.title}, {size:,} parameters, {run_as}")
@@ -246,8 +219,8 @@ def train_one_epoch(network, parallel, ema, optimizer, loss_fn, batches, *, step
     """Train on `batches` of (frames, labels); return the mean `train_loss` and `train_accuracy`.
 
     Both are measured while the network changes, on this process's recordings, as augmented.
-    `parallel` is the network, or wraps it to average gradients over processes; `step` is the number
-    of training steps before. Only redrawing the bar synchronizes with a GPU.
+    `parallel` is the network, or wraps it to average gradients over processes; `step` counts
+    the training steps before. Only redrawing the bar synchronizes with a GPU.
     """
     network.train()
     losses, num_correct, sizes = [], [], []
@@ -374,8 +347,35 @@ def print_epoch(entry: dict, epochs: int) -> None:
 # --- Saving and resuming --------------------------------------------------------------------------
 
 
+class RunFiles:
+    """Where the files of a network's run are."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.name = models.NetworkConfig.from_settings(vars(args)).name
+        self.save_dir, self.log_dir = Path(args.save_dir), Path(args.log_dir)
+        self.last = self.save_dir / f"{self.name}_last.pt"  # the run
+        self.best = self.save_dir / f"{self.name}_best.pt"  # the part of it that is tested
+        self.history = self.log_dir / f"{self.name}_history.json"
+        self.metrics = self.log_dir / f"{self.name}_test_metrics.json"
+        self.predictions = self.log_dir / f"{self.name}_predictions.csv"
+        self.seeds = self.log_dir / f"{self.name}_seeds.csv"
+
+    def figure(self, name: str) -> Path:
+        """Return the path of a figure of this network."""
+        return self.log_dir / f"{self.name}_{name}.png"
+
+    def hold(self, test_only: bool):
+        """Return a context that locks the folders against another run of this network.
+
+        A test locks `log_dir` alone: it may run beside a training.
+        """
+        if test_only:
+            return utils.hold_folders(f"{self.name}_test", log_dir=self.log_dir)
+        return utils.hold_folders(self.name, save_dir=self.save_dir, log_dir=self.log_dir)
+
+
 def save(files, settings: dict, data: Data, saved: dict, entry: dict, network, ema, optimizer):
-    """Write the run after an epoch, of which `entry` tells; return its new last checkpoint.
+    """Write the run after the epoch of `entry`; return its new last checkpoint.
 
     `saved` is the one before, {} after the first epoch. Beside settings and history, it holds
 
@@ -431,7 +431,7 @@ def read_checkpoint(path: Path, settings: dict, *parts: str) -> dict:
 
 
 def load_last(args: argparse.Namespace, files: RunFiles) -> dict:
-    """Return the last checkpoint of the run to resume, {} if there is none yet or none is asked.
+    """Return the last checkpoint of the run, {} without --resume or if there is none yet.
 
     Raises `UserError` if its settings differ from those of the command.
     """
@@ -810,7 +810,7 @@ def settings_of(args: argparse.Namespace) -> dict:
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with status 2 if flags contradict one another."""
+    """Exit with status 2 if flags contradict one another; one typed as its default does not."""
     changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     for name in NEED_SPIKES:
         if args.no_spikes and name in changed:

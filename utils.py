@@ -3,10 +3,10 @@
 import os
 from importlib.util import find_spec
 
-# Before matplotlib is imported: Jupyter's cells pass their MPLBACKEND on to commands, for which it
+# Before matplotlib is imported: Jupyter's cells pass their backend on to commands, for which it
 # fails in an environment without Jupyter's package.
-if find_spec("matplotlib_inline") is None:
-    os.environ.pop("MPLBACKEND", None)
+if "matplotlib_inline" in os.environ.get("MPLBACKEND", "") and not find_spec("matplotlib_inline"):
+    del os.environ["MPLBACKEND"]
 
 import argparse
 import contextlib
@@ -146,7 +146,7 @@ def set_seed(*parts: int) -> None:
     sequence = np.random.SeedSequence((len(parts), *parts))
     seed = int(sequence.generate_state(1, np.uint64)[0])
     torch.manual_seed(seed)
-    random.seed(seed)  # this and the next for networks and losses of one's own
+    random.seed(seed)  # a user's own code may use this, and the next
     np.random.seed(seed % 2**32)  # noqa: NPY002
 
 
@@ -224,7 +224,7 @@ def process_group(device: torch.device) -> Iterator[None]:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     yield
     if launched:
-        # Without it, a process that ends at once may abort: a thread of gloo still holds a tensor.
+        # Without the barrier, a process that ends may abort: a thread of gloo still holds a tensor.
         distributed.barrier()
         distributed.destroy_process_group()
 
@@ -285,7 +285,7 @@ def name_in_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path for a file or folder, which replaces `path` on success, else goes.
+    """Yield a temporary path for a file or new folder, renamed to `path` on success, else removed.
 
     A reader sees the old file or the new one, never a part of it. The folder is made if missing.
     """
@@ -350,7 +350,7 @@ def keep_earlier_files(*paths: Path) -> None:
 
 @contextlib.contextmanager
 def hold_folders(name: str, **folders: str | Path) -> Iterator[None]:
-    """Let no other run `name` use these folders; they are named by their flags.
+    """Lock folders, such as save_dir="checkpoints", against another run of the network `name`.
 
     Raises `UserError` if one can't be written to, or is in use; the lock of a killed process is
     free. Of several processes, the first one does it.
@@ -377,7 +377,7 @@ CHECKPOINT_FORMAT = 10  # increased if older checkpoints can't be used
 
 
 def load_checkpoint(path: str | Path, needed: Iterable[str] = (), **expected) -> dict:
-    """Read a checkpoint that `train_nmnist.py` wrote onto the CPU; no code in it is run.
+    """Read onto the CPU a checkpoint of `train_nmnist.py`; no code in it is run.
 
     It holds `settings`, `data`, `versions`, `history` and `network`; the last checkpoint of a run
     also `best` and `training`. Raises `UserError` if the file is missing, can't be read, lacks a
@@ -475,7 +475,7 @@ def show_time(
 ) -> None:
     """Let the x axis that `axes` share be time steps, with ms above; mark the ends of saccades.
 
-    x = k is the middle of step k, from 1, or its end.
+    x = k is the middle of step k, from 1, or with `at_step_ends` its end.
     """
     start = 0 if at_step_ends else 0.5  # the x at which the recording starts
     for axis in axes:

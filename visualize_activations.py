@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     path = Path(args.save_dir) / f"{args.model}_best.pt"
-    # What building the network and binning need.
+    # A checkpoint without what building the network and binning need is refused.
     needed = [*vars(models.NetworkConfig()), *utils.flag_names(nmnist.add_frame_flags)]
     checkpoint = utils.load_checkpoint(path, needed, model=args.model, no_spikes=False)
     device = utils.prepare_device(args.device)
@@ -151,7 +151,7 @@ def plot_spikes(recording: Recording, layer: str, spk: np.ndarray, path: Path) -
     order = np.lexsort((spk.argmax(0), ~fires))  # silent neurons last
     order = order[: max(1, fires.sum())]  # if all are silent, one stands for them
     figure, axes = figure_with_events(recording)
-    # The image has a row for each neuron, or for `per_row` that follow one another.
+    # Each row of the image is `per_row` neurons.
     per_row = math.ceil(len(order) / MAX_ROWS)
     rows = [order[i : i + per_row] for i in range(0, len(order), per_row)]
     image = [spk[:, neurons].mean(1) for neurons in rows]
@@ -255,7 +255,7 @@ def draw_test_set(
         for frames, batch_labels in data.test.batches(order, BATCH_SIZE):
             predictions.append(models.predict(*network(frames), network.config.readout).cpu())
             layers = list(meter.outputs)
-            last_hidden = layers[-2] if len(layers) > 1 else layers[-1]
+            last_hidden = layers[-2] if len(layers) > 1 else layers[-1]  # before the output
             features.append(meter.outputs[last_hidden][0].sum(0).flatten(1).cpu())
             bar.update(len(batch_labels))
     predictions, labels = torch.cat(predictions), data.test.labels.cpu()[order]

@@ -93,7 +93,7 @@ def choose_samples(
         what = "" if digit is None else f" of digit {digit}"
         print(f"samples     only {len(indices)} {recordings.split} recordings{what}: all are drawn")
     order = np.random.default_rng(seed).permutation(indices)
-    # The digits take turns, so that ten samples show all, then are sorted.
+    # The digits take turns, so that ten samples show all ten; then they are sorted.
     turns = utils.occurrences(labels[order])
     chosen = order[np.argsort(turns, kind="stable")][:num_samples]
     chosen = chosen[np.argsort(labels[chosen], kind="stable")]

@@ -1,4 +1,4 @@
-"""Measurements that the README quotes, each made by a command.
+"""Measurements, each made by a command; the README quotes those of speed.
 
 python tests/benchmark.py --model cnn             # speed of training, inference, batches, binning
 python tests/benchmark.py --model resnet

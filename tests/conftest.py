@@ -42,6 +42,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 
 
+@pytest.fixture(autouse=True)
+def same_environment(monkeypatch):
+    """Undo what `run_script` sets for the process, when a test is over."""
+    monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
 def device(request):
     """Each device that there is, in turn."""

@@ -261,8 +261,21 @@ STEPPED = {  # by a surrogate gradient; the current is that of 50 neurons
 }
 
 
+@each_device
+@pytest.mark.parametrize("kind", STEPPED)
+def test_neurons_that_no_kernel_knows_run_step_by_step(kind):
+    """They equal snnTorch's, stepped by hand, with the gradients of all that they learn."""
+    cur = make_current()
+    torch.manual_seed(0)
+    layer = Layer(STEPPED[kind](FastSigmoid(5)), "fused").to(cur.device)
+    torch.manual_seed(0)
+    reference = ByHand(STEPPED[kind](surrogate.fast_sigmoid(5))).to(cur.device)
+    assert not layer.fused
+    assert_equal(layer, reference, cur)
+
+
 def test_options_that_a_neuron_gets_later_are_heeded():
-    layer = models.NeuronLayer(snn.Leaky(0.5, spike_grad=FastSigmoid(5)))
+    layer = NeuronLayer(snn.Leaky(0.5, spike_grad=FastSigmoid(5)))
     assert layer.fused
     layer.neuron.inhibition = True  # one neuron fires at each step
     spk, _ = layer(torch.rand(3 * 2, 10) + 1, 3)
@@ -279,20 +292,7 @@ class Forgets(snn.Leaky):
 
 def test_a_neuron_that_does_not_store_its_potential_is_refused():
     with pytest.raises(NetworkError, match="Forgets does not store its potential as mem"):
-        models.NeuronLayer(Forgets(0.5))(torch.rand(6, 10), 3)
-
-
-@each_device
-@pytest.mark.parametrize("kind", STEPPED)
-def test_neurons_that_no_kernel_knows_run_step_by_step(kind):
-    """They equal snnTorch's, stepped by hand, with the gradients of all that they learn."""
-    cur = make_current()
-    torch.manual_seed(0)
-    layer = Layer(STEPPED[kind](FastSigmoid(5)), "fused").to(cur.device)
-    torch.manual_seed(0)
-    reference = ByHand(STEPPED[kind](surrogate.fast_sigmoid(5))).to(cur.device)
-    assert not layer.fused
-    assert_equal(layer, reference, cur)
+        NeuronLayer(Forgets(0.5))(torch.rand(6, 10), 3)
 
 
 @pytest.mark.parametrize("output", [False, True])
@@ -377,13 +377,10 @@ class OwnNeuron(nn.Module):
         """Do nothing."""
 
 
-@pytest.mark.parametrize(
-    "neuron",
-    [
-        *(nn.ReLU(), nn.Linear(3, 3), snn.SpikingNeuron(), snn.LeakyParallel(3, 3)),
-        *(NeuronLayer(snn.Leaky(0.5)), OwnNeuron()),
-    ],
-)
+NOT_STEPPED = (nn.ReLU(), nn.Linear(3, 3), snn.SpikingNeuron(), snn.LeakyParallel(3, 3))
+
+
+@pytest.mark.parametrize("neuron", [*NOT_STEPPED, NeuronLayer(snn.Leaky(0.5)), OwnNeuron()])
 def test_what_cannot_be_stepped_is_refused(neuron):
     with pytest.raises(NetworkError, match=type(neuron).__name__):
         NeuronLayer(neuron)
@@ -972,7 +969,7 @@ def test_learned_decays_that_left_0_to_1_come_back_and_learn_again(monkeypatch, 
     expected = {"lif1.beta": 0, "lif1.alpha": 1, "lif2.beta": 0.5, "lif2.beta_min": 0}
     expected |= {"lif2.beta_max": 1, "lif3.beta": 1}
     assert found == pytest.approx(expected)
-    assert not any(make_network("resnet").learned_decays().values())
+    assert not make_network("resnet").learned_decays()
 
 
 # --- How a network runs ---------------------------------------------------------------------------
@@ -1012,7 +1009,7 @@ def test_the_precision_of_this_cpu_is_that_of_the_kernels_list_of_features():
 @pytest.mark.parametrize("features", [{}, {"avx512_bf16": True}])
 def test_bfloat16_on_a_processor_without_it_is_told(monkeypatch, capsys, features):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
-    models.warn.cache_clear()
+    models.warn_once.cache_clear()
     assert precision_of("bf16", "cpu") == "bf16"
     assert ("fp32 is faster" in capsys.readouterr().err) == (not features)
 
@@ -1154,7 +1151,7 @@ def test_a_compiler_that_fails_without_a_word_is_told(monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", lambda kernel, **_: fail)
         models.get_kernels.cache_clear()
-        models.warn.cache_clear()
+        models.warn_once.cache_clear()
         torch.testing.assert_close(network(frames)[1], expected, rtol=1e-4, atol=1e-4)
         assert describe_backend(network) == "uncompiled"
     assert "WARNING: neurons run uncompiled" in capsys.readouterr().err

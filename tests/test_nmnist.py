@@ -229,11 +229,14 @@ def test_files_of_other_systems_are_not_recordings(tmp_path):
     """What macOS, Windows and an unfinished copy leave beside recordings."""
     root = make_recordings(tmp_path, 2, 1) / "NMNIST"
     before = open_part(tmp_path, "train").files
-    for name in (
-        *("__MACOSX/Train/0/._00001.bin", "Train/__MACOSX/0/1.bin", "Train/2/.AppleDouble/1.bin"),
-        *("Train/2/._00003.bin", "Train/2/.00002.bin.x7Yk2", "Train/.hidden.bin"),
-        *(".DS_Store", "Train/.DS_Store", "Train/2/.DS_Store", "Train/2/Thumbs.db", "desktop.ini"),
-    ):
+    # fmt: off
+    names = [
+        "__MACOSX/Train/0/._00001.bin", "Train/__MACOSX/0/1.bin", "Train/2/.AppleDouble/1.bin",
+        "Train/2/._00003.bin", "Train/2/.00002.bin.x7Yk2", "Train/.hidden.bin",
+        ".DS_Store", "Train/.DS_Store", "Train/2/.DS_Store", "Train/2/Thumbs.db", "desktop.ini",
+    ]
+    # fmt: on
+    for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(before[0].read_bytes())
     assert open_part(tmp_path, "train").files == before
@@ -603,17 +606,6 @@ def test_recordings_without_events_are_blank_counted_and_told(tmp_path, capsys):
     assert "WARNING: 1 of 10 test recordings" in output.err  # from the cache, too
 
 
-# --- The cache of frames --------------------------------------------------------------------------
-
-
-def test_the_cache_takes_at_most_10_kb_per_real_recording(real_data_dir):
-    frames = nmnist.load_frames(
-        open_part(real_data_dir, "train"), 25, cache=real_data_dir / "cache"
-    )
-    (path,) = (real_data_dir / "cache").glob("*_train_T25_*")
-    assert path.stat().st_size / len(frames) < 10_000
-
-
 @pytest.mark.parametrize(("time_steps", "of_frames", "of_recordings"), [CASES[1], CASES[-1]])
 def test_a_recording_of_ones_own_becomes_the_frames_of_the_training(
     made_data_dir, time_steps, of_frames, of_recordings
@@ -642,6 +634,17 @@ def test_events_that_the_options_leave_blank_are_told(capsys):
     frames = nmnist.to_frames(events[events["t"] >= 100_000], settings)
     assert frames.sum() == 0
     assert "WARNING: the network's settings leave no event in any frame" in capsys.readouterr().err
+
+
+# --- The cache of frames --------------------------------------------------------------------------
+
+
+def test_the_cache_takes_at_most_10_kb_per_real_recording(real_data_dir):
+    frames = nmnist.load_frames(
+        open_part(real_data_dir, "train"), 25, cache=real_data_dir / "cache"
+    )
+    (path,) = (real_data_dir / "cache").glob("*_train_T25_*")
+    assert path.stat().st_size / len(frames) < 10_000
 
 
 def test_the_cache_is_used_until_a_recording_changes(tmp_path):

@@ -29,23 +29,23 @@ SCRIPTS = {
     "visualize_activations.py": visualize_activations,
 }
 # Flags that are refused, besides the values of `test_every_flag_refuses_a_wrong_value`.
+# fmt: off
 REFUSED = {
     "train_nmnist.py": [
-        *("--beta 1.1", "--alpha 2", "--threshold 0", "--dropout 1", "--width 0", "--width 65"),
-        *("--val_split 0", "--val_split 1", "--lr 0", "--lr inf", "--weight_decay inf"),
-        *("--epochs 0", "--epochs 1.5", "--batch_size 0", f"--seed {2**32}", "--time_steps 1001"),
-        *("--batch_size 1 --time_steps 1", "--resume --test_only", "--alpha 0.9 --model cnn"),
-        *("--readout rate --no_spikes", "--learn_beta --no_spikes"),
-        *("--beta 0.9 --no_spikes", "--threshold 2 --no_spikes"),
-        "--alpha 0.9 --no_spikes --model resnet",
+        "--beta 1.1", "--alpha 2", "--threshold 0", "--dropout 1", "--width 0", "--width 65",
+        "--val_split 0", "--val_split 1", "--lr 0", "--lr inf", "--weight_decay inf",
+        "--epochs 0", "--epochs 1.5", "--batch_size 0", f"--seed {2**32}", "--time_steps 1001",
+        "--batch_size 1 --time_steps 1", "--resume --test_only", "--alpha 0.9 --model cnn",
+        "--readout rate --no_spikes", "--learn_beta --no_spikes", "--beta 0.9 --no_spikes",
+        "--threshold 2 --no_spikes", "--alpha 0.9 --no_spikes --model resnet",
     ],
     "nmnist.py": [
-        *("--time_steps 0", "--time_steps 1001", "--denoise 0", "--seed 1"),
-        f"--seed {2**32}",
+        "--time_steps 0", "--time_steps 1001", "--denoise 0", "--seed 1", f"--seed {2**32}",
     ],
     "visualize_nmnist.py": ["--num_samples 0", "--num_samples 101", "--digit 10"],
     "visualize_activations.py": ["--sample -1", "--tsne_samples 4"],
 }
+# fmt: on
 
 
 def flags(parser) -> dict:

@@ -1592,7 +1592,6 @@ def test_a_table_of_networks_that_differ_in_more_than_their_seed_says_so(
 
 def test_threads_that_wait_sleep_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_nmnist.py", "--wrong"])
-    monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     for policy in ("active", "passive"):
         with plt.rc_context(), pytest.raises(SystemExit):

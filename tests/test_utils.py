@@ -35,7 +35,6 @@ import visualize_nmnist
 )
 def test_user_errors_and_ctrl_c_end_a_script_in_one_line(error, status, line, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["folder/script.py"])
-    monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
     def main():
         raise error
@@ -87,7 +86,6 @@ def test_a_script_that_a_notebook_runs_leaves_its_backend_and_style(
     """`%run visualize_nmnist.py` runs it in the notebook's own process."""
     flags = ["--data_dir", str(made_data_dir), "--num_samples", "1", "--output_dir", "figures"]
     monkeypatch.setattr(sys, "argv", ["visualize_nmnist.py", *flags])
-    monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
     monkeypatch.chdir(made_data_dir.parent)
     with matplotlib.rc_context():
         matplotlib.use("svg")
@@ -126,8 +124,9 @@ def test_the_home_folder_is_found_in_every_path(monkeypatch):
 
 def test_importing_the_modules_changes_nothing_outside_them(tmp_path):
     """Backend and style of figures, the environment, signal handlers, torch, files."""
-    # In an empty environment: this process, which has imported them, might hand a change on.
-    python = ["env", "-i", f"PYTHONPATH={ROOT}", f"HOME={tmp_path}/home", sys.executable]
+    # In an environment of its own: this process, which has imported them, might hand a change on.
+    environment = f"PYTHONPATH={ROOT}", f"HOME={tmp_path}/home", "MPLBACKEND=svg"
+    python = ["env", "-i", *environment, sys.executable]
     (tmp_path / "here").mkdir()
     result = run(*python, "-c", IMPORTS, cwd=tmp_path / "here")
     assert result.returncode == 0, result.stderr
@@ -176,6 +175,14 @@ def test_each_seed_gives_its_own_random_numbers():
         utils.set_seed(*parts)
         assert torch.rand(1).item() == draws[parts]
     assert len(set(draws.values())) == len(draws)
+
+
+def test_a_seed_is_that_of_all_generators():
+    drawn = []
+    for _ in range(2):
+        utils.set_seed(3)
+        drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))  # noqa: NPY002
+    assert drawn[0] == drawn[1]
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -300,7 +307,7 @@ def test_checkpoints_that_are_cut_short_are_refused_by_name(tmp_path):
 # --- Figures --------------------------------------------------------------------------------------
 
 
-def test_save_figure_writes_prints_and_closes(tmp_path, capsys):
+def test_save_figure_writes_and_prints(tmp_path, capsys):
     """Below a title; none is left open."""
     figure, axis = utils.subplots((4, 3))
     axis.plot([1, 2])
@@ -326,11 +333,3 @@ def test_mistakes_come_first_then_the_digits_in_turn():
     assert (labels[chosen[3:]] == predictions[chosen[3:]]).all()
     assert len(set(chosen)) == 20
     assert sorted(utils.mistakes_first(labels[:6], labels[:6], 20)) == [*range(6)]  # too few
-
-
-def test_a_seed_is_that_of_all_generators():
-    drawn = []
-    for _ in range(2):
-        utils.set_seed(3)
-        drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))  # noqa: NPY002
-    assert drawn[0] == drawn[1]
