@@ -529,23 +529,32 @@ def run_options(
     For a new network, by what is fastest on `device`; for one that was trained, by what was used
     then, as an entry `trained` of its history says, but by fp32 where bf16 is slow.
     """
+    backend = choose_backend(device, neuron_backend, trained)
+    return {"neuron_backend": backend, "precision": choose_precision(device, precision, trained)}
+
+
+def choose_precision(device: torch.device, asked: str, trained: dict | None) -> str:
     if device.type == "cuda":
         computes_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         computes_bf16 = features.get("amx_tile") or features.get("avx512_bf16")
-    if precision == "auto":
+    if asked == "auto":
         wanted = trained["precision"] if trained else "bf16"
-        precision = wanted if computes_bf16 else "fp32"
-    elif precision == "bf16" and not computes_bf16:
+        return wanted if computes_bf16 else "fp32"
+    if asked == "bf16" and not computes_bf16:
         warn_once(f"--precision bf16: this {device.type} has no fast bf16, fp32 is faster")
-    if neuron_backend == "auto":
+    return asked
+
+
+def choose_backend(device: torch.device, asked: str, trained: dict | None) -> str:
+    if asked == "auto":
         stepped = trained and trained["neuron_backend"] == "step"
-        neuron_backend = "step" if stepped else "fused"
-    if neuron_backend == "fused" and device.type == "mps":  # for which no kernel was written
+        asked = "step" if stepped else "fused"
+    if asked == "fused" and device.type == "mps":  # for which no kernel was written
         warn_once("on mps, neurons run step by step")
-        neuron_backend = "step"
-    return {"neuron_backend": neuron_backend, "precision": precision}
+        return "step"
+    return asked
 
 
 def how_it_runs(network: SpikingNetwork) -> dict[str, str | int]:
@@ -938,16 +947,16 @@ class ActivityMeter:
         self.num_recordings = 0
         self.outputs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.not_counted: set[str] = set()
+        self._in_pass = False
         self._weighted: set[str] = set()  # layers with weights, outside neurons
-        self._ran = []  # (name, layer, inputs, output) of the pass under way
         self._reached: dict[tuple, torch.Tensor] = {}  # by convolution and shape of its input
         self._spikes: dict[str, torch.Tensor] = {}  # [T]: of all recordings
         self._operations: dict[str, list[torch.Tensor]] = {}  # of each batch: [T, B]
         self._macs: dict[str, float] = {}  # per recording
 
     def __enter__(self):
-        self._hooks = []
         neurons = self.network.neuron_layers()
+        self._hooks = [self.network.register_forward_pre_hook(self._start_pass)]
         for name, layer in self.network.named_modules():
             has_weights = any(p.dim() > 1 for p in layer.parameters(recurse=False))
             inside_neurons = any(name.startswith(f"{neuron}.") for neuron in neurons)
@@ -955,47 +964,54 @@ class ActivityMeter:
             if has_weights and not inside_neurons:
                 self._weighted.add(name)
             if name in neurons or name in self._weighted:
-                hook = functools.partial(self._remember, name)
+                hook = functools.partial(self._after_layer, name)
                 self._hooks.append(layer.register_forward_hook(hook))
-        self._hooks.append(self.network.register_forward_hook(self._count_pass))
+        self._hooks.append(self.network.register_forward_hook(self._end_pass))
         return self
 
     def __exit__(self, *_):
         for hook in self._hooks:
             hook.remove()
 
-    def _remember(self, *what_ran):
-        self._ran.append(what_ran)
+    def _start_pass(self, _network, inputs):
+        self._in_pass = True
+        self._T, self._B = inputs[0].shape[:2]
+        self.num_recordings += self._B
+        self._ran = set()
+        self._pending = []  # name, operations [T * B], MACs of connections since the last neurons
 
-    def _count_pass(self, _network, network_inputs, _output):
-        """Count what ran, in its order: connections belong to the neurons that ran after them."""
-        T, B = network_inputs[0].shape[:2]
-        self.num_recordings += B
-        ran = [name for name, *_ in self._ran]
-        self.not_counted |= self._weighted - set(ran)
-        pending = []  # name, operations [T * B], MACs of connections since the last neurons
-        for name, layer, inputs, output in self._ran:
-            if isinstance(layer, NeuronLayer | WithoutSpikes):
-                if ran.count(name) > 1:
-                    raise NetworkError(f"{name} runs more than once: make a layer for each run")
-                self.outputs[name] = tuple(x.detach().float().unflatten(0, (T, B)) for x in output)
-                spikes = self.outputs[name][0].sum(1).flatten(1).cpu().sum(1, dtype=torch.float64)
-                self._spikes[name] = self._spikes.get(name, 0) + spikes
-                operations = torch.zeros(T * B, dtype=torch.float64, device="cpu")
-                for _, sent, _ in pending:
-                    operations += sent
-                self._operations.setdefault(name, []).append(operations.view(T, B))
-                self._macs[name] = T * sum(macs for _, _, macs in pending)
-                pending = []
-                if isinstance(layer, NeuronLayer) and list(layer.neuron.children()):
-                    self.not_counted.add(name)
-            elif is_counted(layer) and len(inputs[0]) == T * B:
-                sent, macs = self._count_connection(layer, inputs[0].detach(), output.shape)
-                pending.append((name, sent, macs))
-            else:
-                self.not_counted.add(name)
-        self.not_counted.update(name for name, _, _ in pending)  # no neurons ran after them
-        self._ran.clear()
+    def _after_layer(self, name, layer, inputs, output):
+        if not self._in_pass:  # called otherwise than by the network
+            return
+        if isinstance(layer, NeuronLayer | WithoutSpikes):
+            self._count_neurons(name, layer, output)
+        elif is_counted(layer) and len(inputs[0]) == self._T * self._B:
+            operations, macs = self._count_connection(layer, inputs[0].detach(), output.shape)
+            self._pending.append((name, operations, macs))
+        else:
+            self.not_counted.add(name)
+        self._ran.add(name)
+
+    def _count_neurons(self, name, layer, output):
+        if name in self._ran:
+            raise NetworkError(f"{name} runs more than once: make a layer for each run")
+        shape = self._T, self._B
+        self.outputs[name] = tuple(x.detach().float().unflatten(0, shape) for x in output)
+        spikes = self.outputs[name][0].sum(1).flatten(1).cpu().sum(1, dtype=torch.float64)
+        self._spikes[name] = self._spikes.get(name, 0) + spikes
+        operations = torch.zeros(shape, dtype=torch.float64, device="cpu")
+        for _, of_connection, _ in self._pending:
+            operations += of_connection.view(shape)
+        self._operations.setdefault(name, []).append(operations)
+        self._macs[name] = self._T * sum(macs for _, _, macs in self._pending)
+        self._pending = []
+        if isinstance(layer, NeuronLayer) and list(layer.neuron.children()):
+            self.not_counted.add(name)
+
+    def _end_pass(self, *_):
+        self.not_counted.update(name for name, _, _ in self._pending)  # no neurons ran after them
+        self.not_counted |= self._weighted - self._ran
+        self._in_pass = False
 
     def _count_connection(self, layer, x, out_shape) -> tuple[torch.Tensor, float]:
         """Return the operations of each frame of x [T * B, ...], and the MACs of a frame."""
