@@ -45,7 +45,7 @@ from models import (
     build_model,
     restore_network,
     run_options,
-    warn,
+    warn_once,
 )
 
 SHORT = ["--time_steps", 5, "--batch_size", 32, "--val_split", 0.2]
@@ -977,7 +977,7 @@ def fast_bf16(monkeypatch):
 
     def set_features(fast):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": fast})
-        warn.cache_clear()  # which tells once in a process
+        warn_once.cache_clear()  # which tells once in a process
 
     set_features(True)
     return set_features
@@ -1322,7 +1322,7 @@ def test_a_network_of_ones_own_is_trained_resumed_tested_and_drawn(
     tmp_path, made_data_dir, my_net, capsys
 ):
     flags = ["--model", my_net, "--loss", "margin", "--alpha", 0.4, "--epochs"]
-    warn.cache_clear()
+    warn_once.cache_clear()
     train(tmp_path / "whole", made_data_dir, *flags, 2)
     warning = "no kernel supports the neurons of lif1 (RSynaptic), lif2 (Leaky)"
     train(tmp_path, made_data_dir, *flags, 1)
