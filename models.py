@@ -368,7 +368,7 @@ class NeuronLayer(nn.Module):
         return not self.stepped and has_kernel(self.neuron)
 
     def forward(self, cur, T):
-        if self.fused and not torch.compiler.is_compiling():  # torch.compile can't trace kernels
+        if not torch.compiler.is_compiling() and self.fused:  # torch.compile can't trace kernels
             return run_kernels(self.neuron, cur, T)
         return run_steps(self.neuron, cur, T)
 

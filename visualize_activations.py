@@ -285,7 +285,8 @@ def plot_tsne(points, labels, predictions, title: str, path: Path) -> None:
         cloud = points[labels == digit]
         axis.scatter(*cloud.T, s=14, color=colour, label=str(digit), lw=0)
         if len(cloud):
-            style = {"size": 16, "weight": "bold", "path_effects": [withStroke(foreground="white")]}
+            outline = withStroke(linewidth=3, foreground="white")
+            style = {"size": 14, "weight": "bold", "path_effects": [outline]}
             axis.text(*np.median(cloud, 0), digit, ha="center", va="center", **style)
     mistakes = predictions != labels
     style = {"s": 70, "facecolors": "none", "edgecolors": "black", "lw": 1}
