@@ -123,8 +123,8 @@ class SpikingNetwork(nn.Module):
         decays = {}
         for layer, module in self.neuron_layers().items():
             for name, value in module.named_parameters():
-                known = type(module.neuron).__module__.startswith(("snntorch.", __name__))
-                if known and name in ("neuron.beta", "neuron.alpha"):
+                package = type(module.neuron).__module__.split(".")[0]
+                if package in ("snntorch", __name__) and name in ("neuron.beta", "neuron.alpha"):
                     decays[f"{layer}.{name.removeprefix('neuron.')}"] = value
         return decays
 
@@ -534,6 +534,7 @@ def run_options(
 
 
 def choose_precision(device: torch.device, asked: str, trained: dict | None) -> str:
+    """Return 'fp32' or 'bf16'; see `run_options`."""
     if device.type == "cuda":
         computes_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -548,6 +549,7 @@ def choose_precision(device: torch.device, asked: str, trained: dict | None) -> 
 
 
 def choose_backend(device: torch.device, asked: str, trained: dict | None) -> str:
+    """Return 'fused' or 'step'; see `run_options`."""
     if asked == "auto":
         stepped = trained and trained["neuron_backend"] == "step"
         asked = "step" if stepped else "fused"
