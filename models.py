@@ -96,9 +96,11 @@ class SpikingNetwork(nn.Module):
 
         A subclass may return any other; `shape` is for those that need it, as recurrent ones do.
         """
-        config = self.config
-        spike_grad = FastSigmoid(self.slope)
-        return snn.Leaky(config.beta, config.threshold, spike_grad, learn_beta=config.learn_beta)
+        return snn.Leaky(self.config.beta, self.config.threshold, **self.neuron_options())
+
+    def neuron_options(self) -> dict:
+        """Return the options that all neurons of a network share."""
+        return {"spike_grad": FastSigmoid(self.slope), "learn_beta": self.config.learn_beta}
 
     def make_layer(self, neuron: snn.SpikingNeuron) -> nn.Module:
         """Return a layer that runs `neuron` over time; in a network without spikes, a ReLU."""
@@ -228,12 +230,12 @@ class SpikingResNet(SpikingNetwork):
     def make_alif(self):
         config = self.config
         adapt_scale = self.adapt_scale * config.threshold
-        options = {"spike_grad": FastSigmoid(self.slope), "learn_beta": config.learn_beta}
+        options = self.neuron_options()
         return ALIF(config.alpha, config.beta, adapt_scale, config.threshold, **options)
 
     def make_synaptic(self):
         config = self.config
-        options = {"spike_grad": FastSigmoid(self.slope), "learn_beta": config.learn_beta}
+        options = self.neuron_options()
         return snn.Synaptic(config.alpha, config.beta, config.threshold, **options)
 
     def init_currents(self):
@@ -380,10 +382,10 @@ def run_steps(neuron: snn.SpikingNeuron, cur: torch.Tensor, T: int):
     # In float32: potentials in bfloat16 stand still at small currents.
     for step_cur in cur.float().unflatten(0, (T, -1)):
         out = neuron(step_cur)
-        if neuron.mem.shape[:1] != step_cur.shape[:1]:
-            raise NetworkError(f"{type(neuron).__name__} does not store its potential as mem")
         spks.append(out[0] if isinstance(out, tuple) else out)
         mems.append(neuron.mem)
+    if neuron.mem.shape[:1] != step_cur.shape[:1]:
+        raise NetworkError(f"{type(neuron).__name__} does not store its potential as mem")
     neuron.reset_mem()  # releases the autograd graph
     return torch.cat(spks).to(cur.dtype), torch.cat(mems).to(cur.dtype)
 
@@ -696,7 +698,10 @@ def run_kernels(neuron: snn.SpikingNeuron, cur: torch.Tensor, T: int):
 
 
 def has_kernel(neuron: snn.SpikingNeuron) -> bool:
-    """Return whether the kernels support a neuron: its kind and all of its options."""
+    """Return whether the kernels support a neuron: its kind, and all options but graded spikes.
+
+    `NeuronLayer` reads that one, a tensor's value, once.
+    """
     return (
         type(neuron) in (snn.Leaky, snn.Synaptic, ALIF)
         and type(neuron.spike_grad) is FastSigmoid

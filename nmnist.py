@@ -525,7 +525,8 @@ def time_axis(
 ) -> utils.TimeAxis:
     """Return what is known of the time of each step of recordings that last `mean_ms`.
 
-    It is nothing for frames of equal event count, or if they do not last as long as N-MNIST's.
+    It is nothing for frames of equal event count, or if they last a fifth longer or shorter than
+    N-MNIST's.
     """
     ends_ms = SACCADE_ENDS[:1] if first_saccade_only else SACCADE_ENDS
     if bin_by == "events" or not 0.8 < mean_ms / ends_ms[-1] < 1.2:

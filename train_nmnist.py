@@ -167,7 +167,7 @@ def train(args, files, data: Data, device, saved: dict) -> dict:
 
     for epoch in range(len(saved.get("history", [])) + 1, args.epochs + 1):
         start = time.perf_counter()
-        order = shuffle(train_indices, args.seed, epoch)
+        order = seed_and_shuffle(train_indices, args.seed, epoch)
         lr = cosine_lr(args.lr, epoch, args.epochs) if args.scheduler else args.lr
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -198,7 +198,7 @@ def train(args, files, data: Data, device, saved: dict) -> dict:
     return saved
 
 
-def shuffle(indices: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
+def seed_and_shuffle(indices: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
     """Seed all random numbers of an epoch; return the indices in its order, in all processes alike.
 
     A resumed run draws the numbers of one that was not stopped; each process draws others.
