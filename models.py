@@ -873,6 +873,7 @@ def get_kernels(device: torch.device, dtype: torch.dtype) -> tuple[Callable, Cal
     The forward one is tried on zeros; where that fails, both are returned as they are, and a
     warning says so.
     """
+    # torch.compiler.config has this limit per thread, and on a GPU autograd runs in its own.
     options = {"dynamic": True, "fullgraph": True, "recompile_limit": 256}
     print("compile     neurons, about 10 s at the first start, later 4 s", flush=True)
     # Triton chooses its blocks at the first call, by the size that it sees.

@@ -202,9 +202,11 @@ def describe_device(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the releases that results depend on."""
-    packages = ("torch", "snntorch", "tonic", "numpy")
-    return {"python": platform.python_version()} | {p: metadata.version(p) for p in packages}
+    """Return the releases that results depend on; torch's names its build: '2.13.0+cpu'."""
+    result = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("snntorch", "tonic", "numpy"):
+        result[package] = metadata.version(package)
+    return result
 
 
 # --- Several processes ----------------------------------------------------------------------------

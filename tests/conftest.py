@@ -44,8 +44,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def same_environment(monkeypatch):
-    """Undo what `run_script` sets for the process, when a test is over."""
+    """Start each test alike, whatever `run_script` and `prepare_device` set for the process."""
     monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
@@ -57,13 +59,9 @@ def device(request):
 @pytest.fixture
 def on_device(device, monkeypatch):
     """Make new tensors and modules on `device`, where float32 is computed as float32."""
-    for name in ("allow_tf32", "benchmark"):
-        monkeypatch.setattr(torch.backends.cudnn, name, False)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with device:
         yield device
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(scope="session")
