@@ -220,8 +220,8 @@ def train_one_epoch(network, parallel, ema, optimizer, loss_fn, batches, *, step
 
     Both are measured while the network changes, on this process's recordings, as augmented.
     `parallel` is the network, or wraps it to average gradients over processes; `step` counts
-    the training steps before. Redrawing the bar, snnTorch's loss "mse" and, among several GPUs, the
-    norms synchronize with a GPU; nothing else does.
+    the training steps before. In a step, only redrawing the bar, snnTorch's loss "mse" and, among
+    several GPUs, the norms synchronize with a GPU.
     """
     network.train()
     losses, num_correct, sizes = [], [], []
